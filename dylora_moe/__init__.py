@@ -1,0 +1,35 @@
+"""DyLoRA-MoE: a mixture of LoRA experts on a frozen causal LM, with checkpoints that can be trusted.
+
+Importing the package is light: torch, transformers and peft are loaded when a name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CheckpointError": "errors",
+    "DyLoRAMoE": "model",
+    "DyLoRAMoEError": "errors",
+    "MoELoraConfig": "config",
+    "NoveltyDetector": "skills",
+    "RoutedLinear": "layers",
+    "Router": "router",
+    "RouterConfig": "config",
+    "SkillLibrary": "skills",
+    "UsageError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - the names are those of _HOMES
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__
