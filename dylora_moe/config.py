@@ -1,0 +1,107 @@
+"""What an expert and the router are made of.
+
+`MoELoraConfig` is a `peft.LoraConfig` that makes PEFT build routed layers, and that is saved as the plain LoRA which
+it is. `RouterConfig` holds the router's settings. Both are validated here, once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from peft import LoraConfig
+from transformers.pytorch_utils import Conv1D
+
+from .errors import UsageError
+from .layers import RoutedLinear
+
+MAX_EXPERTS = 1024
+# What makes an adapter more than a plain LoRA on linear layers; a routed sum of such adapters is not defined here.
+_PLAIN = {
+    "bias": "none",
+    "use_dora": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "arrow_config": None,
+}
+
+
+@dataclass
+class MoELoraConfig(LoraConfig):
+    """A `LoraConfig` for one expert of a DyLoRA-MoE.
+
+    Args:
+        r: rank of the update B A, shape (d_out, r) (r, d_in).
+        lora_alpha: the update is scaled by lora_alpha / r (or / sqrt(r) with `use_rslora`).
+        lora_dropout: probability with which an input of A is dropped in training; the same for all experts.
+        target_modules: names of linear layers, or "all-linear"; None takes q/k/v/o_proj where the architecture has
+            all four, and otherwise all linear layers inside the decoder layers.
+
+    Raises:
+        UsageError: for values out of range and for LoRA variants that cannot be routed (DoRA, biases, ...).
+    """
+
+    r: int = field(default=16)
+    lora_alpha: int = field(default=32)
+    lora_dropout: float = field(default=0.05)
+    task_type: str | None = field(default="CAUSAL_LM")
+
+    def __post_init__(self):
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise UsageError(f"lora r must be a whole number of at least 1, got {self.r!r}")
+        if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
+            raise UsageError(f"lora alpha must be a positive number, got {self.lora_alpha!r}")
+        if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"lora dropout must be at least 0 and less than 1, got {self.lora_dropout!r}")
+        super().__post_init__()
+        variants = [f"{name}={getattr(self, name)!r}" for name, plain in _PLAIN.items() if self._differs(name, plain)]
+        if variants:
+            raise UsageError(f"an expert is a plain LoRA on linear layers; not supported: {', '.join(variants)}")
+        self._register_custom_module({torch.nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
+
+    def _differs(self, name: str, plain: object) -> bool:
+        value = getattr(self, name, plain)
+        return value != plain and not (plain is None and not value)
+
+    def to_dict(self) -> dict:
+        """The fields of a plain LoRA as JSON values; what is a set is sorted, so that equal configs give equal bytes."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """Settings of the router.
+
+    Args:
+        temperature: the gate's logits are divided by it before the softmax.
+        top_k: experts used per token when all are mature; None means min(2, number of experts).
+        balance_coefficient: weight of the load-balancing loss in the training loss.
+
+    Raises:
+        UsageError: for values out of range.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    balance_coefficient: float = 0.01
+
+    def __post_init__(self):
+        if not _is_number(self.temperature) or self.temperature <= 0:
+            raise UsageError(f"router temperature must be a positive number, got {self.temperature!r}")
+        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+            raise UsageError(f"router top_k must be a whole number of at least 1, got {self.top_k!r}")
+        if not _is_number(self.balance_coefficient) or self.balance_coefficient < 0:
+            raise UsageError(f"balance coefficient must be at least 0, got {self.balance_coefficient!r}")
+
+    def experts_per_token(self, num_experts: int) -> int:
+        return min(self.top_k or 2, num_experts)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,94 @@
+"""One gate for all decoder layers.
+
+At the input of each decoder layer the gate maps a token's RMS-normalised hidden state to one logit per expert. It sees
+one token at a time, so that routing is causal and generation with a KV cache routes as without one.
+
+Shapes: B batch, T tokens, N experts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .config import RouterConfig
+
+RMS_EPSILON = 1e-6
+
+
+class Router(nn.Module):
+    """`gate`: Linear(hidden_size, N) without bias, in float32. `state_dict()` is what router.safetensors holds."""
+
+    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig, device: torch.device | None = None):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=torch.float32, device=device)
+
+    @property
+    def num_experts(self) -> int:
+        return self.gate.out_features
+
+    def grow(self) -> None:
+        """Add a row for one more expert. The rows that were there keep their bits."""
+        old = self.gate.weight
+        grown = nn.Linear(old.shape[1], old.shape[0] + 1, bias=False, dtype=old.dtype, device=old.device)
+        with torch.no_grad():
+            grown.weight[:-1] = old
+        grown.weight.requires_grad_(old.requires_grad)
+        self.gate = grown
+
+    def logits(self, hidden: torch.Tensor, experts: tuple[int, ...] | None = None) -> torch.Tensor:
+        """hidden (B, T, hidden_size) of any dtype -> logits (B, T, N) in float32, divided by the temperature.
+
+        The hidden state is normalised to a root mean square of 1, a norm without parameters
+        (https://huggingface.co/papers/1910.07467). With `experts`, only their columns are computed.
+        """
+        weight = self.gate.weight if experts is None else self.gate.weight[list(experts)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = hidden.to(torch.float32)
+            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON)
+            return F.linear(x, weight.to(torch.float32)) / self.config.temperature
+
+    def weights(self, logits: torch.Tensor, *, sparse: bool) -> torch.Tensor:
+        """Logits (B, T, N) -> routing weights (B, T, N) that sum to 1; sparse keeps the top-k and renormalises them."""
+        if not sparse:
+            return logits.softmax(-1)
+        k = self.config.experts_per_token(logits.shape[-1])
+        top, index = logits.topk(k, dim=-1)  # (B, T, k)
+        return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+
+
+def balance_statistics(probs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per sequence: how many tokens have each expert as their first choice, and the sum of their probabilities.
+
+    Args:
+        probs: (L, B, T, N) routing probabilities of every decoder layer.
+        mask: (B, T) bool, the tokens that count.
+
+    Returns:
+        first (L, B, N) float32 without gradient, and total (L, B, N) float32.
+    """
+    first = F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)  # (L, B, T, N)
+    keep = mask.to(probs.dtype)[None, :, :, None]
+    return (first * keep).sum(2), (probs * keep).sum(2)
+
+
+def balance_loss(first: torch.Tensor, total: torch.Tensor, num_tokens: torch.Tensor | int | float) -> torch.Tensor:
+    """The load-balancing loss N * sum_i f_i P_i of the Switch Transformer (https://huggingface.co/papers/2101.03961,
+    eq. 4), averaged over layers; 1 where the load is even.
+
+    f_i is the fraction of a sequence's tokens whose first choice is expert i, P_i the mean probability of expert i over
+    them. The loss is computed for each sequence and averaged over the tokens of all: a sum over sequences, unlike one
+    over a micro-batch, gives the same gradients however a batch is cut for accumulation or over processes.
+
+    Args:
+        first, total: (L, B, N) of `balance_statistics`.
+        num_tokens: the tokens of the whole batch, all micro-batches and processes.
+    """
+    tokens = first.sum(-1, keepdim=True).clamp(min=1)  # (L, B, 1)
+    per_sequence = first.shape[-1] * (first / tokens * total).sum(-1)  # (L, B): n_seq * N * sum_i f_i P_i
+    return per_sequence.sum(1).mean(0) / num_tokens

@@ -1,0 +1,215 @@
+"""What training needs to go on as if it had never stopped: optimizer, scheduler, random generators, trainer state.
+
+The optimizer's moments are bound to the parameters' names, not to their order. Nothing here imports the Trainer.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from . import formats
+from .errors import CheckpointError, UsageError
+from .tensorfile import FileProblem, read_json
+
+CALLBACK = "PeftCheckpointCallback"  # under this name the run's settings stand in trainer_state.json
+
+
+# ---- several processes ----
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes) of this run."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather(value: object) -> list:
+    """Every rank's value, on every rank, by rank."""
+    rank, size = world()
+    if size == 1:
+        return [value]
+    values: list = [None] * size
+    dist.all_gather_object(values, value)
+    return values
+
+
+# ---- writing ----
+
+
+def rng_state() -> dict:
+    """The states of the generators of Python, NumPy, torch and CUDA, as `torch.load(weights_only=True)` reads them."""
+    version, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (version, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict) -> None:
+    version, keys, *rest = state["numpy"]
+    random.setstate(_as_tuples(state["python"]))
+    np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _as_tuples(state: tuple) -> tuple:
+    version, keys, gauss = state
+    return version, tuple(keys), gauss
+
+
+def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list[dict], scaler=None) -> None:
+    """Write the training files into a checkpoint's staging folder.
+
+    Args:
+        rng_states: of each rank.
+    """
+    torch.save(optimizer.state_dict(), folder / formats.OPTIMIZER)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
+        torch.save(scheduler.state_dict(), folder / formats.SCHEDULER)
+    if scaler is not None:
+        torch.save(scaler.state_dict(), folder / formats.SCALER)
+    for rank, state in enumerate(rng_states):
+        torch.save(state, folder / _rng_name(rank, len(rng_states)))
+    trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
+
+
+def _rng_name(rank: int, size: int) -> str:
+    return "rng_state.pth" if size == 1 else f"rng_state_{rank}.pth"
+
+
+# ---- reading ----
+
+
+def missing(folder: Path) -> list[str]:
+    """The training files that a checkpoint lacks."""
+    names = [name for name in formats.TRAINING_FILES if not (folder / name).is_file()]
+    if not any(formats.RNG_STATE.fullmatch(path.name) for path in folder.iterdir()):
+        names.append("rng_state.pth")
+    return names
+
+
+def read_trainer_state(folder: Path) -> dict:
+    try:
+        state = read_json(folder / formats.TRAINER_STATE)
+    except FileProblem as error:
+        raise CheckpointError(folder, [f"{formats.TRAINER_STATE}: {error}"]) from None
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        raise CheckpointError(folder, [f"{formats.TRAINER_STATE}: expected an object with a global_step"])
+    return state
+
+
+def read_run(folder: Path) -> dict:
+    """The settings of the run that wrote this checkpoint."""
+    callbacks = read_trainer_state(folder).get("stateful_callbacks", {})
+    return callbacks.get(CALLBACK, {}).get("attributes", {}).get("run") or {}
+
+
+def read_tensors(folder: Path, name: str) -> dict:
+    """Load one of the training files as tensors and plain values only.
+
+    Raises:
+        CheckpointError: where it is missing, cut off, or holds anything else.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(folder, [f"{name}: is missing; --resume-weights-only goes on with a fresh optimizer"])
+    try:
+        with torch.serialization.safe_globals([]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises what pickle, zipfile and itself do
+        reason = str(error).splitlines()[0][:160] if str(error) else ""
+        raise CheckpointError(folder, [f"{name}: cannot be read as tensors only ({type(error).__name__}: {reason})"]) from None
+
+
+def load_rng(folder: Path) -> None:
+    """Set this rank's generators.
+
+    Raises:
+        CheckpointError: for a missing or broken file.
+        UsageError: where the checkpoint is of another number of processes.
+    """
+    rank, size = world()
+    saved = sorted(path.name for path in folder.iterdir() if formats.RNG_STATE.fullmatch(path.name))
+    if saved and len(saved) != size:
+        raise UsageError(
+            f"{folder} was written by {len(saved)} processes, this run has {size}; start as many, or use "
+            "--resume-weights-only to go on with fresh training state"
+        )
+    state = read_tensors(folder, _rng_name(rank, size))
+    try:
+        set_rng_state(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(folder, [f"{_rng_name(rank, size)}: is not a state of the generators ({error})"]) from None
+
+
+def load_scheduler(folder: Path, scheduler) -> None:
+    state = read_tensors(folder, formats.SCHEDULER)
+    if not isinstance(state, dict) or set(state) != set(scheduler.state_dict()):
+        raise CheckpointError(folder, [f"{formats.SCHEDULER}: is not the state of a {type(scheduler).__name__}"])
+    scheduler.load_state_dict(state)
+
+
+def load_optimizer(folder: Path, optimizer) -> None:
+    """Load the moments by the parameters' names.
+
+    Raises:
+        CheckpointError: lists the parameters that are missing, unknown or of another shape, before anything changes.
+    """
+    saved = read_tensors(folder, formats.OPTIMIZER)
+    where = formats.OPTIMIZER
+    try:
+        there = {name: index for group in saved["param_groups"] for name, index in _named(group)}
+        moments = saved["state"]
+        groups = saved["param_groups"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(folder, [f"{where}: is not the state of an optimizer with named parameters ({error})"]) from None
+    here = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    }
+    problems = [f"{where}: has no moments for {name}" for name in sorted(set(here) - set(there))]
+    problems += [f"{where}: has moments for {name}, which is not trained here" for name in sorted(set(there) - set(here))]
+    if len(groups) != len(optimizer.param_groups):
+        problems.append(f"{where}: has {len(groups)} parameter groups, the optimizer has {len(optimizer.param_groups)}")
+    for name in sorted(set(here) & set(there)):
+        for key, value in moments.get(there[name], {}).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != here[name].shape:
+                shapes = f"expected shape {tuple(here[name].shape)}, found {tuple(value.shape)}"
+                problems.append(f"{where}: {key} of {name}: {shapes}")
+    if problems:
+        remedy = "build the experts as they were, or use --resume-weights-only"
+        raise CheckpointError(folder, [f"{p}; {remedy}" for p in problems])
+    own = optimizer.state_dict()
+    for group, old in zip(own["param_groups"], groups, strict=True):
+        group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
+    index_of = {name: index for group in own["param_groups"] for name, index in _named(group)}
+    own["state"] = {index_of[name]: moments[there[name]] for name in here if there[name] in moments}
+    optimizer.load_state_dict(own)
+
+
+def _named(group: dict):
+    return zip(group["param_names"], group["params"], strict=True)
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """The settings of two runs that differ."""
+    names = sorted(set(there) | set(here))
+    return [f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in names if there.get(n) != here.get(n)]
+
+

@@ -1,0 +1,978 @@
+"""A save that returned is there; a save that did not has never happened; whatever is wrong is named."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from dylora_moe import commit
+from dylora_moe.commit import (
+    MANIFEST,
+    Checkpoint,
+    FolderGone,
+    check_writable,
+    checkpoints,
+    clean_leftovers,
+    explained,
+    incomplete,
+    is_complete,
+    latest,
+    manifest_problems,
+    rotate,
+    staged,
+    to_delete,
+    writer_lock,
+)
+from dylora_moe.errors import UsageError
+
+from .faults import run_with_fault
+
+ROOT = Path(__file__).parents[1]
+NESTED = "peft_adapters/expert_0/expert_0"
+FILES = ["config.json", f"{NESTED}/adapter_config.json", f"{NESTED}/adapter_model.safetensors", "router.safetensors"]
+STRANGERS = ["checkpoint-10.tmp", "checkpoint-best", "old-checkpoint-30", "checkpoint-007", "checkpoint-٣", ".staging"]
+LEFTOVERS = [".dylora-staging-1-0000000a", ".dylora-trash-1-0000000b"]
+
+
+def content(step: int, path: str) -> bytes:
+    return f"{path} of step {step}\n".encode() * (1 + step % 7)
+
+
+def write_files(folder: Path, step: int) -> None:
+    """With plain `os` calls, so that the faults reach them."""
+    for path in FILES:
+        for parent in reversed(Path(path).parents[:-1]):
+            with explained("create", folder / parent), suppress(FileExistsError):
+                os.mkdir(folder / parent)
+        with explained("write", folder / path):
+            descriptor = os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            try:
+                os.write(descriptor, content(step, path))
+            finally:
+                os.close(descriptor)
+
+
+def save(run: Path, step: int) -> commit.Staging:
+    with staged(run / f"checkpoint-{step}") as staging:
+        if staging.path is not None:
+            write_files(staging.path, step)
+    return staging
+
+
+def steps(run: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in checkpoints(run)]
+
+
+def tree(folder: Path) -> dict[str, object]:
+    """Everything in a folder: path -> content, target of a link, or None for a folder."""
+
+    def what(path: Path) -> object:
+        if path.is_symlink():
+            return os.readlink(path)
+        return path.read_bytes() if path.is_file() else None
+
+    return {str(path.relative_to(folder)): what(path) for path in sorted(folder.rglob("*"))}
+
+
+def edit_manifest(folder: Path, change) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def python(code: str, *args: object) -> subprocess.Popen:
+    """Another process that imports the protocol alone."""
+    head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dylora_moe.commit import *; from pathlib import Path\n"
+    command = [sys.executable, "-S", "-E", "-c", head + code, *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(autouse=True)
+def light(monkeypatch):
+    """One worker makes the order of operations fixed; flushing for real costs time and shows nothing here."""
+    monkeypatch.setattr(commit, "WORKERS", 1)
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    """A folder in memory where there is one: thousands of runs make many files, and none has to last."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path_factory.mktemp("memory")
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def sound(run) -> Path:
+    save(run, 10)
+    return run / "checkpoint-10"
+
+
+# ---- what is published ----------------------------------------------------------------------------------------------
+
+
+def test_a_save_publishes_exactly_its_files_and_their_manifest(run):
+    save(run, 10)
+    folder = run / "checkpoint-10"
+    assert sorted(path for path, data in tree(folder).items() if data is not None) == sorted([*FILES, MANIFEST])
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert manifest["format_version"] == 1
+    assert list(manifest["files"]) == sorted(FILES)
+    for path in FILES:
+        data = content(10, path)
+        assert (folder / path).read_bytes() == data
+        assert manifest["files"][path] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert manifest_problems(folder) == []
+    assert is_complete(folder)
+    assert latest(run) == Checkpoint(10, folder)
+    assert {path.name for path in run.iterdir()} == {"checkpoint-10", commit.LOCK}
+
+
+def test_manifest_bytes_depend_on_the_files_alone(tmp_path, monkeypatch):
+    for name, workers in (("one", 1), ("two", 4)):
+        monkeypatch.setattr(commit, "WORKERS", workers)
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, 10)
+    assert tree(tmp_path / "one/checkpoint-10") == tree(tmp_path / "two/checkpoint-10")
+
+
+def test_any_name_can_be_a_target(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with staged("checkpoint") as staging:
+        write_files(staging.path, 1)
+    assert manifest_problems("checkpoint") == []
+
+
+def test_the_staging_folder_is_beside_the_target_and_no_checkpoint(run):
+    with staged(run / "checkpoint-10") as staging:
+        write_files(staging.path, 10)
+        assert staging.path.parent == run
+        assert not re.search(r"checkpoint|^[^.]", staging.path.name)
+        assert (checkpoints(run), incomplete(run)) == ([], [])
+
+
+def test_the_same_step_again_leaves_the_published_one_untouched(run):
+    save(run, 10)
+    before = tree(run)
+    with staged(run / "checkpoint-10") as staging:
+        assert staging.path is None
+    assert tree(run) == before
+
+
+def test_a_published_checkpoint_with_a_stray_file_is_not_replaced_either(sound):
+    (sound / ".DS_Store").write_text("x")
+    with staged(sound) as staging:
+        assert staging.path is None
+    assert staging.set_aside is None
+
+
+def test_an_incomplete_folder_of_that_name_is_moved_aside(run):
+    for expected in ("checkpoint-10.incomplete", "checkpoint-10.incomplete-2"):
+        (run / "checkpoint-10").mkdir()
+        (run / "checkpoint-10/half.bin").write_text(expected)
+        assert save(run, 10).set_aside == run / expected
+        assert (run / expected / "half.bin").read_text() == expected
+        assert manifest_problems(run / "checkpoint-10") == []
+        shutil.rmtree(run / "checkpoint-10")
+
+
+def test_an_empty_folder_of_that_name_is_not_silently_replaced(run):
+    (run / "checkpoint-10").mkdir()
+    assert save(run, 10).set_aside == run / "checkpoint-10.incomplete"
+    assert (run / "checkpoint-10.incomplete").is_dir()
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("elsewhere"), os.mkfifo])
+def test_a_target_that_is_no_folder_is_an_error(run, make):
+    make(run / "checkpoint-10")
+    before = {path.name for path in run.iterdir()}
+    with pytest.raises(UsageError, match=r"checkpoint-10 is .*, not a folder: move it away"):
+        save(run, 10)
+    assert {path.name for path in run.iterdir()} == before | {commit.LOCK}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("expert_1 cannot be saved"), KeyboardInterrupt(), OSError(28, "full")])
+def test_an_exception_while_writing_passes_and_leaves_nothing(run, error):
+    save(run, 10)
+    before = tree(run)
+    with pytest.raises(type(error)) as caught, staged(run / "checkpoint-20") as staging:
+        write_files(staging.path, 20)
+        raise error
+    assert caught.value is error
+    assert tree(run) == before
+    save(run, 20)
+    assert steps(run) == [10, 20]
+
+
+def spoil_with_link(folder: Path) -> None:
+    (folder / "link").symlink_to("/etc/passwd")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_with_link, r"link: expected files, found a symbolic link"),
+        (lambda folder: os.mkfifo(folder / "pipe"), r"pipe: expected files, found a FIFO"),
+        (lambda folder: (folder / "expert_1").mkdir(), r"expert_1: expected files, found a folder without any"),
+        (lambda folder: (folder / "a\\b").touch(), r"found a\\b"),
+        (lambda folder: (folder / MANIFEST).touch(), r"manifest\.json"),
+    ],
+)
+def test_what_a_reader_would_refuse_is_not_published(run, spoil, message):
+    with pytest.raises(UsageError, match=message), staged(run / "checkpoint-10") as staging:
+        write_files(staging.path, 10)
+        spoil(staging.path)
+    assert {path.name for path in run.iterdir()} == {commit.LOCK}
+
+
+def test_a_manifest_too_large_to_be_read_is_not_published(run, monkeypatch):
+    monkeypatch.setattr(commit, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(UsageError, match=r"manifest\.json: expected at most 100 bytes"):
+        save(run, 10)
+    assert checkpoints(run) == []
+
+
+@pytest.mark.parametrize(
+    ("parent", "message"),
+    [("missing", r"missing: No such file or directory \(ENOENT\); create"), ("file", r"\(ENOTDIR\); choose a folder")],
+)
+def test_a_run_folder_that_is_none_is_an_error(tmp_path, parent, message):
+    (tmp_path / "file").touch()
+    for action in (lambda run: save(run, 10), check_writable, lambda run: rotate(run, 1)):
+        with pytest.raises(UsageError, match=message):
+            action(tmp_path / parent)
+
+
+# ---- hashing --------------------------------------------------------------------------------------------------------
+
+
+def test_every_file_is_read_once_and_not_at_all_if_its_hash_is_handed_over(run):
+    data = content(10, FILES[0])
+
+    def function(ack):
+        with staged(run / "checkpoint-10") as staging:
+            write_files(staging.path, 10)
+            staging.digests[FILES[0]] = (len(data), hashlib.sha256(data).hexdigest())
+        ack("saved")
+
+    calls = run_with_fault(function, 0, "kill").calls
+    reads = {path: sum(call.startswith("read") and call.endswith(f"/{path}") for call in calls) for path in FILES}
+    assert reads == {path: 0 if path == FILES[0] else 2 for path in FILES}  # the second read finds the end
+    assert manifest_problems(run / "checkpoint-10") == []
+
+
+@pytest.mark.parametrize(
+    ("path", "digest", "message"),
+    [
+        (FILES[0], (3, "0" * 64), r"config\.json: expected the \d+ bytes it has, hashed were 3"),
+        ("ghost.bin", (3, "0" * 64), r"ghost\.bin: handed over, but not written"),
+        (FILES[0], (3, "nonsense"), r"config\.json.*nonsense"),
+    ],
+)
+def test_a_wrong_hand_over_is_not_published(run, path, digest, message):
+    with pytest.raises(UsageError, match=message), staged(run / "checkpoint-10") as staging:
+        write_files(staging.path, 10)
+        staging.digests[path] = digest
+    assert checkpoints(run) == []
+
+
+def test_a_file_that_changes_while_it_is_hashed_is_not_published(run, monkeypatch):
+    real = commit._sha256
+
+    def slow(path, size):
+        if path.name == "config.json":
+            path.write_bytes(b"changed")
+        return real(path, size)
+
+    monkeypatch.setattr(commit, "_sha256", slow)
+    with pytest.raises(UsageError, match=r"config\.json: expected the \d+ bytes"):
+        save(run, 10)
+    assert checkpoints(run) == []
+
+
+# ---- flushed in time ------------------------------------------------------------------------------------------------
+
+
+def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_acknowledgement(run):
+    """What a power cut leaves: content flushed < manifest < folders, the inner first < rename < parent < ack."""
+
+    def function(ack):
+        save(run, 10)
+        ack("saved")
+
+    calls = run_with_fault(function, 0, "kill").calls
+    created = next(call.split(" ")[1] for call in calls if call.startswith("mkdir"))
+    at = {call: index for index, call in enumerate(calls)}  # the last of equal calls
+    rename = at[f"rename {created}"]
+    manifest = calls.index(f"open {created}/{MANIFEST}")
+    assert len([call for call in calls if call.startswith("rename")]) == 1
+    for path in FILES:
+        assert at[f"write {created}/{path}"] < at[f"fsync {created}/{path}"] < manifest
+    assert manifest < at[f"write {created}/{MANIFEST}"] < at[f"fsync {created}/{MANIFEST}"] < at[f"fsync {created}"]
+    inner = [f"fsync {created}/{'/'.join(NESTED.split('/')[:depth])}" for depth in (3, 2, 1)]
+    order = [at[call] for call in [*inner, f"fsync {created}"]]
+    assert order == sorted(order)
+    assert not [call for call in calls[order[0] : rename] if call.startswith(("write", "mkdir"))]
+    assert rename < at[f"fsync {run}"] < at["ack saved"]
+
+
+def test_the_name_is_flushed_again_if_its_writer_could_not(sound):
+    def function(ack):
+        with staged(sound) as staging:
+            assert staging.path is None
+        ack("saved")
+
+    outcome = run_with_fault(function, 0, "kill")
+    assert outcome.acks == ["saved"]
+    assert f"fsync {sound.parent}" in outcome.calls
+
+
+def test_rotation_flushes_the_new_name_before_it_deletes(run):
+    save(run, 10)
+    save(run, 20)
+    calls = run_with_fault(lambda ack: rotate(run, 1), 0, "kill").calls
+    renamed, flushed = calls.index(f"rename {run}/checkpoint-10"), calls.index(f"fsync {run}")
+    deleted = next(index for index, call in enumerate(calls) if call.startswith(("unlink", "rmdir")))
+    assert renamed < flushed < deleted
+
+
+# ---- faults at every operation --------------------------------------------------------------------------------------
+
+SCENARIOS = {
+    # name: (steps published before, step saved, limit, keep)
+    "first save": ([], 10, None, []),
+    "second save": ([10], 20, None, []),
+    "limit 1": ([10], 20, 1, []),
+    "limit 2": ([10, 20], 30, 2, []),
+    "limit 1 and the best": ([10, 20], 30, 1, [10]),
+    "after a crash": ([10], 20, 1, []),
+    "over a half-saved one": ([10], 20, 1, []),
+    "the same step again": ([10, 20], 20, 1, []),
+}
+
+
+def strangers_in(run: Path) -> dict[str, object]:
+    names = [*STRANGERS, "checkpoint-7", "checkpoint-8", "checkpoint-999", "elsewhere"]
+    return {name: (os.lstat(run / name).st_mode, tree(run / name)) for name in names if os.path.lexists(run / name)}
+
+AT_LEAST = {"kill": 60, "half-kill": 6, "EIO": 90, "ENOSPC": 40, "half-ENOSPC": 6}
+
+
+def add_strangers(run: Path) -> None:
+    """What bears a similar name is never chosen and never deleted."""
+    for name in STRANGERS:
+        (run / name).mkdir()
+        (run / name / "some.bin").write_text(name)
+    (run / "checkpoint-7").write_text("a file")
+    (run / "elsewhere").mkdir()
+    (run / "elsewhere/router.safetensors").write_text("sound")
+    commit._seal(run / "elsewhere", {})
+    (run / "checkpoint-8").symlink_to("elsewhere")
+    (run / "checkpoint-999").symlink_to("nowhere")
+
+
+def prepare(run: Path, scenario: str) -> None:
+    """The run folder as it is before the save."""
+    run.mkdir()
+    add_strangers(run)
+    for step in SCENARIOS[scenario][0]:
+        save(run, step)
+    if scenario == "after a crash":
+        for name in LEFTOVERS:
+            (run / name).mkdir()
+            (run / name / "half.bin").write_text("half")
+    if scenario == "over a half-saved one":
+        (run / "checkpoint-20").mkdir()
+        (run / "checkpoint-20/router.safetensors").write_text("half")
+
+
+def check_what_is_left(run: Path, scenario: str, outcome, strangers: dict[str, object]) -> None:
+    before, step, limit, keep = SCENARIOS[scenario]
+    newest, complete = latest(run), steps(run)
+    if before:
+        assert newest.step >= max(before), "the newest complete one is lost"
+    if "saved" in outcome.acks:
+        assert newest.step == max(step, *before, 0), "an acknowledged save is lost"
+    there = {*before, step} if outcome.acks else set(before)
+    assert there - set(to_delete([*before, step], limit or 99, keep)) <= set(complete), "rotation must keep these"
+    for checkpoint in checkpoints(run):
+        assert manifest_problems(checkpoint.path) == []
+        assert all((checkpoint.path / path).read_bytes() == content(checkpoint.step, path) for path in FILES)
+    if outcome.error:
+        assert outcome.error.startswith("UsageError"), outcome.error
+        if "saved" not in outcome.acks:
+            assert step in before or step not in complete, "a save that failed was published"
+    if outcome.killed:
+        assert outcome.error is None
+    assert strangers_in(run) == strangers
+
+    save(run, 1000)  # the next save succeeds, and cleans up
+    assert latest(run).step == 1000
+    names = {path.name for path in run.iterdir()} - strangers.keys()
+    if scenario == "over a half-saved one":
+        aside = names & {"checkpoint-20.incomplete"}
+        assert len(aside) == 1 or (run / "checkpoint-20/router.safetensors").read_text() == "half"
+        names -= {"checkpoint-20.incomplete", "checkpoint-20"}
+    assert names <= {commit.LOCK, *(f"checkpoint-{step}" for step in steps(run))}
+
+
+@pytest.mark.parametrize("mode", ["kill", "half-kill", "EIO", "ENOSPC", "half-ENOSPC"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
+    template = memory / f"{scenario}, {mode}"
+    prepare(template, scenario)
+    strangers = strangers_in(template)
+    assert len(strangers) == len(STRANGERS) + 4
+    _, step, limit, keep = SCENARIOS[scenario]
+    for k in itertools.count(1):
+        run = memory / str(k)
+        shutil.copytree(template, run, symlinks=True)
+
+        def function(ack, run=run):
+            save(run, step)
+            ack("saved")
+            if limit is not None:
+                rotate(run, limit, keep)
+            ack("rotated")
+
+        outcome = run_with_fault(function, k, mode)
+        try:
+            check_what_is_left(run, scenario, outcome, strangers)
+        except Exception as error:
+            raise AssertionError(f"k = {k}, after {outcome.calls[-3:]}, {outcome.error}: {error}") from error
+        shutil.rmtree(run)
+        if not outcome.fired:
+            assert outcome.acks == ["saved", "rotated"]
+            break
+        assert outcome.killed == mode.endswith("kill")
+    assert k - 1 >= AT_LEAST[mode] or scenario == "the same step again"  # that there is something to see
+
+
+def test_a_failed_save_leaves_nothing_and_names_the_file_the_cause_and_the_remedy(run):
+    save(run, 1)
+    before, errors = tree(run).keys(), set()
+    for k in itertools.count(1):
+        outcome = run_with_fault(lambda ack: save(run, 10), k, "ENOSPC")
+        if not outcome.fired:
+            break
+        if outcome.error:
+            assert tree(run).keys() == before
+            errors.add(outcome.error.partition("\n")[0].replace(str(run), "RUN"))
+        else:  # the text in the lock file is for people, and may be missing
+            shutil.rmtree(run / "checkpoint-10")
+    cause = r".*: No space left on device \(ENOSPC\); free space on that disk"
+    for what in (r"flush RUN/\S+/router\.safetensors", r"write RUN/\S+/manifest\.json", r"publish RUN/checkpoint-10"):
+        assert any(re.search(f"UsageError: cannot {what}{cause}", error) for error in errors), errors
+
+
+# ---- rotation -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "limit", "keep", "deleted"),
+    [
+        ([], 1, [], []),
+        ([10], 1, [], []),
+        ([10, 20], 1, [], [10]),
+        ([10, 20, 30], 2, [], [10]),
+        ([10, 20, 30], 3, [], []),
+        ([10, 20, 30], 99, [], []),
+        ([9, 10, 100], 1, [], [9, 10]),  # by number, not by text
+        ([30, 10, 20], 2, [], [10]),
+        ([10, 20, 30], 1, [10], [20]),  # the best and the newest stay, though they are two
+        ([10, 20, 30], 1, [30], [10, 20]),
+        ([10, 20, 30, 40, 50], 3, [10], [20, 30]),  # as Transformers counts: the best is one of the three
+        ([10, 20, 30, 40], 2, [10, 20], [30]),
+        ([10, 20, 30], 2, [77], [10]),  # to be kept, but not there
+    ],
+)
+def test_to_delete(there, limit, keep, deleted):
+    assert to_delete(there, limit, keep) == deleted
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_below_one_is_an_error(run, limit):
+    with pytest.raises(UsageError, match=rf"at least 1, got {limit}"):
+        rotate(run, limit)
+
+
+def test_rotation_goes_by_step_over_complete_checkpoints_only(run):
+    add_strangers(run)
+    for step in (9, 30, 10, 20):
+        save(run, step)
+    (run / "checkpoint-40").mkdir()
+    (run / "checkpoint-40/half.bin").touch()
+    before = tree(run)
+    assert rotate(run, 2, keep=[9]) == [run / "checkpoint-10", run / "checkpoint-20"]
+    after = tree(run)
+    gone = {path.partition("/")[0] for path in before.keys() - after.keys()}
+    assert gone == {"checkpoint-10", "checkpoint-20"}
+    assert after.items() <= before.items()
+
+
+# ---- finding --------------------------------------------------------------------------------------------------------
+
+
+def test_only_complete_folders_of_the_exact_name_are_checkpoints(run):
+    add_strangers(run)
+    assert latest(run) is None
+    for step in (0, 9, 10, 100):
+        save(run, step)
+    assert checkpoints(run) == [Checkpoint(step, run / f"checkpoint-{step}") for step in (0, 9, 10, 100)]
+    assert latest(run).step == 100
+
+
+def test_the_newest_is_half_saved(run):
+    for step in (10, 20, 30, 40):
+        save(run, step)
+    (run / "checkpoint-40" / MANIFEST).unlink()
+    (run / "checkpoint-30/router.safetensors").write_bytes(b"")
+    assert latest(run).step == 20
+    passed_over = incomplete(run)
+    assert [path.name for path, _ in passed_over] == ["checkpoint-30", "checkpoint-40"]
+    assert re.search(r"router\.safetensors: expected a file of \d+ bytes, found 0 bytes", passed_over[0][1])
+    assert re.search(r"manifest\.json: .*not found", passed_over[1][1])
+
+
+def test_times_play_no_part(run):
+    for step in (10, 20):
+        save(run, step)
+    for path, time in ((run / "checkpoint-10", 4e9), (run / "checkpoint-20", 1.0)):
+        os.utime(path, (time, time))
+    assert latest(run).step == 20
+    assert rotate(run, 1) == [run / "checkpoint-10"]
+
+
+def test_a_run_folder_that_is_not_there_has_no_checkpoints(tmp_path):
+    assert (checkpoints(tmp_path / "none"), latest(tmp_path / "none"), incomplete(tmp_path / "none")) == ([], None, [])
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot list"):
+        latest(tmp_path / "file")
+
+
+def test_one_that_cannot_be_read_is_passed_over_but_not_moved_aside(run):
+    save(run, 10)
+    save(run, 20)
+    real = os.open
+
+    def failing(path, *args, **kwargs):
+        if os.fspath(path).endswith(f"checkpoint-20/{MANIFEST}"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return real(path, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "open", failing)
+        assert latest(run).step == 10
+        assert "Input/output error" in incomplete(run)[0][1]
+        assert "Input/output error" in manifest_problems(run / "checkpoint-20")[0]
+        with pytest.raises(UsageError, match=r"cannot look at .*checkpoint-20: Input/output error \(EIO\)"):
+            save(run, 20)
+    assert steps(run) == [10, 20]
+
+
+# ---- verification ---------------------------------------------------------------------------------------------------
+
+
+def listing(**entries):
+    """Entries for the manifest, by a name that stands for the path."""
+    return lambda manifest: manifest["files"].update(entries)
+
+
+def entry(size=3, sha256="0" * 64, **more):
+    return {"bytes": size, "sha256": sha256, **more}
+
+
+def rewrite(text: bytes | str):
+    def spoil(folder: Path) -> None:
+        (folder / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return spoil
+
+
+def edited(change):
+    return lambda folder: edit_manifest(folder, change)
+
+
+def replaced(path: str, make):
+    def spoil(folder: Path) -> None:
+        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
+        make(folder / path)
+
+    return spoil
+
+
+def swap_links(folder: Path) -> None:
+    """The content is right, but it lies behind a link out of the folder."""
+    shutil.move(folder / NESTED, folder.parent / "outside")
+    (folder / NESTED).symlink_to(folder.parent / "outside")
+
+
+def flip_bit(folder: Path) -> None:
+    data = bytearray((folder / FILES[2]).read_bytes())
+    data[5] ^= 1
+    (folder / FILES[2]).write_bytes(data)
+
+
+def grow_sparse(folder: Path) -> None:
+    os.truncate(folder / FILES[0], 1 << 40)
+    edit_manifest(folder, lambda manifest: manifest["files"].update({FILES[0]: entry(1 << 40)}))
+
+
+def rename_with_surrogate(folder: Path) -> None:
+    os.rename(os.fsencode(folder / FILES[0]), os.fsencode(folder) + b"/co\xffnfig\n.json")
+
+
+DAMAGE = {
+    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), [r"manifest\.json: .*not found"]),
+    "manifest empty": (rewrite(""), [r"manifest\.json: Expecting value"]),
+    "manifest truncated": (rewrite('{"format_version": 1, "fil'), [r"manifest\.json: "]),
+    "manifest not UTF-8": (rewrite(b'{"format_version": 1, "files": {"\xff": 1}}'), [r"manifest\.json: .*utf-8"]),
+    "manifest UTF-16": (rewrite('{"format_version": 1, "files": {}}'.encode("utf-16")), [r"manifest\.json: .*utf-8"]),
+    "manifest too large": (rewrite(" " * (commit.MAX_MANIFEST_BYTES + 1)), [r"manifest\.json: expected at most"]),
+    "manifest too deep": (rewrite("[" * 1_000_000), [r"manifest\.json: "]),
+    "number too long": (rewrite('{"format_version": ' + "9" * 1_000_000), [r"manifest\.json: expected numbers of"]),
+    "a key twice": (rewrite('{"format_version": 1, "format_version": 1}'), [r"each key once, found format_version"]),
+    "many keys twice": (rewrite("{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"7":0}'), [r"once, found 7"]),
+    "no object": (rewrite("[]"), [r"manifest\.json: expected an object"]),
+    "no version": (rewrite('{"files": {}}'), [r"manifest\.json: expected .*format_version"]),
+    "version true": (edited(lambda m: m.update(format_version=True)), [r"expected .*the integer format_version"]),
+    "newer version": (edited(lambda m: m.update(format_version=2)), [r"expected format_version 1, found 2; update"]),
+    "no files": (rewrite('{"format_version": 1}'), [r"manifest\.json: expected .*files"]),
+    "files a list": (rewrite('{"format_version": 1, "files": []}'), [r"manifest\.json: expected .*files"]),
+    "another key": (edited(lambda m: m.update(extra=1)), [r"manifest\.json: expected .*nothing else"]),
+    "bytes true": (edited(listing(ghost=entry(True))), [r"expected bytes and sha256 of ghost, found .*True"]),
+    "bytes negative": (edited(listing(ghost=entry(-1))), [r"expected bytes and sha256 of ghost, found .*-1"]),
+    "bytes a float": (edited(listing(ghost=entry(3.0))), [r"expected bytes and sha256 of ghost"]),
+    "bytes NaN": (edited(listing(ghost=entry(float("nan")))), [r"expected bytes and sha256 of ghost"]),
+    "hash too short": (edited(listing(ghost=entry(3, "ab"))), [r"expected bytes and sha256 of ghost"]),
+    "hash with newline": (edited(listing(ghost=entry(3, "0" * 64 + "\n"))), [r"expected bytes and sha256 of ghost"]),
+    "entry null": (edited(listing(ghost=None)), [r"expected bytes and sha256 of ghost, found None"]),
+    "entry with more": (edited(listing(ghost=entry(mode=1))), [r"expected bytes and sha256 of ghost"]),
+    "absolute": (edited(listing(**{"/etc/passwd": entry()})), [r"relative paths inside the folder, found /etc/passwd"]),
+    "dots": (edited(listing(**{"a/../../b": entry()})), [r"relative paths inside the folder, found a/\.\./\.\./b"]),
+    "dot": (edited(listing(**{"./config.json": entry()})), [r"relative paths .* found \./config\.json"]),
+    "no name": (edited(listing(**{"": entry()})), [r"relative paths"]),
+    "backslash": (edited(listing(**{"..\\b": entry()})), [r"relative paths"]),
+    "NUL": (edited(listing(**{"a\0b": entry()})), [r"relative paths .* found 'a\\x00b'"]),
+    "itself": (edited(listing(**{MANIFEST: entry()})), [r"relative paths"]),
+    "surrogate": (edited(listing(**{"a\ud800": entry()})), [r"'a\\ud800': expected a file of 3 bytes, found no such"]),
+    "file missing": (lambda folder: (folder / FILES[2]).unlink(), [r"adapter_model\.safe.*found no such file"]),
+    "folder missing": (lambda folder: shutil.rmtree(folder / NESTED), ["_config.json: .*no such", "_model.s", "_0: "]),
+    "file too many": (lambda folder: (folder / "model.bin").touch(), [r"^model\.bin: .*found a file more"]),
+    "folder too many": (lambda folder: (folder / "expert_9").mkdir(), [r"^expert_9: .*found a folder more"]),
+    "two things": (lambda f: (flip_bit(f), (f / "x").touch()), [r"adapter_model\.saf.*expected sha256", r"^x: "]),
+    "empty": (lambda folder: os.truncate(folder / FILES[0], 0), [r"^config\.json: .*found 0 bytes"]),
+    "one byte more": (lambda f: os.truncate(f / FILES[0], (f / FILES[0]).stat().st_size + 1), [r"^config\.json: "]),
+    "one bit": (flip_bit, [r"adapter_model\.safetensors: expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}.*copy"]),
+    "sparse": (grow_sparse, [r"^config\.json: expected a file of 1099511627776 bytes, found a hole"]),
+    "link for a file": (replaced(FILES[0], lambda p: p.symlink_to("/etc/passwd")), [r"^config\.json: .*a symb"]),
+    "FIFO for a file": (replaced(FILES[0], os.mkfifo), [r"^config\.json: .*found a FIFO"]),
+    "folder for a file": (replaced(FILES[0], Path.mkdir), [r"^config\.json: .*found a folder"]),
+    "file for a folder": (replaced(NESTED, Path.touch), ["_config.json", "_model.s", r"expert_0: .*a file more"]),
+    "link for a folder": (swap_links, ["_config.json: .*no such", "_model.s", r"expert_0: .*a symbolic link more"]),
+    "link for the manifest": (replaced(MANIFEST, lambda p: p.symlink_to("/etc/passwd")), [r"manifest.*a symbol"]),
+    "FIFO for the manifest": (replaced(MANIFEST, os.mkfifo), [r"manifest\.json: expected a regular file, found a F"]),
+    "folder for the manifest": (replaced(MANIFEST, Path.mkdir), [r"manifest\.json: .*found a folder"]),
+    "a name that cannot be printed": (rename_with_surrogate, [r"'co\\udcffnfig\\n\.json'", r"^config\.json"]),
+}
+STILL_COMPLETE = {"file too many", "folder too many", "two things", "one bit"}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_every_damage_is_named(sound, damage):
+    spoil, expected = DAMAGE[damage]
+    spoil(sound)
+    problems = manifest_problems(sound)
+    assert len(problems) == len(expected), problems
+    for pattern in expected:
+        assert any(re.search(pattern, problem) for problem in problems), problems
+    assert all(re.search(r"; \w+", problem) and problem.encode() for problem in problems)  # a remedy; can be printed
+    assert is_complete(sound) == (damage in STILL_COMPLETE)
+    assert bool(incomplete(sound.parent)) != (damage in STILL_COMPLETE)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_every_byte_counts(sound, workers, monkeypatch):
+    monkeypatch.setattr(commit, "WORKERS", workers)
+    path = sound / FILES[0]
+    data = path.read_bytes()
+    for index in range(len(data)):
+        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
+        assert len(manifest_problems(sound)) == 1
+        assert manifest_problems(sound, hash=False) == []
+    path.write_bytes(data)
+    assert manifest_problems(sound) == []
+
+
+def test_too_many_files_end_the_search(sound, monkeypatch):
+    monkeypatch.setattr(commit, "MAX_ENTRIES", 100)
+    for number in range(200):
+        (sound / str(number)).touch()
+    assert re.search("more than 100 files", *manifest_problems(sound))
+
+
+def test_a_folder_that_is_moved_away_while_it_is_read_has_no_problems_but_is_gone(run, monkeypatch):
+    save(run, 10)
+    with pytest.raises(FolderGone, match=r"checkpoint-11 is not there, or was removed meanwhile"):
+        manifest_problems(run / "checkpoint-11")
+    real = commit._survey
+
+    def rotated_meanwhile(folder):
+        found = real(folder)
+        rotated = run / "gone"
+        folder.rename(rotated)
+        save(run, 10)
+        return found
+
+    monkeypatch.setattr(commit, "_survey", rotated_meanwhile)
+    with pytest.raises(FolderGone):
+        manifest_problems(run / "checkpoint-10")
+
+
+def test_a_file_is_no_checkpoint_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="is not a folder"):
+        manifest_problems(tmp_path / "file")
+    assert not is_complete(tmp_path / "file")
+    assert not is_complete(tmp_path / "none")
+
+
+def test_a_listing_made_during_a_save_and_a_rotation_is_made_again(run, monkeypatch):
+    """The old one is listed, then the new one published and the old one removed: the answer is the new one."""
+    save(run, 10)
+    real, calls = commit._first_reason, []
+
+    def late(folder):
+        if not calls:
+            calls.append(folder)
+            save(run, 20)
+            shutil.rmtree(run / "checkpoint-10")
+        return real(folder)
+
+    monkeypatch.setattr(commit, "_first_reason", late)
+    assert latest(run) == Checkpoint(20, run / "checkpoint-20")
+
+
+def test_a_reader_sees_an_old_or_a_new_one_never_a_mixture(run):
+    save(run, 1)
+    code = """
+import os
+os.fsync = lambda descriptor: None
+for step in range(2, int(sys.argv[2])):
+    with staged(Path(sys.argv[1], f"checkpoint-{step}")) as staging:
+        for name in "abc":
+            (staging.path / name).write_text(f"{name} of {step}" * 1000)
+    rotate(sys.argv[1], 1)
+"""
+    writer = python(code, run, 150)
+    looks, seen = 0, set()
+    while writer.poll() is None:
+        newest = latest(run)
+        assert newest is not None
+        seen.add(newest.step)
+        try:
+            assert manifest_problems(newest.path) == []
+        except FolderGone:
+            continue
+        looks += 1
+    assert writer.wait() == 0, writer.communicate()[1]
+    assert steps(run) == [149]
+    assert looks > 3 and len(seen) > 3
+
+
+# ---- one writer -----------------------------------------------------------------------------------------------------
+
+HOLD = """
+with writer_lock(sys.argv[1]):
+    print("holding", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_gets_an_error_that_names_the_first(run):
+    with staged(run / "checkpoint-10") as staging:
+        write_files(staging.path, 10)
+        for action in ("staged(run / 'checkpoint-20').__enter__()", "rotate(run, 1)", "check_writable(run)"):
+            second = python(f"run = Path(sys.argv[1])\n{action}", run)
+            error = second.communicate()[1]
+            assert second.returncode == 1
+            assert re.search(rf"UsageError: .*another process writes .* here \(process {os.getpid()} on ", error)
+    assert steps(run) == [10]
+    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
+
+
+def test_a_killed_holder_does_not_block(run):
+    holder = python(HOLD, run)
+    assert holder.stdout.readline() == "holding\n"
+    with pytest.raises(UsageError, match=rf"process {holder.pid} on"):
+        save(run, 10)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    save(run, 10)
+    assert steps(run) == [10]
+
+
+def test_the_lock_is_reentrant_and_ends_with_the_last(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    with writer_lock(run), writer_lock(tmp_path / "link"):
+        save(run, 10)
+        assert python("rotate(sys.argv[1], 1)", run).wait() == 1
+    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
+
+
+def test_a_forked_child_neither_has_the_lock_nor_keeps_it(run):
+    """A data loader's worker may outlive the training process that was killed."""
+    ready, done = os.pipe(), os.pipe()
+    with writer_lock(run):
+        child = os.fork()
+        if child == 0:
+            os.close(done[1])
+            try:
+                with writer_lock(run):
+                    os.write(ready[1], b"locked")
+            except UsageError:
+                os.write(ready[1], b"refused")
+            os.read(done[0], 1)
+            os._exit(0)
+        assert os.read(ready[0], 10) == b"refused"
+    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
+    os.close(done[1])
+    os.waitpid(child, 0)
+
+
+def test_a_link_in_place_of_the_lock_is_not_followed(run, tmp_path):
+    (run / commit.LOCK).symlink_to(tmp_path / "precious")
+    with pytest.raises(UsageError, match=r"cannot write in"):
+        save(run, 10)
+    assert not (tmp_path / "precious").exists()
+
+
+def test_two_threads_do_not_remove_each_others_work(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    errors = []
+
+    def work(numbers, path):
+        try:
+            for step in numbers:
+                save(path, step)
+                check_writable(path)
+                rotate(path, 100)
+        except BaseException as error:
+            errors.append(error)
+
+    paths = [(range(0, 40, 2), run), (range(1, 40, 2), tmp_path / "link"), (range(40), run)]
+    threads = [threading.Thread(target=work, args=args) for args in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert steps(run) == list(range(40))
+    assert all(manifest_problems(checkpoint.path) == [] for checkpoint in checkpoints(run))
+    assert not [path for path in run.iterdir() if path.name.endswith("incomplete")]
+
+
+def test_leftovers_are_removed_and_nothing_else(run):
+    add_strangers(run)
+    (run / ".dylora-staging-notes").mkdir()
+    (run / ".dylora-trash-5-0000000c").symlink_to("elsewhere")
+    before = tree(run)
+    for name in LEFTOVERS:
+        (run / name).mkdir()
+        (run / name / "half.bin").touch()
+    (run / ".dylora-probe-1-0000000d").touch()
+    removed = {path.name for path in clean_leftovers(run)}
+    assert removed == {*LEFTOVERS, ".dylora-probe-1-0000000d", ".dylora-trash-5-0000000c"}
+    after = tree(run)
+    assert before.keys() - after.keys() == {".dylora-trash-5-0000000c"}  # the link, not what it points to
+    assert after.keys() - before.keys() <= {commit.LOCK}
+
+
+def test_leftovers_of_a_live_process_stay(run):
+    holder = python("with staged(Path(sys.argv[1], 'checkpoint-10')): print('x', flush=True); sys.stdin.read()", run)
+    holder.stdout.readline()
+    before = tree(run)
+    with pytest.raises(UsageError, match="another process"):
+        clean_leftovers(run)
+    assert tree(run) == before
+    holder.kill()
+    holder.wait()
+    assert len(clean_leftovers(run)) == 1
+    assert {path.name for path in run.iterdir()} == {commit.LOCK}
+
+
+# ---- before the start -----------------------------------------------------------------------------------------------
+
+
+def test_a_writable_folder_is_left_as_it_was(run):
+    check_writable(run)
+    assert {path.name for path in run.iterdir()} == {commit.LOCK}
+
+
+@pytest.mark.parametrize("code", ["EROFS", "EACCES", "ENOSPC"])
+def test_a_folder_that_cannot_be_written_is_found_at_the_start(run, code, monkeypatch):
+    """Injected, since root may write anywhere."""
+    number, real = getattr(errno, code), os.open
+
+    def refusing(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(UsageError, match=rf"cannot write in {re.escape(str(run))}: .* \({code}\); .*output folder"):
+        check_writable(run)
+
+
+def test_a_full_disk_is_found_at_the_start(run):
+    for k in itertools.count(1):
+        outcome = run_with_fault(lambda ack: check_writable(run), k, "half-ENOSPC")
+        if outcome.error or not outcome.fired:
+            break
+    assert re.match(r"UsageError: cannot write in .*\(ENOSPC\); free space", outcome.error)
+    assert {path.name for path in run.iterdir()} == {commit.LOCK}
+
+
+def test_a_file_system_without_fsync_of_folders_will_do(run, monkeypatch):
+    def picky(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", picky)
+    save(run, 10)
+    assert steps(run) == [10]
+
+
+def test_importing_it_is_light():
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+start = time.perf_counter()
+import dylora_moe.commit
+print(time.perf_counter() - start, *{{"torch", "numpy", "shutil", "tempfile", "logging"}}.intersection(sys.modules))
+"""
+    command = [sys.executable, "-S", "-E", "-c", code]
+    seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    assert min(seconds) < 0.05
