@@ -789,14 +789,14 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
         need_memory(_shared_bytes(model), f"random weights of this {config.model_type} architecture")
     noise = _noise(seed, _spread(config), dtype)
     made: dict[Any, nn.Parameter] = {}
-    replaced = []  # kept alive: keys are ids
     plain = []
     with _quiet(), _refused("The random weights cannot be made", "Use --weights none, or a smaller model."):
-        for key, label, module, name, parameter in list(_places(model)):
+        for key, label, module, name, parameter in list(
+            _places(model)
+        ):  # a list keeps the old ones alive: keys are ids
             if key not in made:
                 made[key] = _filled(parameter, f"{seed}.{label}", noise, device)
                 plain.append(module)
-            replaced.append(parameter)
             module._parameters[name] = made[key]
         model.to(device)  # the buffers
         with torch.random.fork_rng(devices=[]), torch.no_grad():

@@ -15,16 +15,17 @@ import importlib.metadata
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from . import __version__, bases, commit, formats, verify
+from . import __version__, bases, commit, formats, machine, verify
 from .config import MoELoraConfig, RouterConfig
 from .errors import CheckpointError, UsageError
 from .layers import expert_name
@@ -95,19 +96,18 @@ def _errno_in(error: SafetensorError) -> int | None:
 def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary, probe: dict | None) -> None:
     for index in range(model.num_experts):
         write_adapter(model, index, folder / formats.expert_folder(expert_name(index)))
-    save_file({formats.GATE: _cpu(model.router.gate.weight)}, folder / formats.ROUTER, metadata={"format": "pt"})
+    _write_tensors(folder / formats.ROUTER, {formats.GATE: model.router.gate.weight})
     skills.save(folder / formats.SKILLS)
     if probe is not None:
         tensors, facts = probe
-        save_file(tensors, folder / formats.PROBE, metadata={"probe": json.dumps(facts, sort_keys=True)})
+        _write_tensors(folder / formats.PROBE, tensors, {"probe": json.dumps(facts, sort_keys=True)})
     _write_json(folder / formats.CONFIG, describe(model, step=step, has_probe=probe is not None))
 
 
 def write_adapter(model: DyLoRAMoE, index: int, folder: Path) -> None:
     """One expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True)
-    tensors = {name: _cpu(tensor) for name, tensor in model.expert_tensors(index).items()}
-    save_file(tensors, folder / formats.ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    _write_tensors(folder / formats.ADAPTER_WEIGHTS, model.expert_tensors(index))
     _write_json(folder / formats.ADAPTER_CONFIG, model.expert_configs[index].to_dict() | {"inference_mode": True})
 
 
@@ -183,8 +183,10 @@ def dtype_name(model: DyLoRAMoE) -> str:
     return str(weight.dtype).removeprefix("torch.")
 
 
-def _cpu(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu").contiguous()
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """One key of metadata at most: safetensors writes them in an order that changes from run to run."""
+    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata=metadata or {"format": "pt"})
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -206,12 +208,18 @@ def make_probe(model: DyLoRAMoE) -> tuple[dict[str, torch.Tensor], dict[str, str
     input_ids = (torch.arange(PROBE_TOKENS).unsqueeze(0) * 7919 + 13) % size
     vocabulary = torch.arange(PROBE_ENTRIES) * size // PROBE_ENTRIES
     routed, experts = _probe_logits(model, input_ids, vocabulary)
-    facts = {
+    tensors = {"input_ids": input_ids, "vocabulary": vocabulary, "routed": routed, "experts": experts}
+    return tensors, probe_facts(model)
+
+
+def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
+    """Where these are equal, so must the logits be to the bit; with another machine or device they round differently."""
+    return {
         "dtype": dtype_name(model),
         "device_type": model.device.type,
         "base_weights": bases.weights_fingerprint(model.base),
+        "machine": machine.arithmetic(model.device),
     }
-    return {"input_ids": input_ids, "vocabulary": vocabulary, "routed": routed, "experts": experts}, facts
 
 
 def _probe_logits(model: DyLoRAMoE, input_ids: torch.Tensor, vocabulary: torch.Tensor) -> tuple:
@@ -276,12 +284,25 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
             raise UsageError(f"{folder}/{formats.CONFIG} names no base model; pass base=")
         options.setdefault("dtype", config["base_model"]["dtype"])
         base = _load_base(name, revision=revision, **options)
-    _check_architecture(folder, config, base)
-    adapters = [_adapter_config(folder, expert["name"]) for expert in config["experts"]]
-    model = DyLoRAMoE(base, adapters, router=_router_config(config), label_smoothing=smoothing)
+    model = _build(folder, config, base, smoothing)
     model.base_revision = revision
     _copy_tensors(folder, config, model)
     return model
+
+
+def build(folder: str | Path, base: PreTrainedModel) -> DyLoRAMoE:
+    """A fresh mixture of a checkpoint's shape, into which nothing was read yet.
+
+    Raises:
+        CheckpointError: with every problem, before anything is built.
+    """
+    return _build(Path(folder), sound_config(folder), base)
+
+
+def _build(folder: Path, config: dict, base: PreTrainedModel, label_smoothing: float = 0.0) -> DyLoRAMoE:
+    _check_architecture(folder, config, base)
+    adapters = [_adapter_config(folder, expert["name"]) for expert in config["experts"]]
+    return DyLoRAMoE(base, adapters, router=_router_config(config), label_smoothing=label_smoothing)
 
 
 def load_into(folder: str | Path, model: DyLoRAMoE) -> SkillLibrary:
@@ -296,6 +317,28 @@ def load_into(folder: str | Path, model: DyLoRAMoE) -> SkillLibrary:
     _check_same_mixture(folder, config, model)
     _copy_tensors(folder, config, model)
     return read_skills(folder)
+
+
+def stock_peft_logits(folder: str | Path, experts: int, base: PreTrainedModel, input_ids: torch.Tensor) -> Iterator:
+    """What stock PEFT computes with each expert as a LoRA of its own: logits (T, vocabulary) of input_ids (1, T).
+
+    Args:
+        base: a base model without adapters; PEFT wraps its layers.
+    """
+    folder = Path(folder)
+    model = None
+    for index in range(experts):
+        name = expert_name(index)
+        path = folder / _adapter_folder(folder, name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
+            if model is None:
+                model = PeftModel.from_pretrained(base, path, adapter_name=name, low_cpu_mem_usage=True).eval()
+            else:
+                model.load_adapter(path, name, low_cpu_mem_usage=True)
+        model.set_adapter(name)
+        with torch.no_grad():
+            yield model(input_ids=input_ids, use_cache=False).logits[0]
 
 
 def sound_config(folder: str | Path) -> dict:
@@ -324,10 +367,14 @@ def _router_config(config: dict) -> RouterConfig:
     return RouterConfig(router["temperature"], router["top_k"], router["balance_coefficient"])
 
 
+def _adapter_folder(folder: Path, name: str) -> str:
+    files = {path.relative_to(folder).as_posix() for path in (folder / formats.ADAPTERS / name).rglob("*")}
+    return verify.adapter_folder(files, name)
+
+
 def _adapter_config(folder: Path, name: str) -> MoELoraConfig:
     """The MoELoraConfig of an expert's adapter_config.json."""
-    files = {path.relative_to(folder).as_posix() for path in (folder / formats.ADAPTERS).rglob("*")}
-    path = folder / verify.adapter_folder(files, name) / formats.ADAPTER_CONFIG
+    path = folder / _adapter_folder(folder, name) / formats.ADAPTER_CONFIG
     found = read_json(path)
     known = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "bias", "use_dora"}
     try:
@@ -364,11 +411,10 @@ def _check_same_mixture(folder: Path, config: dict, model: DyLoRAMoE) -> None:
 
 def _copy_tensors(folder: Path, config: dict, model: DyLoRAMoE) -> None:
     """Read and compare everything, then copy."""
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     problems: list[str] = []
     for index in range(model.num_experts):
-        name = f"{verify.adapter_folder(files, expert_name(index))}/{formats.ADAPTER_WEIGHTS}"
+        name = f"{_adapter_folder(folder, expert_name(index))}/{formats.ADAPTER_WEIGHTS}"
         _match(name, load_file(folder / name), model.expert_tensors(index), pairs, problems)
     _match(formats.ROUTER, load_file(folder / formats.ROUTER), dict(model.router.named_parameters()), pairs, problems)
     if problems:

@@ -337,10 +337,10 @@ def _named_like_checkpoints(run_dir: Path) -> dict[int, Path]:
     with explained("list", run_dir):
         try:
             with os.scandir(run_dir) as entries:
-                named = [(_CHECKPOINT.fullmatch(entry.name), entry) for entry in entries]
-                return {int(m[1]): run_dir / m[0] for m, entry in named if m and entry.is_dir(follow_symlinks=False)}
+                names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         except FileNotFoundError:
             return {}
+    return {int(match[1]): run_dir / name for name in names if (match := _CHECKPOINT.fullmatch(name))}
 
 
 def _first_reason(folder: Path) -> str | None:

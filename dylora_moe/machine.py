@@ -13,7 +13,6 @@ from dylora_moe.errors import UsageError
 
 PROC_SELF = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
-NO_LIMIT = 1 << 60  # version 1 of cgroups writes "no limit" as a number near 2**63
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
@@ -139,7 +138,8 @@ def _rooms(root: Path, path: str, limit_file: str, used_file: str, reclaimable: 
     rooms = []
     for folder in folders:
         limit, used = _number(folder / limit_file), _number(folder / used_file)
-        if limit is not None and used is not None and limit < NO_LIMIT:
+        # Version 1 writes "no limit" as a number near 2**63: far more than the machine has, so it decides nothing.
+        if limit is not None and used is not None:
             rooms.append(limit - used + _stat(folder / "memory.stat", reclaimable))
     return rooms
 
@@ -187,3 +187,19 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def arithmetic(device) -> str:
+    """What rounding depends on: two processes with the same text compute the same bits for the same input.
+
+    Processor, torch's version and vector instructions, number of threads; for another device its name too.
+    """
+    import torch
+
+    parts = [_cpu_name(), f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability()]
+    parts.append(f"{torch.get_num_threads()} threads")
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    elif device.type != "cpu":
+        parts.append(str(device.type))
+    return ", ".join(parts)

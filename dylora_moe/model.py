@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -10,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 
@@ -203,6 +205,10 @@ class DyLoRAMoE(nn.Module):
                 tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name].weight
         return tensors
 
+    def fresh_base(self) -> PreTrainedModel:
+        """As the function of that name, of this mixture's base."""
+        return fresh_base(self.base)
+
     # ---- the experts ----
 
     def add_expert(self, config: MoELoraConfig | None = None) -> int:
@@ -352,45 +358,11 @@ class DyLoRAMoE(nn.Module):
         self._mature.append(False)
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
-        """A copy of the config whose targets are module names, with what lies outside the decoder layers left out."""
-        linear = linear_layers(base)
-        inside = {name for layer in decoder_layers(base) for name in _names_of(base, layer) if name in linear}
-        wanted = config.target_modules
-        leaf = {name.rsplit(".", 1)[-1] for name in inside}
-        if wanted is None:
-            wanted = set(ATTENTION_TARGETS) if leaf.issuperset(ATTENTION_TARGETS) else leaf
-        elif wanted == ALL_LINEAR:
-            wanted = leaf
-        elif isinstance(wanted, str):
-            matched = {name for name in linear if re.fullmatch(wanted, name)}
-            if not matched:
-                raise UsageError(f"no linear layer matches the target {wanted!r}; there are {', '.join(sorted(leaf))}")
-            wanted = {name for name in matched if name in inside}
-        unknown = sorted(t for t in wanted if not any(_matches(name, t) for name in linear))
-        if unknown:
-            raise UsageError(
-                f"no linear layer of {type(base).__name__} is named {', '.join(unknown)}; "
-                f"the decoder layers have {', '.join(sorted(leaf))}"
-            )
-        outside = sorted(n for n in linear if n not in inside and any(_matches(n, t) for t in wanted))
-        wanted = {t for t in wanted if any(_matches(name, t) for name in inside)}
-        if outside:
-            note = f"left out of the targets, since outside the decoder layers: {', '.join(outside[:10])}"
-            if note not in self.notes:
-                self.notes.append(note)
-        if not wanted:
-            raise UsageError(
-                f"all targets lie outside the decoder layers ({', '.join(outside[:10])}); "
-                f"the decoder layers have {', '.join(sorted(leaf))}"
-            )
-        still_outside = [name for name in outside if any(_matches(name, t) for t in wanted)]
-        return replace_config(
-            config,
-            target_modules=sorted(wanted),
-            exclude_modules=still_outside or None,
-            fan_in_fan_out=any(isinstance(linear[n], Conv1D) for n in inside if any(_matches(n, t) for t in wanted)),
-            base_model_name_or_path=base.config._name_or_path or None,
-        )
+        config, outside = resolve_targets(base, config)
+        note = f"left out of the targets, since outside the decoder layers: {', '.join(outside[:10])}"
+        if outside and note not in self.notes:
+            self.notes.append(note)
+        return config
 
     def _expert_device(self) -> torch.device:
         return next(p.device for name, p in self.base.named_parameters() if "lora_" in name)
@@ -562,6 +534,68 @@ def _bare_base(model: DyLoRAMoE) -> Iterator[DyLoRAMoE]:
     finally:
         for layer, disabled in layers:
             layer._disable_adapters = disabled
+
+
+def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
+    """A base model of its own module tree, without experts, whose tensors are those of `base` (shared, not copied)."""
+    with init_empty_weights(include_buffers=False):
+        fresh = type(base)(copy.deepcopy(base.config))
+    donor = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
+    donor = {name.replace(".base_layer.", "."): tensor for name, tensor in donor.items() if "lora_" not in name}
+    for path, module in fresh.named_modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    tensors[name] = donor[f"{path}.{name}" if path else name]
+    return fresh.eval()
+
+
+def adapter_parameters(config: PreTrainedConfig, r: int) -> int:
+    """The parameters of one expert of rank r with the default targets; nothing is allocated."""
+    with init_empty_weights(include_buffers=True):
+        base = AutoModelForCausalLM.from_config(config)
+    targets = resolve_targets(base, MoELoraConfig(r=r))[0].target_modules
+    sizes = [m.weight.shape for n, m in linear_layers(base).items() if any(_matches(n, t) for t in targets)]
+    return sum(r * (rows + columns) for rows, columns in sizes)
+
+
+def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELoraConfig, list[str]]:
+    """A copy of the config whose targets are names of linear layers inside the decoder layers.
+
+    Returns:
+        The config, and the layers outside that the targets matched and that were left out.
+
+    Raises:
+        UsageError: for targets that are not there.
+    """
+    linear = linear_layers(base)
+    inside = {name for layer in decoder_layers(base) for name in _names_of(base, layer) if name in linear}
+    leaf = {name.rsplit(".", 1)[-1] for name in inside}
+    known = f"the decoder layers have {', '.join(sorted(leaf))}"
+    wanted = config.target_modules
+    if wanted is None:
+        wanted = set(ATTENTION_TARGETS) if leaf.issuperset(ATTENTION_TARGETS) else leaf
+    elif wanted == ALL_LINEAR:
+        wanted = leaf
+    elif isinstance(wanted, str):
+        wanted = {name for name in linear if re.fullmatch(wanted, name)} or {wanted}
+    unknown = sorted(t for t in wanted if not any(_matches(name, t) for name in linear))
+    if unknown:
+        raise UsageError(f"no linear layer of {type(base).__name__} is named {', '.join(unknown)}; {known}")
+    matched = {name for name in linear if any(_matches(name, target) for target in wanted)}
+    outside = sorted(matched - inside)
+    targets = {target for target in wanted if any(_matches(name, target) for name in inside)}
+    if not targets:
+        raise UsageError(f"all targets lie outside the decoder layers ({', '.join(outside[:10])}); {known}")
+    excluded = [name for name in outside if any(_matches(name, target) for target in targets)]
+    resolved = replace_config(
+        config,
+        target_modules=sorted(targets),
+        exclude_modules=excluded or None,
+        fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in matched & inside),
+        base_model_name_or_path=base.config._name_or_path or None,
+    )
+    return resolved, outside
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:

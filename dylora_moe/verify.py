@@ -83,13 +83,12 @@ def inspect(folder: str | Path) -> Contents:
     return contents
 
 
-def merged_model_problems(folder: str | Path) -> list[str]:
-    """The files of a merged model, at any depth."""
+def inspect_config(folder: str | Path) -> dict:
+    """The config of a checkpoint where all that others rely on is there and right, otherwise an empty dict."""
     contents = Contents(Path(folder))
     _walk(contents)
-    contents.problems.clear()
-    _check_pollution(contents)
-    return contents.problems
+    return _check_config(contents)
+
 
 
 # ---- files ----
@@ -128,7 +127,7 @@ def _walk(contents: Contents) -> None:
 def _check_pollution(contents: Contents) -> None:
     for name in contents.files:
         if formats.is_merged_model(PurePosixPath(name).name):
-            contents.problems.append(f"Found merged model file: {name}; a checkpoint holds no base weights; delete it")
+            contents.problems.append(f"Found merged model file: {name}")
 
 
 def _check_file_set(contents: Contents) -> None:

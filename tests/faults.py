@@ -151,9 +151,9 @@ class _Shim:
         if self.over:
             return False
         if isinstance(where, int):
-            where = self.names.get(where, where)
+            where = self.names.get(where, str(where))
         with self.guard:
-            self.say(f"{name} {os.fsdecode(where) if isinstance(where, str | bytes | os.PathLike) else where}", now=False)
+            self.say(f"{name} {os.fsdecode(where)}", now=False)
             self.count += name in self.applies
             if name not in self.applies or self.count != self.k:
                 return False

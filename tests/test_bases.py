@@ -231,6 +231,7 @@ def test_folder_gives_its_own_weights_silently(tiny, capfd):
 
 
 def test_silence_is_lifted_afterwards(tiny):
+    transformers.logging.set_verbosity_warning()
     before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
     bases.load_base(*bases.find_base(tiny))
     assert (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()) == before

@@ -44,7 +44,7 @@ from .faults import run_with_fault
 ROOT = Path(__file__).parents[1]
 NESTED = "peft_adapters/expert_0/expert_0"
 FILES = ["config.json", f"{NESTED}/adapter_config.json", f"{NESTED}/adapter_model.safetensors", "router.safetensors"]
-STRANGERS = ["checkpoint-10.tmp", "checkpoint-best", "old-checkpoint-30", "checkpoint-007", "checkpoint-٣", ".staging"]
+STRANGERS = ["checkpoint-10.tmp", "checkpoint-best", "old-checkpoint-30", "checkpoint-007", "checkpoint-٣", "elsewhere"]
 LEFTOVERS = [".dylora-staging-1-0000000a", ".dylora-trash-1-0000000b"]
 
 
@@ -371,24 +371,22 @@ SCENARIOS = {
     "over a half-saved one": ([10], 20, 1, []),
     "the same step again": ([10, 20], 20, 1, []),
 }
-
-
-def strangers_in(run: Path) -> dict[str, object]:
-    names = [*STRANGERS, "checkpoint-7", "checkpoint-8", "checkpoint-999", "elsewhere"]
-    return {name: (os.lstat(run / name).st_mode, tree(run / name)) for name in names if os.path.lexists(run / name)}
-
+# How many operations of the first save a mode must reach, so that the faults are known to be placed.
 AT_LEAST = {"kill": 60, "half-kill": 6, "EIO": 90, "ENOSPC": 40, "half-ENOSPC": 6}
 
 
+def strangers_in(run: Path) -> dict[str, object]:
+    names = [*STRANGERS, "checkpoint-7", "checkpoint-8", "checkpoint-999"]
+    return {name: (os.lstat(run / name).st_mode, tree(run / name)) for name in names if os.path.lexists(run / name)}
+
+
 def add_strangers(run: Path) -> None:
-    """What bears a similar name is never chosen and never deleted."""
+    """What bears a similar name is never chosen and never deleted, be it as sound as a checkpoint."""
     for name in STRANGERS:
         (run / name).mkdir()
-        (run / name / "some.bin").write_text(name)
+        (run / name / "router.safetensors").write_text(name)
+        commit._seal(run / name, {})
     (run / "checkpoint-7").write_text("a file")
-    (run / "elsewhere").mkdir()
-    (run / "elsewhere/router.safetensors").write_text("sound")
-    commit._seal(run / "elsewhere", {})
     (run / "checkpoint-8").symlink_to("elsewhere")
     (run / "checkpoint-999").symlink_to("nowhere")
 
@@ -444,7 +442,7 @@ def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
     template = memory / f"{scenario}, {mode}"
     prepare(template, scenario)
     strangers = strangers_in(template)
-    assert len(strangers) == len(STRANGERS) + 4
+    assert len(strangers) == len(STRANGERS) + 3
     _, step, limit, keep = SCENARIOS[scenario]
     for k in itertools.count(1):
         run = memory / str(k)

@@ -1,0 +1,20 @@
+"""Saves a checkpoint as training does, loads it into a fresh instance and compares the logits.
+
+    python test_checkpoint_save_load.py
+    python test_checkpoint_save_load.py --model google/codegemma-2b --experts 4 --keep_checkpoint
+    python test_checkpoint_save_load.py --checkpoint runs/demo/checkpoint-60
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dylora_moe import validation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return validation.main(validation.FULL, __doc__, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
