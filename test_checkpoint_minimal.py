@@ -1,9 +1,9 @@
 """Saves a checkpoint as training does and checks its structure and size, without loading it again.
 
-    python test_checkpoint_minimal.py
-    python test_checkpoint_minimal.py --experts 4
-    python test_checkpoint_minimal.py --keep-checkpoint
-    python test_checkpoint_minimal.py --checkpoint runs/demo/checkpoint-60
+python test_checkpoint_minimal.py
+python test_checkpoint_minimal.py --experts 4
+python test_checkpoint_minimal.py --keep-checkpoint
+python test_checkpoint_minimal.py --checkpoint runs/demo/checkpoint-60
 """
 
 from __future__ import annotations

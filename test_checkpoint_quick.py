@@ -1,7 +1,7 @@
 """Is this environment able to save checkpoints? No model is loaded; takes seconds.
 
-    python test_checkpoint_quick.py
-    python test_checkpoint_quick.py --json result.json
+python test_checkpoint_quick.py
+python test_checkpoint_quick.py --json result.json
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Saves a checkpoint as training does, loads it into a fresh instance and compares the logits.
 
-    python test_checkpoint_save_load.py
-    python test_checkpoint_save_load.py --model google/codegemma-2b --experts 4 --keep_checkpoint
-    python test_checkpoint_save_load.py --checkpoint runs/demo/checkpoint-60
+python test_checkpoint_save_load.py
+python test_checkpoint_save_load.py --model google/codegemma-2b --experts 4 --keep_checkpoint
+python test_checkpoint_save_load.py --checkpoint runs/demo/checkpoint-60
 """
 
 from __future__ import annotations

@@ -166,7 +166,9 @@ def build_parser() -> cli.Parser:
     training.add_argument("--epochs", type=cli.number(float, above=0), help="(1)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
     training.add_argument("--seed", type=whole(0), default=0, help="(0)")
-    training.add_argument("--early-stopping", type=whole(1), metavar="N", help="stop after N evaluations without a better one")
+    training.add_argument(
+        "--early-stopping", type=whole(1), metavar="N", help="stop after N evaluations without a better one"
+    )
 
     run = parser.add_argument_group("run")
     run.add_argument("--output-dir", help="the run folder (runs/demo with --demo)")
@@ -175,7 +177,9 @@ def build_parser() -> cli.Parser:
     run.add_argument("--save-steps", type=whole(0), default=100, help="0: at the end only (100)")
     run.add_argument("--save-total-limit", type=whole(1), help="keep that many checkpoints, and the best")
     run.add_argument("--resume", nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or from DIR")
-    run.add_argument("--resume-weights-only", action="store_true", help="with fresh optimizer, data order and step count")
+    run.add_argument(
+        "--resume-weights-only", action="store_true", help="with fresh optimizer, data order and step count"
+    )
     run.add_argument("--accept-changes", action="store_true", help="resume although settings differ")
     run.add_argument("--report-to", choices=REPORTS, default="none", help="(none)")
     run.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags win")
@@ -243,7 +247,11 @@ def _config_defaults(parser: cli.Parser, path: str) -> dict:
         if action is None:
             raise UsageError(f"--config {path}: there is no setting {name!r}; see train.py --help")
         flag = action.option_strings[0]
-        words = [flag] if value is True and action.nargs == 0 else [flag, *map(str, value if isinstance(value, list) else [value])]
+        words = (
+            [flag]
+            if value is True and action.nargs == 0
+            else [flag, *map(str, value if isinstance(value, list) else [value])]
+        )
         if value is None or value is False:
             continue
         if action.dest == "data" and isinstance(value, list):
@@ -288,8 +296,14 @@ def choose_checkpoint(args) -> tuple[Path | None, list[str]]:
         return None, [f"no checkpoint in {run_dir} yet: starting from the beginning"]
     chosen = Path(args.resume)
     if not chosen.is_dir():
-        raise UsageError(f"--resume {chosen}: there is no such folder; --resume alone takes the newest checkpoint of the run")
-    newer = [c for c in complete if c.path.resolve() != chosen.resolve() and _step(chosen) is not None and c.step > _step(chosen)]
+        raise UsageError(
+            f"--resume {chosen}: there is no such folder; --resume alone takes the newest checkpoint of the run"
+        )
+    newer = [
+        c
+        for c in complete
+        if c.path.resolve() != chosen.resolve() and _step(chosen) is not None and c.step > _step(chosen)
+    ]
     if newer and chosen.resolve().parent == run_dir.resolve():
         raise UsageError(
             f"--resume {chosen}: {run_dir} holds newer checkpoints ({', '.join(c.path.name for c in newer)}), which this run "
@@ -491,7 +505,10 @@ def report(args, trainer, stop, say: Callable) -> int:
         say(f"stopped by {stop.received.name} at step {trainer.state.global_step}; saved {newest.path}")
         say(f"go on with: python train.py {resume_command(args)}")
         return cli.INTERRUPTED if stop.received.name == "SIGINT" else cli.TERMINATED
-    metrics = next((m for m in reversed(trainer.state.log_history) if "eval_loss" in m and m["step"] == trainer.state.global_step), None)
+    metrics = next(
+        (m for m in reversed(trainer.state.log_history) if "eval_loss" in m and m["step"] == trainer.state.global_step),
+        None,
+    )
     metrics = metrics or trainer.evaluate()
     say("")
     for line in final_table(trainer, metrics):

@@ -333,9 +333,9 @@ def stock_peft_logits(folder: str | Path, experts: int, base: PreTrainedModel, i
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
             if model is None:
-                model = PeftModel.from_pretrained(base, path, adapter_name=name, low_cpu_mem_usage=True).eval()
+                model = PeftModel.from_pretrained(base, path, adapter_name=name).eval()
             else:
-                model.load_adapter(path, name, low_cpu_mem_usage=True)
+                model.load_adapter(path, name)
         model.set_adapter(name)
         with torch.no_grad():
             yield model(input_ids=input_ids, use_cache=False).logits[0]
@@ -404,9 +404,13 @@ def _check_same_mixture(folder: Path, config: dict, model: DyLoRAMoE) -> None:
     for there, mine in zip(config["experts"], here["experts"], strict=False):
         for key in ("r", "lora_alpha", "use_rslora", "target_modules", "tensors", "parameters"):
             if there[key] != mine[key]:
-                problems.append(f"{formats.CONFIG}: {mine['name']} has {key} {there[key]}, in the model it is {mine[key]}")
+                problems.append(
+                    f"{formats.CONFIG}: {mine['name']} has {key} {there[key]}, in the model it is {mine[key]}"
+                )
     if problems:
-        raise CheckpointError(folder, [f"{p}; build the model as the checkpoint was, or start another run" for p in problems])
+        raise CheckpointError(
+            folder, [f"{p}; build the model as the checkpoint was, or start another run" for p in problems]
+        )
 
 
 def _copy_tensors(folder: Path, config: dict, model: DyLoRAMoE) -> None:

@@ -74,7 +74,9 @@ def check_peft() -> CheckResult:
         result.problems.append("a plain LoraConfig builds routed layers: this check could not fail")
     saved = config.to_dict()
     if getattr(saved["peft_type"], "value", saved["peft_type"]) != "LORA":
-        result.problems.append(f"a MoELoraConfig is saved as {saved['peft_type']}, expected LORA, as other PEFT users read it")
+        result.problems.append(
+            f"a MoELoraConfig is saved as {saved['peft_type']}, expected LORA, as other PEFT users read it"
+        )
     result.notes.append("MoELoraConfig builds routed layers; a plain LoraConfig does not")
     return result
 
@@ -112,7 +114,13 @@ def check_quick_structure(save: Callable) -> CheckResult:
     from .model import DyLoRAMoE, seeded
 
     result = CheckResult("structure")
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "vocab_size": 64,
+    }
     with Scratch() as folder, seeded(0):
         model = DyLoRAMoE(LlamaForCausalLM(LlamaConfig(**sizes)), 2, lora=MoELoraConfig(r=2))
         fill_experts(model, seed=0)
@@ -193,7 +201,9 @@ def check_save(model: DyLoRAMoE, target: Path, save: Callable[[DyLoRAMoE, Path],
         result.problems.append(f"{target}: nothing was published by on_save")
         return result
     if _fingerprint(model) != before:
-        result.problems.append("saving changed the model: mode, requires_grad, active experts or random state are not as found")
+        result.problems.append(
+            "saving changed the model: mode, requires_grad, active experts or random state are not as found"
+        )
     compared = 0
     for index in range(model.num_experts):
         name = f"{formats.expert_folder(f'expert_{index}')}/{formats.ADAPTER_WEIGHTS}"
@@ -201,7 +211,9 @@ def check_save(model: DyLoRAMoE, target: Path, save: Callable[[DyLoRAMoE, Path],
     compared += _compare_file(target, formats.ROUTER, dict(model.router.named_parameters()), result)
     result.measures["tensors_compared"] = compared
     counts = model.parameter_counts()
-    result.notes.append(f"{model.num_experts} experts, {counts['experts']:,} parameters, and a router of {counts['router']:,}")
+    result.notes.append(
+        f"{model.num_experts} experts, {counts['experts']:,} parameters, and a router of {counts['router']:,}"
+    )
     result.notes.append(f"{compared} tensors on disk equal those in memory")
     return result
 
@@ -294,7 +306,9 @@ def fixed_input(model: DyLoRAMoE) -> torch.Tensor:
     import torch
 
     embedding = model.base.get_input_embeddings()
-    return ((torch.arange(INPUT_TOKENS) * 6151 + 29) % embedding.num_embeddings).unsqueeze(0).to(embedding.weight.device)
+    return (
+        ((torch.arange(INPUT_TOKENS) * 6151 + 29) % embedding.num_embeddings).unsqueeze(0).to(embedding.weight.device)
+    )
 
 
 def logits(model: DyLoRAMoE, expert: int | None = None) -> torch.Tensor:
@@ -367,10 +381,14 @@ def _compare_saved(result: CheckResult, saved: DyLoRAMoE, routed: torch.Tensor, 
     per_expert = [_difference(logits(saved, i), here) for i, here in enumerate(alone)]
     result.measures["max_abs_diff"] = difference
     result.measures["max_abs_diff_per_expert"] = per_expert
-    result.notes.append(f"after loading: routed {difference:.3g}, experts alone {max(per_expert):.3g} (tolerance {TOLERANCE:g})")
+    result.notes.append(
+        f"after loading: routed {difference:.3g}, experts alone {max(per_expert):.3g} (tolerance {TOLERANCE:g})"
+    )
     for name, value in [("routed", difference), *((f"expert_{i}", d) for i, d in enumerate(per_expert))]:
         if not value <= TOLERANCE:
-            result.problems.append(f"{name}: logits differ by {value:.3g} after loading, expected at most {TOLERANCE:g}")
+            result.problems.append(
+                f"{name}: logits differ by {value:.3g} after loading, expected at most {TOLERANCE:g}"
+            )
 
 
 def _compare_probe(result: CheckResult, model: DyLoRAMoE, folder: Path, weights: str) -> None:
@@ -480,5 +498,7 @@ def existing_checkpoint(path: Path) -> Path:
     if not (path / formats.CONFIG).exists() and not (path / formats.MANIFEST).exists():
         inside = commit.checkpoints(path)
         if inside:
-            raise UsageError(f"--checkpoint {path} is a run folder; its newest checkpoint is {inside[-1].path}: name that one")
+            raise UsageError(
+                f"--checkpoint {path} is a run folder; its newest checkpoint is {inside[-1].path}: name that one"
+            )
     return path

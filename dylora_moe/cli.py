@@ -40,7 +40,9 @@ def _dashed(argument: str) -> str:
     return flag.replace("_", "-") + equals + value
 
 
-def number(kind: type, least: float | None = None, most: float | None = None, *, above: float | None = None) -> Callable:
+def number(
+    kind: type, least: float | None = None, most: float | None = None, *, above: float | None = None
+) -> Callable:
     """An argparse type: an int or a finite float in a range, named in the error."""
     wanted = "a whole number" if kind is int else "a number"
     if above is not None:
@@ -88,7 +90,10 @@ def explain(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return CANNOT_RUN, "not enough memory; use a smaller model, or --weights none with test_checkpoint_minimal.py"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return CANNOT_RUN, f"no space left on the disk for {error.filename or 'the output'}; free some, or use another folder"
+        return (
+            CANNOT_RUN,
+            f"no space left on the disk for {error.filename or 'the output'}; free some, or use another folder",
+        )
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CANNOT_RUN, f"{error.filename or 'a file'} cannot be written ({error.strerror}); use another folder"
     return CANNOT_RUN, None
@@ -99,7 +104,9 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             encoding = (stream.encoding or "").lower().replace("-", "")
-            stream.reconfigure(encoding="utf-8" if encoding in ("ascii", "ansi_x3.41968", "latin1") else None, errors="replace")
+            stream.reconfigure(
+                encoding="utf-8" if encoding in ("ascii", "ansi_x3.41968", "latin1") else None, errors="replace"
+            )
 
 
 def in_github_actions() -> bool:

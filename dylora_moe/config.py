@@ -94,7 +94,9 @@ class RouterConfig:
     def __post_init__(self):
         if not _is_number(self.temperature) or self.temperature <= 0:
             raise UsageError(f"router temperature must be a positive number, got {self.temperature!r}")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1):
+        if self.top_k is not None and (
+            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
+        ):
             raise UsageError(f"router top_k must be a whole number of at least 1, got {self.top_k!r}")
         if not _is_number(self.balance_coefficient) or self.balance_coefficient < 0:
             raise UsageError(f"balance coefficient must be at least 0, got {self.balance_coefficient!r}")

@@ -281,7 +281,7 @@ class DyLoRAMoE(nn.Module):
 
     @property
     def expert_states(self) -> list[str]:
-        """"new" (never trained: B is zero), "immature" (trained, its run not finished) or "mature", per expert."""
+        """ "new" (never trained: B is zero), "immature" (trained, its run not finished) or "mature", per expert."""
         new = self._new_experts()
         return [NEW if i in new else MATURE if mature else IMMATURE for i, mature in enumerate(self._mature)]
 
@@ -491,7 +491,7 @@ class DyLoRAMoE(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        return self.base.is_gradient_checkpointing
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

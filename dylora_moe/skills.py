@@ -57,7 +57,9 @@ class SkillLibrary:
         """
         raw = name.encode("utf-8")
         if not 1 <= len(raw) <= NAME_BYTES or "\0" in name:
-            raise UsageError(f"a skill's name has 1 to {NAME_BYTES} bytes in UTF-8 and no NUL, got {name!r} ({len(raw)})")
+            raise UsageError(
+                f"a skill's name has 1 to {NAME_BYTES} bytes in UTF-8 and no NUL, got {name!r} ({len(raw)})"
+            )
         if expert is not None and expert < 0:
             raise UsageError(f"a skill's expert is an index from 0, got {expert}")
         embedding = embedding.detach().to("cpu", torch.float32)
@@ -122,7 +124,9 @@ class SkillLibrary:
             library.embeddings = embeddings.clone()  # as they were: normalising again may change a bit
             return library
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise CheckpointError(path, [f"is not a skill library: {error}; save it again with SkillLibrary.save"]) from None
+            raise CheckpointError(
+                path, [f"is not a skill library: {error}; save it again with SkillLibrary.save"]
+            ) from None
 
 
 class NoveltyDetector:

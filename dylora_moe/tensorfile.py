@@ -91,7 +91,9 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
             raise FileProblem(f"has {size} bytes, too few for a safetensors file; it is empty or cut off")
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
-            raise FileProblem(f"says that its header has {length} bytes, but the file has {size}; it is not safetensors")
+            raise FileProblem(
+                f"says that its header has {length} bytes, but the file has {size}; it is not safetensors"
+            )
         header = parse_json(file.read(length))
     if not isinstance(header, dict):
         raise FileProblem("has a header that is not a JSON object")
@@ -118,7 +120,9 @@ def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
     if not _naturals(shape, most=16) or not _naturals(offsets, most=2) or len(offsets) != 2:
         raise FileProblem(f"tensor {name[:200]} has a shape or offsets that are not lists of whole numbers")
     if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
-        raise FileProblem(f"tensor {name[:200]} of shape {tuple(shape)} does not fit its {offsets[1] - offsets[0]} bytes")
+        raise FileProblem(
+            f"tensor {name[:200]} of shape {tuple(shape)} does not fit its {offsets[1] - offsets[0]} bytes"
+        )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 

@@ -133,7 +133,9 @@ def read_tensors(folder: Path, name: str) -> dict:
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises what pickle, zipfile and itself do
         reason = str(error).splitlines()[0][:160] if str(error) else ""
-        raise CheckpointError(folder, [f"{name}: cannot be read as tensors only ({type(error).__name__}: {reason})"]) from None
+        raise CheckpointError(
+            folder, [f"{name}: cannot be read as tensors only ({type(error).__name__}: {reason})"]
+        ) from None
 
 
 def load_rng(folder: Path) -> None:
@@ -154,7 +156,9 @@ def load_rng(folder: Path) -> None:
     try:
         set_rng_state(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(folder, [f"{_rng_name(rank, size)}: is not a state of the generators ({error})"]) from None
+        raise CheckpointError(
+            folder, [f"{_rng_name(rank, size)}: is not a state of the generators ({error})"]
+        ) from None
 
 
 def load_scheduler(folder: Path, scheduler) -> None:
@@ -177,14 +181,18 @@ def load_optimizer(folder: Path, optimizer) -> None:
         moments = saved["state"]
         groups = saved["param_groups"]
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(folder, [f"{where}: is not the state of an optimizer with named parameters ({error})"]) from None
+        raise CheckpointError(
+            folder, [f"{where}: is not the state of an optimizer with named parameters ({error})"]
+        ) from None
     here = {
         name: parameter
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
     problems = [f"{where}: has no moments for {name}" for name in sorted(set(here) - set(there))]
-    problems += [f"{where}: has moments for {name}, which is not trained here" for name in sorted(set(there) - set(here))]
+    problems += [
+        f"{where}: has moments for {name}, which is not trained here" for name in sorted(set(there) - set(here))
+    ]
     if len(groups) != len(optimizer.param_groups):
         problems.append(f"{where}: has {len(groups)} parameter groups, the optimizer has {len(optimizer.param_groups)}")
     for name in sorted(set(here) & set(there)):
@@ -211,5 +219,3 @@ def differences(there: dict, here: dict) -> list[str]:
     """The settings of two runs that differ."""
     names = sorted(set(there) | set(here))
     return [f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in names if there.get(n) != here.get(n)]
-
-

@@ -81,14 +81,18 @@ def build_parser(script: Script, description: str) -> cli.Parser:
     parser.add_argument("--lora-r", type=cli.number(int, 1), help="rank of each expert (16)")
     parser.add_argument("--lora-alpha", type=cli.number(float, above=0), help="scales by alpha / r (32)")
     parser.add_argument("--hf-token", help="for gated models; default HF_TOKEN or the login")
-    parser.add_argument("--weights", choices=("auto", "pretrained", "random", "none"), default="auto", help=default_weights)
+    parser.add_argument(
+        "--weights", choices=("auto", "pretrained", "random", "none"), default="auto", help=default_weights
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument("--dtype", help="of the base: float32, bfloat16 or float16 (default: the config's)")
     parser.add_argument("--output-dir", metavar="DIR", help="write DIR/checkpoint and keep it")
     parser.add_argument("--max-size-mb", type=cli.number(float, above=0), default=500, help="limit of the size (500)")
     parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of what is random (0)")
     parser.add_argument("--keep-checkpoint", action="store_true", help="do not remove the checkpoint at the end")
-    parser.add_argument("--checkpoint", metavar="DIR", help="validate this checkpoint instead of saving one; it is not changed")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="validate this checkpoint instead of saving one; it is not changed"
+    )
     return parser
 
 
@@ -160,7 +164,11 @@ def _run_quick(script: Script, args, report: Report, printer: Printer) -> None:
     from . import checks
 
     save = checks.save_with(PeftCheckpointCallback)
-    for check, extra in ((checks.check_peft, ()), (checks.check_safetensors, ()), (checks.check_quick_structure, (save,))):
+    for check, extra in (
+        (checks.check_peft, ()),
+        (checks.check_safetensors, ()),
+        (checks.check_quick_structure, (save,)),
+    ):
         try:
             result = timed(check, *extra)
         except UsageError:
@@ -263,10 +271,23 @@ def _reload(script: Script, folder: Path, base, spare, report: Report, printer: 
         _skip(report, printer, script, "the checkpoint was not loaded", only="consistency")
         return
     consistency = checks.check_consistency
-    _step(script, "consistency", report, printer, consistency, loaded[0], folder, saved=saved, weights=report.weights, spare=spare)
+    _step(
+        script,
+        "consistency",
+        report,
+        printer,
+        consistency,
+        loaded[0],
+        folder,
+        saved=saved,
+        weights=report.weights,
+        spare=spare,
+    )
 
 
-def _step(script: Script, name: str, report: Report, printer: Printer, check: Callable, *extra, **options) -> CheckResult:
+def _step(
+    script: Script, name: str, report: Report, printer: Printer, check: Callable, *extra, **options
+) -> CheckResult:
     printer.heading(script.headings[name])
     result = timed(check, *extra, **options)
     result.name = name
@@ -293,7 +314,9 @@ def _find_base(script: Script, args, name: str | None, report: Report, printer: 
     weights = args.weights
     if weights == "auto" and not script.reloads:
         weights = "none"
-    source, weights = bases.find_base(name or bases.DEFAULT_MODEL, weights=weights, token=args.hf_token, revision=revision)
+    source, weights = bases.find_base(
+        name or bases.DEFAULT_MODEL, weights=weights, token=args.hf_token, revision=revision
+    )
     report.model, report.weights = source.name, weights
     if source.note:
         printer(source.note)

@@ -66,7 +66,9 @@ def inspect(folder: str | Path) -> Contents:
     folder = Path(folder)
     if not folder.is_dir():
         found = "a file" if folder.exists() else "nothing"
-        raise UsageError(f"{folder}: expected a checkpoint folder, found {found}; name a folder like RUN/checkpoint-100")
+        raise UsageError(
+            f"{folder}: expected a checkpoint folder, found {found}; name a folder like RUN/checkpoint-100"
+        )
     contents = Contents(folder)
     contents.problems.extend(commit.manifest_problems(folder))
     _walk(contents)
@@ -88,7 +90,6 @@ def inspect_config(folder: str | Path) -> dict:
     contents = Contents(Path(folder))
     _walk(contents)
     return _check_config(contents)
-
 
 
 # ---- files ----
@@ -121,7 +122,9 @@ def _walk(contents: Contents) -> None:
                 contents.files[name] = info
             else:
                 kind = "a symbolic link" if stat.S_ISLNK(info.st_mode) else "not a regular file"
-                contents.report(name, f"is {kind}; a checkpoint holds regular files only; replace it by the file itself")
+                contents.report(
+                    name, f"is {kind}; a checkpoint holds regular files only; replace it by the file itself"
+                )
 
 
 def _check_pollution(contents: Contents) -> None:
@@ -147,7 +150,9 @@ def _check_file_set(contents: Contents) -> None:
         contents.report(name, f"is missing; {SAVE_AGAIN}")
     for name in sorted(set(contents.files) - expected):
         if not formats.is_merged_model(PurePosixPath(name).name):
-            hint = "it is from before manifests; load and save again" if "." in name and _is_legacy(name) else "remove it"
+            hint = (
+                "it is from before manifests; load and save again" if "." in name and _is_legacy(name) else "remove it"
+            )
             contents.report(name, f"does not belong to a checkpoint of {config['num_experts']} experts; {hint}")
 
 
@@ -199,7 +204,9 @@ def _check_config(contents: Contents) -> dict:
                 contents.report(formats.CONFIG, f"{where}: expected {expected}, found {_short(value)}; {SAVE_AGAIN}")
         if isinstance(expert, dict) and expert.get("name") != f"expert_{index}":
             found = _short(expert.get("name"))
-            contents.report(formats.CONFIG, f"experts[{index}].name: expected 'expert_{index}', found {found}; {SAVE_AGAIN}")
+            contents.report(
+                formats.CONFIG, f"experts[{index}].name: expected 'expert_{index}', found {found}; {SAVE_AGAIN}"
+            )
     return config if len(contents.problems) == before else {}
 
 
@@ -348,7 +355,9 @@ def _check_values(contents: Contents, name: str, expert: dict, tensors: dict[str
         return
     for tensor, finite, nonzero in scanned:
         if not finite:
-            contents.report(name, f"tensor {tensor} holds NaN or Inf, expected finite numbers; go back to a checkpoint before")
+            contents.report(
+                name, f"tensor {tensor} holds NaN or Inf, expected finite numbers; go back to a checkpoint before"
+            )
         is_b = tensor.endswith(".lora_B.weight")
         trained = trained or (is_b and nonzero)
         if not is_b and not nonzero:
@@ -357,7 +366,9 @@ def _check_values(contents: Contents, name: str, expert: dict, tensors: dict[str
         text = f"{expert['name']} is {expert['state']}, but every lora_B is zero: it would load without effect"
         contents.report(name, f"{text}; {SAVE_AGAIN}")
     if trained and expert["state"] == "new":
-        contents.report(name, f"{expert['name']} is new, expected every lora_B to be zero, found trained ones; {SAVE_AGAIN}")
+        contents.report(
+            name, f"{expert['name']} is new, expected every lora_B to be zero, found trained ones; {SAVE_AGAIN}"
+        )
 
 
 def _check_router(contents: Contents) -> None:
@@ -427,7 +438,9 @@ def _check_training(contents: Contents) -> None:
     if state is not None:
         step = state.get("global_step") if isinstance(state, dict) else None
         if not _natural(step):
-            contents.report(formats.TRAINER_STATE, f"expected a whole number as global_step, found {_short(step)}; {SAVE_AGAIN}")
+            contents.report(
+                formats.TRAINER_STATE, f"expected a whole number as global_step, found {_short(step)}; {SAVE_AGAIN}"
+            )
         elif contents.config and step != contents.config["step"]:
             text = f"is of step {step}, but {formats.CONFIG} of step {contents.config['step']}: they are of two saves"
             contents.report(formats.TRAINER_STATE, f"{text}; {SAVE_AGAIN}")
