@@ -183,10 +183,11 @@ def test_saved_folder_and_its_train_split(tmp_path):
 
 def test_test_files_of_a_folder_are_not_trained_on(tmp_path):
     write_rows(tmp_path / "train-0.jsonl", texts(40))
-    write_rows(tmp_path / "test.jsonl", [{"text": "SECRET"}] * 9)
+    for name in ("test", "notes"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "SECRET"}] * 9)
     blocks = blocks_of(tmp_path)
     assert not any("SECRET" in text for text, _ in pieces_of(blocks.train))
-    assert blocks.sources[0].skipped_files == 1
+    assert blocks.sources[0].skipped_files == 2
 
 
 def test_folder_of_texts_is_a_document_per_file(tmp_path):
@@ -417,6 +418,12 @@ def test_chat_template_labels_answers_and_their_end_tokens(tmp_path):
     assert found[CHATML_TEXT + "<eos>"] == "Hello<|im_end|>4<|im_end|><eos>"
 
 
+def test_question_without_an_answer_is_left_out(tmp_path):
+    rows = [{"messages": [*row["messages"], {"role": "user", "content": "unanswered"}]} for row in chats()]
+    found, _ = documents_of(tmp_path, rows, chat_tokenizer(eos="<eos>"))
+    assert found[CHATML_TEXT + "<eos>"] == "Hello<|im_end|>4<|im_end|><eos>"
+
+
 def test_sharegpt_is_read_as_messages(tmp_path):
     names = {"user": "human", "assistant": "gpt"}
     rows = [
@@ -514,8 +521,15 @@ def test_blocks_are_full_and_lose_nothing(tmp_path):
     )  # short ones are never cut
 
 
+def test_blocks_are_not_in_the_order_of_packing(tmp_path):
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", texts(60)))
+    first = [row["position_ids"].index(0, 1) for row in blocks.train]  # the first piece's length: the block's longest
+    assert first != sorted(first, reverse=True)
+
+
 def test_no_label_crosses_into_a_document_or_stands_on_padding(tmp_path):
-    for row in blocks_of(write_rows(tmp_path / "a.jsonl", texts(60))).train:
+    rows = [*texts(60), *pairs(9, text="longer than a block, so that its rest is packed with others" * 2)]
+    for row in blocks_of(write_rows(tmp_path / "a.jsonl", rows)).train:
         for i, label, position in zip(row["input_ids"], row["labels"], row["position_ids"], strict=True):
             assert label == (-100 if position == 0 or i == PAD else i)
 
@@ -560,6 +574,15 @@ def largest_difference(model, batch):
             alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits[0]
             worst = max(worst, (packed[row, start:end] - alone).abs().max().item())
     return worst
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small more threads only wait for each other, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
