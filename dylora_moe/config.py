@@ -7,7 +7,7 @@ it is. `RouterConfig` holds the router's settings. Both are validated here, once
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from peft import LoraConfig
@@ -17,19 +17,14 @@ from .errors import UsageError
 from .layers import RoutedLinear
 
 MAX_EXPERTS = 1024
-# What makes an adapter more than a plain LoRA on linear layers; a routed sum of such adapters is not defined here.
-_PLAIN = {
-    "bias": "none",
-    "use_dora": False,
-    "lora_bias": False,
-    "modules_to_save": None,
-    "layer_replication": None,
-    "target_parameters": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "arrow_config": None,
+# What a config may say. All else makes an adapter more than a plain LoRA on whole linear layers (DoRA, biases,
+# ranks by layer, initialisations that change the base); a routed sum of such adapters is not defined here.
+_FREE = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out"),
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "init_lora_weights"),
 }
+_INITIALISATIONS = (True, False, "gaussian")
 
 
 @dataclass
@@ -53,25 +48,31 @@ class MoELoraConfig(LoraConfig):
     task_type: str | None = field(default="CAUSAL_LM")
 
     def __post_init__(self):
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+        if not _is_count(self.r):
             raise UsageError(f"lora r must be a whole number of at least 1, got {self.r!r}")
         if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
             raise UsageError(f"lora alpha must be a positive number, got {self.lora_alpha!r}")
         if not _is_number(self.lora_dropout) or not 0 <= self.lora_dropout < 1:
             raise UsageError(f"lora dropout must be at least 0 and less than 1, got {self.lora_dropout!r}")
         super().__post_init__()
-        variants = [f"{name}={getattr(self, name)!r}" for name, plain in _PLAIN.items() if self._differs(name, plain)]
+        variants = sorted(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if self._differs(f.name))
         if variants:
             raise UsageError(f"an expert is a plain LoRA on linear layers; not supported: {', '.join(variants)}")
         self._register_custom_module({torch.nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
 
-    def _differs(self, name: str, plain: object) -> bool:
-        value = getattr(self, name, plain)
-        return value != plain and not (plain is None and not value)
+    def _differs(self, name: str) -> bool:
+        """Whether a field that must be left alone is not as PEFT has it."""
+        if name == "init_lora_weights":
+            return not any(self.init_lora_weights is known for known in _INITIALISATIONS)
+        value, plain = getattr(self, name), getattr(_PLAIN, name, None)
+        return name not in _FREE and value != plain and bool(value or plain)
 
     def to_dict(self) -> dict:
-        """The fields of a plain LoRA as JSON values; what is a set is sorted, so that equal configs give equal bytes."""
+        """The fields of a plain LoRA as JSON values; sets are sorted, so that equal configs give equal bytes."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+
+_PLAIN = LoraConfig()
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,17 @@ class RouterConfig:
     def __post_init__(self):
         if not _is_number(self.temperature) or self.temperature <= 0:
             raise UsageError(f"router temperature must be a positive number, got {self.temperature!r}")
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
-        ):
+        if self.top_k is not None and not _is_count(self.top_k):
             raise UsageError(f"router top_k must be a whole number of at least 1, got {self.top_k!r}")
         if not _is_number(self.balance_coefficient) or self.balance_coefficient < 0:
             raise UsageError(f"balance coefficient must be at least 0, got {self.balance_coefficient!r}")
 
     def experts_per_token(self, num_experts: int) -> int:
         return min(self.top_k or 2, num_experts)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _is_number(value: object) -> bool:

@@ -5,10 +5,13 @@
 The A of all experts are concatenated, and so are the B, so that the sum costs two matmuls however many experts there
 are. The parameters stay in PEFT's own ModuleDicts: what PEFT saves is each expert as a plain LoRA.
 
-Shapes: B batch, T tokens, N experts of a group, R = the sum of their ranks.
+Shapes: S tokens (batch times sequence), R the sum of the ranks of a mix's experts.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from peft.tuners import lora
@@ -16,7 +19,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from .dispatch import Dispatch, add_product
+from .errors import UsageError
+from .mix import Layout, Mix
+
 EXPERT_PREFIX = "expert_"
+NO_EXPERT = -1
 
 
 def expert_name(index: int) -> str:
@@ -26,28 +34,61 @@ def expert_name(index: int) -> str:
 class LayerSlot:
     """What the routed layers of one decoder layer do in the forward pass that is under way.
 
-    Either one expert alone (`expert` is its index), or groups of experts with their weights:
-    `groups` is a tuple of (expert indices, weights of shape (B, T, N) in float32). With neither, a routed layer is
-    PEFT's own layer with its active adapters.
+    Either one expert alone (`expert` is its index; NO_EXPERT: the base layer alone), or the sum of `mixes`. With
+    neither, a routed layer is PEFT's own layer with its active adapters.
+
+    What can be computed once for all layers that are given the same input tensor (q, k and v; gate and up) is kept
+    here: the input in the experts' dtype after dropout, and its rows in the order of a dispatch.
     """
 
-    __slots__ = ("expert", "groups")
+    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "source")
 
-    def __init__(self, expert: int | None = None, groups: tuple | None = None):
-        self.expert = expert
-        self.groups = groups
+    def __init__(self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None):
+        self.set(expert, mixes)
 
-    def take(self, other: LayerSlot) -> None:
-        self.expert, self.groups = other.expert, other.groups
+    def set(self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None) -> None:
+        self.expert, self.mixes = expert, mixes
+        self.source = self._dropped = self._gathered = None
 
-    def copy(self) -> LayerSlot:
-        return LayerSlot(self.expert, self.groups)
+    def __getstate__(self) -> dict:
+        return {}  # nothing of a forward pass under way goes into a copy or a file
+
+    def __setstate__(self, state: dict) -> None:
+        self.set()
+
+    def input(self, x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
+        """x (..., d_in) -> (S, d_in) in the experts' dtype, with dropout."""
+        key = (x, dtype, rate)
+        if self.source is None or self.source[0] is not x or self.source[1:] != key[1:]:
+            flat = x.flatten(0, -2).to(dtype)
+            self.source, self._gathered = key, None
+            self._dropped = F.dropout(flat, rate) if rate else flat
+        return self._dropped
+
+    def gathered(self, dispatch: Dispatch) -> torch.Tensor:
+        """The rows of the input, (S, d_in), at the places of a dispatch: (experts, places, d_in)."""
+        if self._gathered is None or self._gathered[0] is not dispatch:
+            self._gathered = (dispatch, dispatch.gather(self._dropped))
+        return self._gathered[1]
+
+
+@dataclass
+class Kept:
+    """The concatenations of an evaluation, and the parameters, as they were then, that they were made from."""
+
+    parameters: list[nn.Parameter]
+    marks: tuple
+    stacks: tuple[torch.Tensor, torch.Tensor] | None
 
 
 class RoutedLinear(lora.Linear):
     """PEFT's LoRA layer, adding the experts by the weights that the router has put into `slot`.
 
     PEFT builds it for every target through `MoELoraConfig`. Without a slot it behaves as its parent.
+
+    In evaluation the concatenated matrices are kept while the parameters stay what they are. A write that neither
+    PyTorch's version counter nor the address shows (through `.data`) is seen after the next `train()`, `eval()` or
+    forward pass with gradients.
     """
 
     slot: LayerSlot | None = None
@@ -55,35 +96,41 @@ class RoutedLinear(lora.Linear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         is_conv1d = isinstance(base_layer, Conv1D)
         kwargs.pop("device_map", None)
+        self._members: dict[tuple, tuple] = {}
+        self._kept: dict[tuple, Kept] = {}
         super().__init__(base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
         self.fan_in_fan_out = is_conv1d  # of the base weight; one config may serve layers of both kinds
-        self._units: dict[tuple, tuple] = {}
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        """x (B, T, d_in) of the base's dtype -> (B, T, d_out) of the same dtype."""
+        """x (..., d_in) of the base's dtype -> (..., d_out) of the same dtype."""
         slot = self.slot
-        plain = slot is None or (slot.expert is None and slot.groups is None)
-        if plain or self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+        idle = slot is None or (slot.expert is None and slot.mixes is None)
+        if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
-        dropped = None
-        total = result
-        for experts, weights in slot.groups:
-            units = self._hidden_units(experts, x.device)
-            if units is None:
-                continue
-            names, column, scale = units
-            if dropped is None:
-                x = self._cast_input_dtype(x, self.lora_A[names[0]].weight.dtype)
-                dropped = self.lora_dropout[names[0]](x)
-            a = torch.cat([self.lora_A[name].weight for name in names])  # (R, d_in)
-            b = torch.cat([self.lora_B[name].weight for name in names], dim=1)  # (d_out, R)
-            gate = weights.index_select(-1, column) * scale  # (B, T, R)
-            hidden = F.linear(dropped, a)  # (B, T, R)
-            total = total + F.linear(hidden * gate.to(hidden.dtype), b)  # (B, T, d_out)
-        return total.to(result.dtype)
+        total = result.flatten(0, -2)  # (S, d_out)
+        for mix in slot.mixes:
+            names, layout = self._experts_of(mix)
+            if names:
+                total = self._add(total, x, mix, names, layout)
+        return total.view(result.shape).to(result.dtype)
+
+    def _add(self, total: torch.Tensor, x: torch.Tensor, mix: Mix, names: list[str], layout: Layout) -> torch.Tensor:
+        """total (S, d_out), x (..., d_in) -> (S, d_out)."""
+        a, b = self._stacks(mix.experts, names)  # (R, d_in), (R, d_out)
+        dropout = self.lora_dropout[names[0]]
+        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+        x = self.slot.input(x, a.dtype, rate)
+        dispatch = mix.dispatch(layout)
+        if dispatch is not None:
+            return dispatch.add(total, x, self.slot, a, b)
+        gate = mix.gate(layout)  # (S, R)
+        if len(gate) != len(x):
+            raise UsageError(f"a routed layer was given {len(x)} tokens, the router saw {len(gate)}: not supported")
+        hidden = F.linear(x, a)  # (S, R)
+        return add_product(total, hidden * gate.to(hidden.dtype), b)
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""
@@ -93,26 +140,70 @@ class RoutedLinear(lora.Linear):
         delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
         return (result + delta).to(result.dtype)
 
-    def _hidden_units(self, experts: tuple[int, ...], device: torch.device) -> tuple | None:
-        """For each of the R hidden units of a group: its expert's column in the weights, and its scaling.
+    # ---- the experts' matrices ----
 
-        Returns (names of the experts that this layer has, column (R,) int64, scale (R,) float32), or None where the
-        layer has none of them: experts may have different targets and ranks.
-        """
-        key = (experts, device)
-        if key not in self._units:
-            here = [(i, expert_name(e)) for i, e in enumerate(experts) if expert_name(e) in self.lora_A]
-            column = [i for i, name in here for _ in range(self.r[name])]
-            scale = [self.scaling[name] for _, name in here for _ in range(self.r[name])]
-            names = [name for _, name in here]
-            tensors = (torch.tensor(column, device=device), torch.tensor(scale, dtype=torch.float32, device=device))
-            self._units[key] = (names, *tensors) if here else None
-        return self._units[key]
+    def _experts_of(self, mix: Mix) -> tuple[list[str], Layout]:
+        """The names of a mix's experts that this layer has (targets may differ), and their layout."""
+        found = self._members.get(mix.experts)
+        if found is None:
+            here = [(i, expert_name(e)) for i, e in enumerate(mix.experts) if expert_name(e) in self.lora_A]
+            columns, names = tuple(i for i, _ in here), [name for _, name in here]
+            found = self._members[mix.experts] = (names, columns, tuple(self.r[name] for name in names))
+        names, columns, ranks = found
+        return names, (columns, ranks, tuple(map(self.scaling.__getitem__, names)))
+
+    def _stacks(self, experts: tuple[int, ...], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The A (R, d_in) and the B, transposed, (R, d_out) of these experts, one below the other."""
+        parameters = [self.lora_A[name].weight for name in names] + [self.lora_B[name].weight for name in names]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._forget()
+            return self._stack(parameters)
+        now, kept = marks(parameters), self._kept.get(experts)
+        same = kept is not None and now is not None and kept.marks == now
+        if not same or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
+            self._kept[experts] = Kept(parameters, now, None)  # kept from the second time on: one pass needs no memory
+            return self._stack(parameters)
+        if kept.stacks is None:
+            a, b = self._stack(parameters)
+            kept.stacks = a, b.contiguous()
+        return kept.stacks
+
+    @staticmethod
+    def _stack(parameters: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+        n = len(parameters) // 2
+        if n == 1:
+            return parameters[0], parameters[1].t()
+        return torch.cat(parameters[:n]), torch.cat(parameters[n:], dim=1).t()
+
+    def _forget(self) -> None:
+        if self._kept:
+            self._kept = {}
+
+    def train(self, mode: bool = True):
+        self._forget()
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):
+        self._forget()
+        return super()._apply(*args, **kwargs)
 
     def update_layer(self, *args, **kwargs) -> None:
-        self._units = {}
+        self._members = {}
+        self._forget()
         super().update_layer(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._units = {}
+        self._members = {}
+        self._forget()
         super().delete_adapter(adapter_name)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_kept": {}}
+
+
+def marks(tensors: Sequence[torch.Tensor]) -> tuple | None:
+    """What changes with the tensors: address and version counter. None where that cannot be told."""
+    try:
+        return tuple((t._version, t.data_ptr()) for t in tensors)
+    except RuntimeError:  # inference tensors have no version
+        return None

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, N experts.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -42,24 +43,46 @@ class Router(nn.Module):
         self.gate = grown
 
     def logits(self, hidden: torch.Tensor, experts: tuple[int, ...] | None = None) -> torch.Tensor:
-        """hidden (B, T, hidden_size) of any dtype -> logits (B, T, N) in float32, divided by the temperature.
+        """hidden (..., hidden_size) of any dtype -> logits (..., N) in float32, divided by the temperature.
 
         The hidden state is normalised to a root mean square of 1, a norm without parameters
-        (https://huggingface.co/papers/1910.07467). With `experts`, only their columns are computed.
+        (https://huggingface.co/papers/1910.07467); since the gate is linear, it is the logits that are divided.
+        With `experts`, only their columns are computed.
         """
         weight = self.gate.weight if experts is None else self.gate.weight[list(experts)]
         with torch.autocast(hidden.device.type, enabled=False):
             x = hidden.to(torch.float32)
-            x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + RMS_EPSILON)
-            return F.linear(x, weight.to(torch.float32)) / self.config.temperature
+            mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]  # (..., 1)
+            logits = F.linear(x, weight.to(x.device, torch.float32))  # (..., N)
+            return logits * (torch.rsqrt(mean_square + RMS_EPSILON) / self.config.temperature)
 
-    def weights(self, logits: torch.Tensor, *, sparse: bool) -> torch.Tensor:
-        """Logits (B, T, N) -> routing weights (B, T, N) that sum to 1; sparse keeps the top-k and renormalises them."""
-        if not sparse:
-            return logits.softmax(-1)
+    def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Logits (..., N) -> the indices of the top-k experts and their weights, which sum to 1, both (..., k).
+
+        None where that is all of them.
+        """
         k = self.config.experts_per_token(logits.shape[-1])
-        top, index = logits.topk(k, dim=-1)  # (B, T, k)
-        return torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+        if k == logits.shape[-1]:
+            return None
+        best, index = logits.topk(k, dim=-1)
+        return index, best.softmax(-1)
+
+
+@dataclass
+class Usage:
+    """How tokens were routed since the last look: sums over tokens, averaged over decoder layers."""
+
+    first: torch.Tensor  # (N,) tokens whose first choice was the expert
+    total: torch.Tensor  # (N,) sum of the routing probabilities
+
+    def shares(self) -> list[float]:
+        """The mean routing probability of each expert; they sum to 1."""
+        return (self.total / self.total.sum().clamp(min=1e-12)).tolist()
+
+    def balance(self) -> float:
+        """N * sum_i f_i P_i over all tokens: 1 where the load is even, N where one expert takes all."""
+        tokens = self.first.sum().clamp(min=1e-12)
+        return float(len(self.first) * (self.first / tokens * self.total / tokens).sum())
 
 
 def balance_statistics(probs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

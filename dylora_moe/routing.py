@@ -1,8 +1,11 @@
 """The link between the router and the routed layers during a forward pass.
 
 A pre-forward hook on every decoder layer computes the routing weights from the layer's input and leaves them in that
-layer's slot, where its routed layers read them. One slot per decoder layer, not one in all: gradient checkpointing
-runs a layer again during the backward pass, when a common slot would hold the last layer's weights.
+layer's slot, where its routed layers read them; a forward hook clears the slot. One slot per decoder layer, not one in
+all: gradient checkpointing runs a layer again during the backward pass, when a common slot would hold the last layer's
+weights.
+
+Shapes: B batch, T tokens, N experts.
 """
 
 from __future__ import annotations
@@ -14,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .errors import UsageError
 from .layers import LayerSlot, RoutedLinear
+from .mix import Mix
 from .router import Router
 
 
@@ -49,7 +54,8 @@ class Routing:
         self.recorded: list[torch.Tensor] | None = None
         self.plan: Plan | None = None
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(LayerHook(self, index), with_kwargs=True)
+            layer.register_forward_pre_hook(EnterLayer(self, index), with_kwargs=True)
+            layer.register_forward_hook(LeaveLayer(self, index), always_call=True)
         self.attach(layers)
 
     def attach(self, layers: nn.ModuleList) -> None:
@@ -61,7 +67,7 @@ class Routing:
 
     @contextmanager
     def force(self, expert: int | None) -> Iterator[None]:
-        """Every token to one expert, with weight 1; None routes."""
+        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None routes."""
         before, self.forced = self.forced, expert
         try:
             yield
@@ -69,9 +75,9 @@ class Routing:
             self.forced = before
 
     @contextmanager
-    def record(self) -> Iterator[list[torch.Tensor]]:
+    def record(self, wanted: bool = True) -> Iterator[list[torch.Tensor] | None]:
         """Collects the probabilities (B, T, N) of every decoder layer of the forward passes inside."""
-        before, self.recorded = self.recorded, []
+        before, self.recorded = self.recorded, [] if wanted else None
         try:
             yield self.recorded
         finally:
@@ -81,33 +87,57 @@ class Routing:
         """Set the slot of decoder layer `index`, whose input is `hidden` (B, T, hidden_size)."""
         if index == 0 or self.plan is None:
             self.plan = self.make_plan()
-        plan, slot = self.plan, self.slots[index]
-        alone = 0 if self.router.num_experts == 1 else None
-        slot.expert = alone if self.forced is None else self.forced
-        slot.groups = None if slot.expert is not None else self._groups(plan, hidden)
+        expert = self.forced
+        if expert is None and self.router.num_experts == 1:
+            expert = 0
+        self.slots[index].set(expert, None if expert is not None else self._mixes(self.plan, hidden))
 
-    def _groups(self, plan: Plan, hidden: torch.Tensor) -> tuple:
-        differentiable = torch.is_grad_enabled()
+    def leave_layer(self, index: int) -> None:
+        """Let go of what the forward pass has left in the slot."""
+        self.slots[index].set()
+
+    def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
+        with_new = torch.is_grad_enabled() or self.recorded is not None  # otherwise their terms are zero
+        if not plan.trained and not with_new:
+            return ()
         if not plan.trained or not plan.new:
-            if not plan.trained and not differentiable and self.recorded is None:
-                return ()  # only new experts: their terms are zero
             logits = self.router.logits(hidden)  # (B, T, N)
-            weights = self.router.weights(logits, sparse=plan.sparse)
-            self._note(logits.softmax(-1) if plan.sparse and self.recorded is not None else weights)
-            return ((plan.trained or plan.new, weights),)
+            mix, probs = self._mix(plan.trained or plan.new, logits, plan.sparse)
+            self._note(probs)
+            return (mix,)
         trained = self.router.logits(hidden, plan.trained)  # (B, T, N trained)
-        groups = ((plan.trained, self.router.weights(trained, sparse=plan.sparse)),)
-        if differentiable or self.recorded is not None:
+        mixes = (self._mix(plan.trained, trained, plan.sparse)[0],)
+        if with_new:
             new = self.router.logits(hidden, plan.new)  # (B, T, N new)
             own = torch.sigmoid(new - trained.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
-            groups += ((plan.new, own),)
-            order = torch.tensor(plan.trained + plan.new, device=new.device).argsort()
-            self._note(torch.cat([trained, new], -1).softmax(-1).index_select(-1, order))
-        return groups
+            mixes += (Mix(plan.new, own.flatten(0, -2)),)
+            if self.recorded is not None:
+                order = torch.tensor(plan.trained + plan.new, device=new.device).argsort()
+                self._note(torch.cat([trained, new], -1).softmax(-1).index_select(-1, order))
+        return mixes
 
-    def _note(self, probs: torch.Tensor) -> None:
+    def _mix(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> tuple[Mix, torch.Tensor | None]:
+        """The mix of these experts, and their probabilities where somebody looks at them."""
+        flat = logits.flatten(0, -2)  # (B * T, N)
+        top = self.router.top(flat) if sparse else None
+        if top is None:
+            probs = logits.softmax(-1)
+            return Mix(experts, probs.flatten(0, -2)), probs
+        return Mix(experts, flat, top), logits.softmax(-1) if self.recorded is not None else None
+
+    def _note(self, probs: torch.Tensor | None) -> None:
         if self.recorded is not None:
             self.recorded.append(probs)
+
+    def wrap_checkpointing(self, layers: nn.ModuleList) -> None:
+        """Make gradient checkpointing, where it is on, run each layer again with the routing of its first run."""
+        for index, layer in enumerate(layers):
+            function = layer.__dict__.get("_gradient_checkpointing_func")
+            if function is None or isinstance(function, RoutedCheckpointing):
+                continue
+            if getattr(function, "keywords", {}).get("use_reentrant"):
+                raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
+            layer._gradient_checkpointing_func = RoutedCheckpointing(self, index, function)
 
     def replaying(self, index: int, function: Callable) -> Callable:
         """`function`, which runs decoder layer `index`, bound to the routing of this moment.
@@ -117,7 +147,8 @@ class Routing:
         version of transformers: if not, the weights of the slot are those of now; if they do, they recompute the
         same. Probabilities are recorded the first time only.
         """
-        slot, forced, plan = self.slots[index].copy(), self.forced, self.plan
+        slot, forced, plan = self.slots[index], self.forced, self.plan
+        expert, mixes = slot.expert, slot.mixes
         runs = 0
 
         def run(*args, **kwargs):
@@ -127,19 +158,20 @@ class Routing:
                 result = function(*args, **kwargs)
                 plan = self.plan  # where the hook runs inside, layer 0 has just made it
                 return result
-            before = self.slots[index].copy(), self.forced, self.plan, self.recorded, self.make_plan
-            self.slots[index].take(slot)
+            before = self.forced, self.plan, self.recorded, self.make_plan
+            # Fresh mixes: what the first run derived from them must be derived, and saved for backward, again.
+            slot.set(expert, mixes and tuple(mix.fresh() for mix in mixes))
             self.forced, self.plan, self.recorded, self.make_plan = forced, plan, None, lambda: plan
             try:
                 return function(*args, **kwargs)
             finally:
-                self.slots[index].take(before[0])
-                self.forced, self.plan, self.recorded, self.make_plan = before[1:]
+                slot.set()
+                self.forced, self.plan, self.recorded, self.make_plan = before
 
         return run
 
 
-class LayerHook:
+class EnterLayer:
     """The pre-forward hook of one decoder layer. A class, so that a model can be copied and pickled."""
 
     def __init__(self, routing: Routing, index: int):
@@ -148,6 +180,17 @@ class LayerHook:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self.routing.enter_layer(self.index, args[0] if args else kwargs["hidden_states"])
+
+
+class LeaveLayer:
+    """The forward hook of one decoder layer."""
+
+    def __init__(self, routing: Routing, index: int):
+        self.routing = routing
+        self.index = index
+
+    def __call__(self, module: nn.Module, args: tuple, result: object) -> None:
+        self.routing.leave_layer(self.index)
 
 
 class RoutedCheckpointing:
