@@ -11,44 +11,70 @@ Written through commit.py, which publishes a folder whole or not at all; read on
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
-import re
+import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from . import __version__, bases, commit, formats, machine, verify
+from . import __version__, bases, commit, formats, legacy, verify, verify_tensors
 from .config import MoELoraConfig, RouterConfig
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError, UsageError, listed
 from .layers import expert_name
 from .model import DyLoRAMoE, untouched
+from .probe import (
+    PROBE_TOLERANCE,
+    ProbeDifference,
+    as_arrays,
+    dtype_name,
+    gate_tensors,
+    make_probe,
+    max_abs_difference,
+    probe_difference,
+    probe_facts,
+    read_probe,
+)
 from .skills import SkillLibrary
-from .tensorfile import FileProblem, read_header, read_json
+from .tensorfile import FileProblem, read_json, write_bytes, write_tensors
 
-PROBE_TOKENS = 16
-PROBE_ENTRIES = 32
-# Between machines, devices or numbers of threads matmuls round differently; about four bits of the dtype's precision.
-PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16": 0.05}
+__all__ = [
+    "PROBE_TOLERANCE",
+    "ProbeDifference",
+    "build",
+    "describe",
+    "dtype_name",
+    "export_expert",
+    "load",
+    "load_into",
+    "make_probe",
+    "max_abs_difference",
+    "probe_difference",
+    "probe_facts",
+    "read_probe",
+    "read_skills",
+    "save",
+    "sound_config",
+    "stock_peft_logits",
+    "untouched",
+    "write_adapter",
+]
 
+Digests = dict[str, tuple[int, str]]  # path in the checkpoint -> (bytes, SHA-256), as commit.Staging takes them
 
-@dataclass(frozen=True)
-class ProbeDifference:
-    """The largest absolute difference of logits between a model and the probe of a checkpoint."""
-
-    routed: float
-    experts: list[float]
-
-    @property
-    def largest(self) -> float:
-        return max([self.routed, *self.experts])
+# Of an adapter_config.json: what says how it was made or where, not what it is.
+_NOT_READ = {"peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "init_lora_weights"}
+_REMEDY = "the file belongs to another model or was changed; restore it from a copy"
 
 
 # ---- writing ----
@@ -71,44 +97,71 @@ def save(
         False where a complete checkpoint stood there already: it is left as it is.
 
     Raises:
-        UsageError: where it could not be written; nothing is left behind.
+        UsageError: where it could not be written, or verify.py would refuse it; nothing is left behind.
     """
-    probe = make_probe(model)
     with commit.staged(target) as staging:
         if staging.path is None:
             return False
         with commit.explained("write the checkpoint", target):
-            try:
-                write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), probe=probe)
-                if training_files is not None:
+            staging.digests.update(write_files(staging.path, model, step=step, skills=skills or SkillLibrary()))
+            if training_files is not None:
+                with _disk_errors():
                     training_files(staging.path)
-            except SafetensorError as error:
-                raise OSError(_errno_in(error), str(error)) from error
+        problems = verify.inspect_files(staging.path).problems
+        if problems:
+            raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
     return True
 
 
-def _errno_in(error: SafetensorError) -> int | None:
-    """safetensors reports a failed write as text, such as "... (os error 28)"."""
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found.group(1)) if found else None
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Native code says as a RuntimeError or SafetensorError that it could not write; in truth that is an OSError."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        text = str(error)
+        words = ("PytorchStream", "inline_container", "os error", "open file failed")
+        if not any(word in text for word in words):
+            raise
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+        code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
+        raise OSError(code, text.splitlines()[0][:200]) from error
 
 
-def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary, probe: dict | None) -> None:
+def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary) -> Digests:
+    """Write everything but the training state and the manifest, one expert at a time."""
+    digests: Digests = {}
     for index in range(model.num_experts):
-        write_adapter(model, index, folder / formats.expert_folder(expert_name(index)))
-    _write_tensors(folder / formats.ROUTER, {formats.GATE: model.router.gate.weight})
+        where = formats.expert_folder(expert_name(index))
+        written = write_adapter(model, index, folder / where)
+        digests |= {f"{where}/{leaf}": digest for leaf, digest in written.items()}
+    digests[formats.ROUTER] = write_tensors(folder / formats.ROUTER, as_arrays(gate_tensors(model)))
     skills.save(folder / formats.SKILLS)
+    parts = [f"{formats.expert_folder(expert_name(i))}/{formats.ADAPTER_WEIGHTS}" for i in range(model.num_experts)]
+    probe = make_probe(model, [digests[part][1] for part in (*parts, formats.ROUTER)])
     if probe is not None:
         tensors, facts = probe
-        _write_tensors(folder / formats.PROBE, tensors, {"probe": json.dumps(facts, sort_keys=True)})
-    _write_json(folder / formats.CONFIG, describe(model, step=step, has_probe=probe is not None))
+        metadata = {"probe": json.dumps(facts, sort_keys=True)}
+        digests[formats.PROBE] = write_tensors(folder / formats.PROBE, as_arrays(tensors), metadata)
+    config = describe(model, step=step, has_probe=probe is not None)
+    digests[formats.CONFIG] = write_bytes(folder / formats.CONFIG, _json(config))
+    return digests
 
 
-def write_adapter(model: DyLoRAMoE, index: int, folder: Path) -> None:
+def write_adapter(model: DyLoRAMoE, index: int, folder: Path) -> Digests:
     """One expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True)
-    _write_tensors(folder / formats.ADAPTER_WEIGHTS, model.expert_tensors(index))
-    _write_json(folder / formats.ADAPTER_CONFIG, model.expert_configs[index].to_dict() | {"inference_mode": True})
+    config = model.expert_configs[index].to_dict() | {
+        "inference_mode": True,
+        "base_model_name_or_path": base_name(model),
+        "revision": model.base_revision,
+    }
+    return {
+        formats.ADAPTER_WEIGHTS: write_tensors(
+            folder / formats.ADAPTER_WEIGHTS, as_arrays(model.expert_tensors(index))
+        ),
+        formats.ADAPTER_CONFIG: write_bytes(folder / formats.ADAPTER_CONFIG, _json(config)),
+    }
 
 
 def export_expert(model: DyLoRAMoE, index: int, folder: str | Path) -> Path:
@@ -119,19 +172,15 @@ def export_expert(model: DyLoRAMoE, index: int, folder: str | Path) -> Path:
     """
     model._check_expert(index)
     folder = Path(folder)
-    if folder.exists():
+    if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already; an expert is exported into a new folder")
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
-        write_adapter(model, index, partial)
-        partial.rename(folder)
-    except OSError as error:
-        raise UsageError(f"{folder}: cannot export {expert_name(index)} there: {error}") from None
+        with commit.explained("export to", folder):
+            write_adapter(model, index, partial)
+            partial.rename(folder)
     finally:
-        for leaf in (formats.ADAPTER_CONFIG, formats.ADAPTER_WEIGHTS):
-            (partial / leaf).unlink(missing_ok=True)
-        if partial.exists():
-            partial.rmdir()
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
@@ -150,6 +199,7 @@ def describe(model: DyLoRAMoE, *, step: int = 0, has_probe: bool = False) -> dic
                 "state": state,
                 "tensors": len(tensors),
                 "parameters": sum(t.numel() for t in tensors.values()),
+                "layout": verify_tensors.layout((name, tensor.shape) for name, tensor in tensors.items()),
             }
         )
     router = model.router.config
@@ -157,7 +207,7 @@ def describe(model: DyLoRAMoE, *, step: int = 0, has_probe: bool = False) -> dic
         "model_type": formats.MODEL_TYPE,
         "format_version": formats.FORMAT_VERSION,
         "base_model": {
-            "name": model.base.config._name_or_path or None,
+            "name": base_name(model),
             "revision": model.base_revision,
             "dtype": dtype_name(model),
             "architecture": bases.architecture(model.base),
@@ -177,85 +227,13 @@ def describe(model: DyLoRAMoE, *, step: int = 0, has_probe: bool = False) -> dic
     }
 
 
-def dtype_name(model: DyLoRAMoE) -> str:
-    """The dtype of the base's weights, such as "bfloat16"."""
-    weight = model.base.get_input_embeddings().weight
-    return str(weight.dtype).removeprefix("torch.")
+def base_name(model: DyLoRAMoE) -> str | None:
+    """The hub id or folder that the base model came from."""
+    return model.base.config._name_or_path or None
 
 
-def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """One key of metadata at most: safetensors writes them in an order that changes from run to run."""
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, path, metadata=metadata or {"format": "pt"})
-
-
-def _write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-# ---- the probe ----
-
-
-def make_probe(model: DyLoRAMoE) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """What this model computes for a fixed input, and the facts under which that can be compared.
-
-    input_ids (1, 16) and vocabulary (32,) int64; routed (16, 32) and experts (N, 16, 32) float32, the logits of those
-    vocabulary entries. None where the base has no weights.
-    """
-    if not model.has_base_weights:
-        return None
-    size = model.base.get_input_embeddings().num_embeddings
-    input_ids = (torch.arange(PROBE_TOKENS).unsqueeze(0) * 7919 + 13) % size
-    vocabulary = torch.arange(PROBE_ENTRIES) * size // PROBE_ENTRIES
-    routed, experts = _probe_logits(model, input_ids, vocabulary)
-    tensors = {"input_ids": input_ids, "vocabulary": vocabulary, "routed": routed, "experts": experts}
-    return tensors, probe_facts(model)
-
-
-def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
-    """Where these are equal, so must the logits be to the bit; with another machine or device they round differently."""
-    return {
-        "dtype": dtype_name(model),
-        "device_type": model.device.type,
-        "base_weights": bases.weights_fingerprint(model.base),
-        "machine": machine.arithmetic(model.device),
-    }
-
-
-def _probe_logits(model: DyLoRAMoE, input_ids: torch.Tensor, vocabulary: torch.Tensor) -> tuple:
-    input_ids = input_ids.to(model.base.get_input_embeddings().weight.device)
-    with untouched(model):
-        runs = [
-            model(input_ids, expert=expert, use_cache=False).logits[0].index_select(-1, vocabulary.to(input_ids.device))
-            for expert in (None, *range(model.num_experts))
-        ]  # each (16, 32)
-    runs = [run.float().cpu() for run in runs]
-    return runs[0], torch.stack(runs[1:])
-
-
-def read_probe(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """The tensors and facts of a checkpoint's probe; None where it carries none."""
-    path = Path(folder) / formats.PROBE
-    if not path.exists():
-        return None
-    metadata = read_header(path)[0]
-    facts = json.loads(metadata.get("probe", "{}"))
-    return load_file(path), facts
-
-
-def probe_difference(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> ProbeDifference:
-    """How far this model is from what the saving process computed."""
-    routed, experts = _probe_logits(model, probe["input_ids"], probe["vocabulary"])
-    return ProbeDifference(
-        routed=max_abs_difference(routed, probe["routed"]),
-        experts=[max_abs_difference(a, b) for a, b in zip(experts, probe["experts"], strict=True)],
-    )
-
-
-def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b|; NaN counts as infinitely far."""
-    difference = (a.double() - b.double()).abs().max().item()
-    return float("inf") if difference != difference else difference
+def _json(value: dict) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
 
 
 # ---- reading ----
@@ -273,7 +251,7 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
         UsageError: where the base model cannot be had.
     """
     folder = Path(folder)
-    if _is_legacy(folder):
+    if legacy.is_legacy(folder):
         return _load_legacy(folder, base, **options)
     config = sound_config(folder)
     smoothing = options.pop("label_smoothing", 0.0)
@@ -284,9 +262,10 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
             raise UsageError(f"{folder}/{formats.CONFIG} names no base model; pass base=")
         options.setdefault("dtype", config["base_model"]["dtype"])
         base = _load_base(name, revision=revision, **options)
-    model = _build(folder, config, base, smoothing)
-    model.base_revision = revision
-    _copy_tensors(folder, config, model)
+    with _as_found_on_error(base):
+        model = _build(folder, config, base, smoothing)
+        model.base_revision = revision
+        _copy_tensors(folder, config, model)
     return model
 
 
@@ -315,8 +294,9 @@ def load_into(folder: str | Path, model: DyLoRAMoE) -> SkillLibrary:
     config = sound_config(folder)
     _check_architecture(folder, config, model.base)
     _check_same_mixture(folder, config, model)
+    skills = read_skills(folder)
     _copy_tensors(folder, config, model)
-    return read_skills(folder)
+    return skills
 
 
 def stock_peft_logits(folder: str | Path, experts: int, base: PreTrainedModel, input_ids: torch.Tensor) -> Iterator:
@@ -374,13 +354,13 @@ def _adapter_folder(folder: Path, name: str) -> str:
 
 def _adapter_config(folder: Path, name: str) -> MoELoraConfig:
     """The MoELoraConfig of an expert's adapter_config.json."""
-    path = folder / _adapter_folder(folder, name) / formats.ADAPTER_CONFIG
-    found = read_json(path)
-    known = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "bias", "use_dora"}
+    path = f"{_adapter_folder(folder, name)}/{formats.ADAPTER_CONFIG}"
+    known = {field.name for field in fields(LoraConfig) if field.init} - _NOT_READ
     try:
+        found = read_json(folder / path)
         return MoELoraConfig(**{key: value for key, value in found.items() if key in known})
-    except (UsageError, TypeError, ValueError) as error:
-        raise CheckpointError(path, [str(error)]) from None
+    except (FileProblem, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(folder, [f"{path}: {error}; {_REMEDY}"]) from None
 
 
 def _check_architecture(folder: Path, config: dict, base: PreTrainedModel) -> None:
@@ -415,100 +395,89 @@ def _check_same_mixture(folder: Path, config: dict, model: DyLoRAMoE) -> None:
 
 def _copy_tensors(folder: Path, config: dict, model: DyLoRAMoE) -> None:
     """Read and compare everything, then copy."""
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    problems: list[str] = []
+    files = []
     for index in range(model.num_experts):
         name = f"{_adapter_folder(folder, expert_name(index))}/{formats.ADAPTER_WEIGHTS}"
-        _match(name, load_file(folder / name), model.expert_tensors(index), pairs, problems)
-    _match(formats.ROUTER, load_file(folder / formats.ROUTER), dict(model.router.named_parameters()), pairs, problems)
+        files.append((name, _read_tensors(folder, name), model.expert_tensors(index)))
+    files.append((formats.ROUTER, _read_tensors(folder, formats.ROUTER), gate_tensors(model)))
+    _copy(folder, files, model, [expert["state"] for expert in config["experts"]])
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:  # it was there a moment ago
+        raise CheckpointError(folder, [f"{name}: expected to read it, found {error}; {_REMEDY}"]) from None
+
+
+def _copy(folder: Path, files: list[tuple[str, dict, dict]], model: DyLoRAMoE, states: list[str]) -> None:
+    """(file, its tensors, the model's) each: all of them or, where one does not fit, none."""
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+    problems: list[str] = []
+    for name, there, here in files:
+        _match(name, there, here, pairs, problems)
     if problems:
         raise CheckpointError(folder, problems)
     with torch.no_grad():
         for there, here in pairs:
             here.copy_(there)
-    model.set_expert_states([expert["state"] for expert in config["experts"]])
+    model.set_expert_states(states)
 
 
 def _match(name: str, there: dict, here: dict, pairs: list, problems: list[str]) -> None:
     """Pair the tensors of a file with those of the model, both ways; note what does not fit."""
-    remedy = "the file belongs to another model or was changed; restore it from a copy"
     for key in sorted(set(here) - set(there)):
-        problems.append(f"{name}: tensor {key} is missing; {remedy}")
+        problems.append(f"{name}: tensor {key}: expected in this model, found nothing; {_REMEDY}")
     for key in sorted(set(there) - set(here)):
-        problems.append(f"{name}: tensor {key} is not one of the model's; {remedy}")
+        problems.append(f"{name}: tensor {key}: expected the model's tensors only, found this one; {_REMEDY}")
     for key in sorted(set(there) & set(here)):
         if there[key].shape != here[key].shape or there[key].dtype != here[key].dtype:
             expected = f"{tuple(here[key].shape)} {here[key].dtype}"
             found = f"{tuple(there[key].shape)} {there[key].dtype}"
-            problems.append(f"{name}: tensor {key}: expected {expected}, found {found}; {remedy}")
+            problems.append(f"{name}: tensor {key}: expected {expected}, found {found}; {_REMEDY}")
         else:
             pairs.append((there[key], here[key]))
 
 
-# ---- checkpoints from before manifests ----
-
-
-def _is_legacy(folder: Path) -> bool:
-    """No manifest, and files that only the earlier format has or an adapters folder with its router."""
-    if not folder.is_dir() or (folder / formats.MANIFEST).exists():
-        return False
-    has_router = (folder / formats.LEGACY_ROUTER).is_file() or (folder / formats.ROUTER).is_file()
-    config = folder / formats.CONFIG
+@contextmanager
+def _as_found_on_error(base: PreTrainedModel) -> Iterator[None]:
+    """A base model that is given to `load` is as it was where the checkpoint turns out not to fit."""
+    modules = [(module, dict(vars(module))) for module in base.modules()]
+    inside = [(found, dict(found)) for _, before in modules for found in before.values() if isinstance(found, dict)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:
-        versioned = config.is_file() and "format_version" in read_json(config)
-    except (FileProblem, TypeError):
-        versioned = True
-    return has_router and (folder / formats.ADAPTERS).is_dir() and not versioned
+        yield
+    except BaseException:
+        for module, before in modules:
+            vars(module).clear()
+            vars(module).update(before)
+        for found, before in inside:  # parameters, submodules, hooks
+            found.clear()
+            found.update(before)
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+        raise
 
 
 def _load_legacy(folder: Path, base: PreTrainedModel | None, **options) -> DyLoRAMoE:
+    smoothing = options.pop("label_smoothing", 0.0)
+    names = legacy.experts(folder)
+    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+    adapters = [legacy.tensors(folder, present, name) for name in names]
+    gate = legacy.gate(folder)
+    configs = [_adapter_config(folder, name) for name in names]
     if base is None:
-        name = read_json(folder / formats.CONFIG).get("base_model_name_or_path")
+        name = legacy.base_name(folder)
         if not name:
             raise UsageError(f"{folder} is from before manifests and names no base model; pass base=")
         base = _load_base(name, **options)
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    names = sorted(
-        (p.name for p in (folder / formats.ADAPTERS).iterdir() if p.is_dir()), key=lambda n: int(n.rpartition("_")[2])
-    )
-    if names != [expert_name(i) for i in range(len(names))] or not names:
-        raise CheckpointError(folder, [f"{formats.ADAPTERS}: expected expert_0, expert_1, ..., found {names}"])
-    model = DyLoRAMoE(base, [_adapter_config(folder, name) for name in names])
-    pairs: list = []
-    problems: list[str] = []
-    for index, name in enumerate(names):
-        where = _legacy_weights(files, name)
-        _match(where, _read_tensors(folder / where), model.expert_tensors(index), pairs, problems)
-    router = formats.ROUTER if formats.ROUTER in files else formats.LEGACY_ROUTER
-    gate = _read_tensors(folder / router)
-    if len(gate) == 1:  # the one matrix of a gate, whatever it was called
-        gate = {formats.GATE: next(iter(gate.values()))}
-    _match(router, gate, dict(model.router.named_parameters()), pairs, problems)
-    if problems:
-        raise CheckpointError(folder, problems)
-    with torch.no_grad():
-        for there, here in pairs:
-            here.copy_(there)
-    model.set_expert_states(["mature"] * len(names))
+    with _as_found_on_error(base):
+        model = DyLoRAMoE(base, configs, label_smoothing=smoothing)
+        files = [(*found, model.expert_tensors(index)) for index, found in enumerate(adapters)]
+        _copy(folder, [*files, (*gate, gate_tensors(model))], model, ["mature"] * len(names))
     warnings.warn(
-        f"{folder} is from before manifests: nothing but names and shapes could be checked; save it again to make it sound",
+        f"{folder} is from before manifests: nothing but names and shapes could be checked; save it again to make it "
+        "sound",
         stacklevel=4,
     )
     return model
-
-
-def _legacy_weights(files: set[str], name: str) -> str:
-    for folder in (formats.expert_folder(name), f"{formats.ADAPTERS}/{name}"):
-        for leaf in (formats.ADAPTER_WEIGHTS, formats.LEGACY_ADAPTER_WEIGHTS):
-            if f"{folder}/{leaf}" in files:
-                return f"{folder}/{leaf}"
-    raise CheckpointError(name, [f"no {formats.ADAPTER_WEIGHTS} or {formats.LEGACY_ADAPTER_WEIGHTS} for {name}"])
-
-
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile and itself do
-        raise CheckpointError(path, [f"cannot be read as tensors only: {type(error).__name__}"]) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 
 FORMAT_VERSION = 1
 MODEL_TYPE = "dylora-moe"
@@ -21,26 +22,44 @@ OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"
 SCALER = "scaler.pt"
 TRAINER_STATE = "trainer_state.json"
-RNG_STATE = re.compile(r"rng_state(_\d+)?\.pth")
+RNG_STATE = re.compile(r"rng_state(_(0|[1-9]\d{0,5}))?\.pth", re.ASCII)
 TRAINING_FILES = (OPTIMIZER, SCHEDULER, TRAINER_STATE)
 
 # From before manifests; read by `load`, never by the validators.
 LEGACY_ROUTER = "router.pt"
 LEGACY_ADAPTER_WEIGHTS = "adapter_model.bin"
 
+PROBE_TOKENS = 16
+
+_WEIGHTS = r"(safetensors|bin|pt|pth)"
 _MERGED = re.compile(
-    r"(model|pytorch_model|tf_model|flax_model)([-.]\d+[-_]of[-_]\d+)?\.(safetensors|bin|h5|msgpack)"
-    r"|.+\.(safetensors|bin)\.index\.json"
-    r"|consolidated.*\.(pth|safetensors)|pytorch_model_fsdp.*|.+\.(gguf|onnx|ckpt)",
-    re.IGNORECASE,
+    # model.safetensors, pytorch_model-00001-of-00002.bin, model.fp16.safetensors, merged_model.pt
+    rf"(.*[-_.])?(model|merged|consolidated|weights|checkpoint)([-_.].*)?\.{_WEIGHTS}"
+    rf"|.+\.{_WEIGHTS}\.index(\..+)?\.json"
+    r"|.+\.(gguf|ggml|onnx|ckpt|h5|msgpack|ot|keras|tflite|npz|distcp|pdparams)",
+    re.IGNORECASE | re.DOTALL,
 )
+_ADAPTER = re.compile(r"adapter_model\.(safetensors|bin)")
 
 
 def is_merged_model(filename: str) -> bool:
     """Whether a file of this name (without folders) is a whole model, which a checkpoint never holds."""
-    return _MERGED.fullmatch(filename) is not None
+    return _MERGED.fullmatch(filename) is not None and _ADAPTER.fullmatch(filename) is None
+
+
+def is_training_file(name: str) -> bool:
+    """Whether a file of this path in a checkpoint is part of what training needs to resume."""
+    return name in (*TRAINING_FILES, SCALER) or RNG_STATE.fullmatch(name) is not None
 
 
 def expert_folder(name: str) -> str:
     """Where an expert's files are, as PEFT nests them: peft_adapters/expert_0/expert_0."""
     return f"{ADAPTERS}/{name}/{name}"
+
+
+def adapter_folder(files: Container[str], name: str) -> str:
+    """Where an expert's files are among these: nested as PEFT nests them, or flat where only that is there."""
+    nested, flat = expert_folder(name), f"{ADAPTERS}/{name}"
+    has_flat = any(f"{flat}/{leaf}" in files for leaf in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    has_nested = any(f"{nested}/{leaf}" in files for leaf in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
+    return flat if has_flat and not has_nested else nested

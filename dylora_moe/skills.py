@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from .errors import CheckpointError, UsageError
+from .tensorfile import write_tensors
 
 if TYPE_CHECKING:
     from .model import DyLoRAMoE
@@ -101,7 +102,7 @@ class SkillLibrary:
             "embeddings": self.embeddings.contiguous(),
             "experts": torch.tensor(self.experts, dtype=torch.int64),
         }
-        save_file(tensors, path, metadata={"format": "pt"})
+        write_tensors(Path(path), {name: tensor.numpy() for name, tensor in tensors.items()})
 
     @classmethod
     def load(cls, path: str | Path) -> SkillLibrary:

@@ -1,4 +1,4 @@
-"""Reads safetensors files as data that may be hostile: bounded time and memory, no torch, nothing executed.
+"""Safetensors and JSON files as data that may be hostile: bounded time and memory, no torch, nothing executed.
 
 Format: https://huggingface.co/docs/safetensors - 8 bytes little-endian length of the header, the header (JSON), the
 tensors' bytes without gaps.
@@ -6,22 +6,29 @@ tensors' bytes without gaps.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 16 << 20
+MAX_DIGITS = 40  # int() takes time that grows with the square of the length
+MAX_NAME = 512
 CHUNK_BYTES = 4 << 20
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
+_WRITTEN = {"uint8": "U8", "float32": "F32", "int64": "I64"}
 
 
 class FileProblem(ValueError):
@@ -38,6 +45,72 @@ class TensorInfo:
     end: int
 
 
+# ---- writing ----
+
+
+def write_tensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Write a safetensors file, to the byte as `safetensors.torch.save_file` does it, and hash it on the way.
+
+    Unlike that function it holds no copy of the tensors, and the file's mode follows the umask. One key of metadata at
+    most: safetensors itself writes several in an order that changes from run to run.
+
+    Args:
+        arrays: contiguous uint8, float32 or int64.
+
+    Returns:
+        The file's length in bytes and its SHA-256.
+    """
+    digest, size = hashlib.sha256(), 0
+    with open(path, "wb", buffering=0) as file:
+        for chunk in _serialised(arrays, metadata):
+            digest.update(chunk)
+            size += len(chunk)
+            while chunk:
+                chunk = chunk[file.write(chunk) :]
+    return size, digest.hexdigest()
+
+
+def hash_tensors(arrays: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of what `write_tensors` would write."""
+    digest = hashlib.sha256()
+    for chunk in _serialised(arrays, None):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _serialised(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
+    """The bytes of a safetensors file in chunks small enough to be in the cache still when they are hashed."""
+    import numpy as np
+
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name.encode()))
+    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    position = 0
+    for name in order:
+        array = arrays[name]
+        entry = {"dtype": _WRITTEN[array.dtype.name], "shape": list(array.shape)}
+        header[name] = entry | {"data_offsets": [position, position + array.nbytes]}
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield memoryview(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        view = memoryview(np.ravel(arrays[name]).view(np.uint8))
+        for start in range(0, len(view), CHUNK_BYTES):
+            yield view[start : start + CHUNK_BYTES]
+
+
+def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
+    """Write a file, and return its length in bytes and its SHA-256."""
+    with open(path, "wb") as file:
+        file.write(data)
+    return len(data), hashlib.sha256(data).hexdigest()
+
+
+# ---- reading ----
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, never through a link and never waiting for a pipe.
 
@@ -50,33 +123,46 @@ def open_regular(path: Path) -> BinaryIO:
         raise FileProblem(f"cannot be opened as a regular file ({error.strerror})") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise FileProblem("is not a regular file")
+        raise FileProblem("expected a regular file, found something else")
     return os.fdopen(descriptor, "rb")
 
 
-def read_json(path: Path) -> object:
-    """Parse a JSON file; a key that stands twice is an error, since readers would disagree about it."""
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
+    """Parse a JSON file of at most `most` bytes.
+
+    Raises:
+        FileProblem: for what is no JSON; for a key that stands twice, since readers would disagree about it; and for
+            numbers, depths and sizes that no such file has.
+    """
     with open_regular(path) as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
-    if len(raw) > MAX_JSON_BYTES:
-        raise FileProblem(f"is larger than {MAX_JSON_BYTES} bytes, which no such file is")
+        raw = file.read(most + 1)
+    if len(raw) > most:
+        raise FileProblem(f"expected at most {most} bytes, found more")
     return parse_json(raw)
 
 
 def parse_json(raw: bytes) -> object:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise FileProblem(f"has the key {next(k for k in keys if keys.count(k) > 1)!r} twice")
-        return result
-
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_small_int)
     except FileProblem:
         raise
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise FileProblem(f"is not valid JSON ({type(error).__name__}: {str(error)[:120]})") from None
+    except (ValueError, RecursionError) as error:
+        raise FileProblem(f"expected JSON, found something else ({type(error).__name__}: {str(error)[:120]})") from None
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise FileProblem(f"expected each key once, found {twice[:80]!r} twice")
+    return result
+
+
+def _small_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise FileProblem(f"expected numbers of at most {MAX_DIGITS} digits, found {len(digits)}")
+    return int(digits)
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -88,40 +174,44 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
-            raise FileProblem(f"has {size} bytes, too few for a safetensors file; it is empty or cut off")
+            raise FileProblem(f"expected a safetensors file, found {size} bytes: it is empty or cut off")
         length = int.from_bytes(file.read(8), "little")
         if length > min(MAX_HEADER_BYTES, size - 8):
             raise FileProblem(
-                f"says that its header has {length} bytes, but the file has {size}; it is not safetensors"
+                f"expected a safetensors header of at most {min(MAX_HEADER_BYTES, size - 8)} bytes, found the length "
+                f"{length}: it is cut off or no safetensors file"
             )
         header = parse_json(file.read(length))
     if not isinstance(header, dict):
-        raise FileProblem("has a header that is not a JSON object")
+        raise FileProblem(f"expected a header that is a JSON object, found {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise FileProblem("has metadata that is not a map of texts")
+        raise FileProblem("expected metadata that is a map of texts, found something else")
     tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
     position = 8 + length
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
-            raise FileProblem(f"tensor {name} starts at byte {info.start}, expected {position}: overlap or gap")
+            raise FileProblem(f"tensor {name}: expected it to start at byte {position}, found {info.start}")
         position = info.end
     if position != size:
-        raise FileProblem(f"has {size} bytes, its header accounts for {position}; it is cut off or has bytes too many")
+        raise FileProblem(f"expected the {position} bytes that its header accounts for, found {size}")
     return metadata, tensors
 
 
 def _tensor_info(name: str, entry: object, data_start: int) -> TensorInfo:
+    if len(name) > MAX_NAME:
+        raise FileProblem(f"tensor {name[:80]}...: expected a name of at most {MAX_NAME} characters, found {len(name)}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FileProblem(f"tensor {name[:200]} is not described by dtype, shape and data_offsets")
+        raise FileProblem(f"tensor {name}: expected dtype, shape and data_offsets, found something else")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise FileProblem(f"tensor {name[:200]} has the unknown dtype {str(dtype)[:40]!r}")
+        raise FileProblem(f"tensor {name}: expected a known dtype, found {str(dtype)[:40]!r}")
     if not _naturals(shape, most=16) or not _naturals(offsets, most=2) or len(offsets) != 2:
-        raise FileProblem(f"tensor {name[:200]} has a shape or offsets that are not lists of whole numbers")
-    if offsets[1] - offsets[0] != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise FileProblem(f"tensor {name}: expected shape and offsets as lists of whole numbers, found something else")
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if offsets[1] - offsets[0] != expected:
         raise FileProblem(
-            f"tensor {name[:200]} of shape {tuple(shape)} does not fit its {offsets[1] - offsets[0]} bytes"
+            f"tensor {name}: expected {expected} bytes for its shape {tuple(shape)}, found {offsets[1] - offsets[0]}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
@@ -134,22 +224,45 @@ def _naturals(value: object, most: int) -> bool:
     )
 
 
-def scan_float32(path: Path, tensors: dict[str, TensorInfo]) -> Iterator[tuple[str, bool, bool]]:
+def is_hole(info: os.stat_result) -> bool:
+    """Whether a large file takes next to nothing on the disk: reading all its zeros would take hours."""
+    return info.st_size > 1 << 30 and getattr(info, "st_blocks", info.st_size) * 512 < info.st_size >> 6
+
+
+def scan_float32(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool, bool]]:
     """(name, all values are finite, any value is not zero) of each float32 tensor, a few MiB in memory at a time."""
     import numpy as np
 
     with open_regular(path) as file:
+        if is_hole(os.fstat(file.fileno())):
+            raise FileProblem("expected values, found a hole: it takes next to nothing on the disk")
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             if info.dtype != "F32":
                 continue
-            file.seek(info.start)
-            finite, nonzero, left = True, False, info.end - info.start
-            while left:
-                raw = file.read(min(left, CHUNK_BYTES))
-                if not raw:
-                    raise FileProblem(f"ends within tensor {name}")
-                left -= len(raw)
+            finite, nonzero = True, False
+            for raw in _chunks(file, name, info):
                 values = np.frombuffer(raw, dtype="<f4")
-                finite = finite and bool(np.isfinite(values).all())
-                nonzero = nonzero or bool(values.any())
+                least, most = float(values.min()), float(values.max())  # NaN where there is one
+                finite = finite and math.isfinite(least) and math.isfinite(most)
+                nonzero = nonzero or least != 0 or most != 0
             yield name, finite, nonzero
+
+
+def read_array(path: Path, name: str, info: TensorInfo) -> np.ndarray:
+    """One uint8, float32 or int64 tensor; the caller has made sure that it is small."""
+    import numpy as np
+
+    with open_regular(path) as file:
+        raw = b"".join(_chunks(file, name, info))
+    return np.frombuffer(raw, dtype={"U8": "u1", "F32": "<f4", "I64": "<i8"}[info.dtype]).reshape(info.shape)
+
+
+def _chunks(file: BinaryIO, name: str, info: TensorInfo) -> Iterator[bytes]:
+    file.seek(info.start)
+    left = info.end - info.start
+    while left:
+        raw = file.read(min(left, CHUNK_BYTES))
+        if not raw:
+            raise FileProblem(f"tensor {name}: expected {left} bytes more, found the end of the file")
+        left -= len(raw)
+        yield raw

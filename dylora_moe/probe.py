@@ -1,0 +1,155 @@
+"""The proof that a checkpoint carries: what the saving process computed for a fixed input, and a digest of its tensors.
+
+A checkpoint whose manifest was rewritten to fit other tensors is sound in itself; against the probe it is not.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from . import bases, formats, machine, tensorfile, verify_tensors
+from .errors import CheckpointError
+from .formats import PROBE_TOKENS
+from .layers import expert_name
+from .model import DyLoRAMoE, untouched
+
+PROBE_ENTRIES = 32
+ROWS = 8  # experts of one forward pass
+# Between machines, devices or numbers of threads matmuls round differently; about four bits of the dtype's precision.
+PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16": 0.05}
+
+
+@dataclass(frozen=True)
+class ProbeDifference:
+    """The largest absolute difference of logits between a model and the probe of a checkpoint.
+
+    `changed` names the experts, and the router, whose tensors are not to the bit those that were saved. Their
+    difference is infinite where the logits do not show it: in bfloat16 a small change of one weight is rounded away.
+    """
+
+    routed: float
+    experts: list[float]
+    changed: list[str] = field(default_factory=list)
+
+    @property
+    def largest(self) -> float:
+        return max([self.routed, *self.experts])
+
+
+def make_probe(
+    model: DyLoRAMoE, digests: Sequence[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """What this model computes for a fixed input, and the facts under which that can be compared.
+
+    input_ids (1, 16) and vocabulary (32,) int64; routed (16, 32) and experts (N, 16, 32) float32, the logits of those
+    vocabulary entries; sha256 (N + 1, 32) uint8, of each expert's tensors and the router's. None where the base has no
+    weights, and where it overflows its dtype.
+
+    Args:
+        digests: those SHA-256, where they are known already.
+    """
+    if not model.has_base_weights:
+        return None
+    size = model.base.get_input_embeddings().num_embeddings
+    size = min(size, getattr(model.base.config.get_text_config(), "vocab_size", None) or size)
+    input_ids = (torch.arange(PROBE_TOKENS).unsqueeze(0) * 7919 + 13) % size
+    vocabulary = torch.arange(PROBE_ENTRIES) * size // PROBE_ENTRIES
+    routed, experts = _probe_logits(model, input_ids, vocabulary)
+    if not (routed.isfinite().all() and experts.isfinite().all()):
+        return None
+    raw = b"".join(map(bytes.fromhex, digests or tensor_digests(model)))
+    sha256 = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, 32)
+    tensors = {"input_ids": input_ids, "vocabulary": vocabulary, "routed": routed, "experts": experts}
+    return tensors | {"sha256": sha256}, probe_facts(model)
+
+
+def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
+    """Where these are equal, so must the logits be to the bit; another machine or device rounds differently."""
+    return {
+        "dtype": dtype_name(model),
+        "device_type": model.device.type,
+        "base_weights": bases.weights_fingerprint(model.base),
+        "machine": machine.arithmetic(model.device),
+    }
+
+
+def dtype_name(model: DyLoRAMoE) -> str:
+    """The dtype of the base's weights, such as "bfloat16"."""
+    weight = model.base.get_input_embeddings().weight
+    return str(weight.dtype).removeprefix("torch.")
+
+
+def read_probe(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """The tensors and facts of a sound checkpoint's probe; None where it carries none."""
+    path = Path(folder) / formats.PROBE
+    return (load_file(path), verify_tensors.read_facts(path)) if path.exists() else None
+
+
+def probe_difference(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> ProbeDifference:
+    """How far this model is from what the saving process computed.
+
+    Raises:
+        CheckpointError: where the probe is of a mixture of another shape.
+    """
+    size = model.base.get_input_embeddings().num_embeddings
+    most = max(int(probe["input_ids"].max()), int(probe["vocabulary"].max()))
+    if len(probe["experts"]) != model.num_experts or most >= size:
+        expected = f"expected one of {model.num_experts} experts and {size} tokens"
+        found = f"found {len(probe['experts'])} and a token {most}"
+        raise CheckpointError(
+            formats.PROBE, [f"{formats.PROBE}: {expected}, {found}; load the checkpoint it is part of"]
+        )
+    routed, experts = _probe_logits(model, probe["input_ids"], probe["vocabulary"])
+    differences = [max_abs_difference(a, b) for a, b in zip(experts, probe["experts"], strict=True)]
+    differences.append(max_abs_difference(routed, probe["routed"]))
+    names = [*map(expert_name, range(model.num_experts)), "router"]
+    changed = []
+    for index, (there, here) in enumerate(zip(probe["sha256"], tensor_digests(model), strict=True)):
+        if bytes(there.tolist()).hex() != here:
+            changed.append(names[index])
+            if differences[index] <= PROBE_TOLERANCE.get(dtype_name(model), 0.25):
+                differences[index] = float("inf")
+    return ProbeDifference(routed=differences[-1], experts=differences[:-1], changed=changed)
+
+
+def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b|; NaN counts as infinitely far."""
+    difference = (a.double() - b.double()).abs().max().item()
+    return float("inf") if difference != difference else difference
+
+
+def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """The same values on the CPU; not copied where they are there."""
+    return {name: tensor.detach().to("cpu").contiguous().numpy() for name, tensor in tensors.items()}
+
+
+def tensor_digests(model: DyLoRAMoE) -> list[str]:
+    """The SHA-256 of the file that each expert, and then the router, is written to."""
+    parts = [*(model.expert_tensors(index) for index in range(model.num_experts)), gate_tensors(model)]
+    return [tensorfile.hash_tensors(as_arrays(part)) for part in parts]
+
+
+def gate_tensors(model: DyLoRAMoE) -> dict[str, torch.Tensor]:
+    return {formats.GATE: model.router.gate.weight}
+
+
+def _probe_logits(model: DyLoRAMoE, input_ids: torch.Tensor, vocabulary: torch.Tensor) -> tuple:
+    """Routed (16, n) and each expert alone (N, 16, n): in one pass, by PEFT batches of several adapters."""
+    names = [expert_name(index) for index in range(model.num_experts)]
+    input_ids = input_ids.to(model.base.get_input_embeddings().weight.device)  # (1, 16)
+    with untouched(model), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
+        runs = [model(input_ids, use_cache=False).logits]
+        for start in range(0, len(names), ROWS):
+            rows = names[start : start + ROWS]
+            inputs = input_ids.expand(len(rows), -1)  # (rows, 16)
+            runs.append(model.peft_model(input_ids=inputs, adapter_names=rows, use_cache=False).logits)
+    columns = [run.index_select(-1, vocabulary.to(run.device)).float().cpu() for run in runs]  # (rows, 16, n)
+    return columns[0][0], torch.cat(columns[1:])
