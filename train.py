@@ -10,32 +10,36 @@ Stopped by SIGTERM or Ctrl-C it saves at the end of the step; --resume goes on a
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import os
-import shlex
-import sys
+import importlib.util
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from dylora_moe import bases, checkpoint, cli, commit, training_state
-from dylora_moe.config import MAX_EXPERTS, MoELoraConfig, RouterConfig
-from dylora_moe.errors import UsageError, listed
-from dylora_moe.model import DyLoRAMoE, seeded
-from dylora_moe.skills import NAME_BYTES, NoveltyDetector, SkillLibrary
+from dylora_moe import bases, checkpoint, cli, commit, demo, ranks, training_state
+from dylora_moe.config import MAX_EXPERTS
+from dylora_moe.errors import CheckpointError, UsageError, listed
+from dylora_moe.model import DyLoRAMoE
+from dylora_moe.skills import SkillLibrary
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+WEIGHTS = ("auto", "pretrained", "random")
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
-# These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
-FREE_SETTINGS = ("output_dir", "resume", "resume_weights_only", "accept_changes", "logging_steps", "eval_steps", "save_steps",
-                 "save_total_limit", "report_to", "config", "demo", "device", "hf_token",
-                 "model_is_default")  # fmt: skip
+RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # a flag wins over a file's or the demo's setting of the other
 
 
 class PeftCheckpointCallback(TrainerCallback, ExportableState):
     """Writes every checkpoint of a run, whole or not at all, and rotates afterwards.
+
+    For `dylora_moe.training.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would write
+    the merged model into every checkpoint; with `save_strategy="no"` it does not, and this callback saves by itself
+    every `save_steps` steps and at the end, and keeps `save_total_limit`. Such a run can be resumed with
+    --resume-weights-only.
 
     Args:
         skills: the skill library to save.
@@ -56,16 +60,29 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         self.run = run or {}
         self.interrupted = interrupted
         self.name = name
+        self.trainer_saves = True  # MoETrainer says that it does not
+        self._due = False
 
     def state(self) -> dict:
         """What trainer_state.json keeps of this callback."""
         return {"args": {}, "attributes": {"run": self.run}}
 
+    # ---- as the Trainer calls it ----
+
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         """Refuse to start where a save would fail or a part of the mixture would stay as it is."""
-        model.check_optimizer(optimizer)
-        if args.should_save:
-            commit.check_writable(args.output_dir)
+        with ranks.together():
+            if self.trainer_saves and args.save_strategy != "no":
+                raise UsageError(
+                    "this Trainer would write the merged model into every checkpoint: use "
+                    'dylora_moe.training.MoETrainer, or save_strategy="no", with which this callback saves by itself '
+                    "every save_steps steps"
+                )
+            model.check_optimizer(optimizer)
+            if args.should_save:
+                with commit.explained("create", args.output_dir):
+                    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                commit.check_writable(args.output_dir)
         model.mark_immature()
 
     def on_save(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
@@ -79,53 +96,77 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         """
         if control.should_training_stop and not self.interrupted():
             model.mark_mature()
-        rank, _ = training_state.world()
-        others = training_state.gather((training_state.rng_state(), _digest(model)))
-        if len({digest for _, digest in others}) > 1:
-            ranks = ", ".join(f"rank {r}: {digest[:12]}" for r, (_, digest) in enumerate(others))
-            raise UsageError(f"the ranks have drifted apart, nothing was saved: experts or router differ ({ranks})")
+        _check_finite(model, state.global_step)
+        rng_states = _agreed_rng_states(model)
 
         def training_files(folder: Path) -> None:
             training_state.write(
-                folder,
-                optimizer=optimizer,
-                scheduler=lr_scheduler,
-                trainer_state=state,
-                rng_states=[rng for rng, _ in others],
+                folder, optimizer=optimizer, scheduler=lr_scheduler, trainer_state=state, rng_states=rng_states
             )
 
-        failure = None
-        if rank == 0:
-            try:
-                run_dir = Path(args.output_dir)
+        with ranks.together():
+            if ranks.is_first():
                 checkpoint.save(
-                    run_dir / self.name.format(step=state.global_step),
+                    Path(args.output_dir, self.name.format(step=state.global_step)),
                     model,
                     step=state.global_step,
                     skills=self.skills,
                     training_files=training_files if optimizer is not None else None,
                 )
-                limit = getattr(args, "save_total_limit", None)
-                if limit:
-                    best = getattr(state, "best_global_step", None)
-                    commit.rotate(run_dir, limit, keep=[best] if best else [])
-            except Exception as error:
-                failure = error
-        failures = training_state.gather(None if failure is None else str(failure))
-        if failure is not None:
-            raise failure
-        if failures[0] is not None:
-            raise UsageError(f"rank 0 could not save: {failures[0]}")
+                if getattr(args, "save_total_limit", None):
+                    _rotate(args, state)
+
+    # ---- with a stock Trainer ----
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self._due:
+            self._due = False
+            self.on_save(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Only now is the step evaluated and logged: what is due is saved when the next one begins."""
+        self._due = self.trainer_saves and args.save_steps >= 1 and state.global_step % args.save_steps == 0
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if self.trainer_saves:
+            control.should_training_stop = True
+            self.on_save(args, state, control, model=model, **kwargs)
+
+
+def _check_finite(model: DyLoRAMoE, step: int) -> None:
+    broken = [name for name, tensor in model.trained_parameters().items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise UsageError(
+            f"training has diverged at step {step}, nothing was saved: NaN or infinity in\n{listed(broken)}\n"
+            "Go on from an earlier checkpoint or start again, with a lower learning rate"
+        )
+
+
+def _agreed_rng_states(model: DyLoRAMoE) -> list[dict]:
+    """The random generators of every rank; an error where the ranks' experts or routers are not the same."""
+    states, digests = zip(*ranks.gather((training_state.rng_state(), _digest(model))), strict=True)
+    if len(set(digests)) > 1:
+        found = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
+        raise UsageError(f"the ranks have drifted apart, nothing was saved: experts or router differ ({found})")
+    return list(states)
 
 
 def _digest(model: DyLoRAMoE) -> str:
     """A hash of what is trained, to compare ranks with; empty where there is one."""
-    if training_state.world()[1] == 1:
+    if ranks.world()[1] == 1:
         return ""
     digest = hashlib.sha256()
     for parameter in model.trained_parameters().values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _rotate(args, state) -> None:
+    """Keep the newest checkpoints and, of those that were evaluated, the best."""
+    steps = [found.step for found in commit.checkpoints(args.output_dir)]
+    metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+    best = training_state.best_step(state.log_history, steps, metric, greater=bool(args.greater_is_better))
+    commit.rotate(args.output_dir, args.save_total_limit, keep=[] if best is None else [best])
 
 
 # ---- command line ----
@@ -137,7 +178,9 @@ def build_parser() -> cli.Parser:
 
     model = parser.add_argument_group("model")
     model.add_argument("--model", help=f"hub id, folder, GGUF file or preset ({bases.DEFAULT_MODEL})")
-    model.add_argument("--weights", choices=bases.WEIGHTS, default="pretrained", help="of the base (%(default)s)")
+    model.add_argument(
+        "--weights", choices=("auto", "pretrained", "random"), default="pretrained", help="of the base (%(default)s)"
+    )
     model.add_argument("--hf-token", help="for gated models and data; default HF_TOKEN or the login")
     model.add_argument("--dtype", help="of the base: float32, bfloat16 or float16 (default: the config's)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
@@ -190,139 +233,101 @@ def build_parser() -> cli.Parser:
 def parse_arguments(argv: Sequence[str] | None) -> object:
     """The settings: flags, then --config, then those of --demo, then the defaults."""
     parser = build_parser()
-    first = parser.parse_args(argv)
-    defaults = dict(demo_settings()) if first.demo else {}
-    if first.config:
-        defaults |= _config_defaults(parser, first.config)
-    data = defaults.pop("data", None)  # argparse would append the flags to it
-    parser.set_defaults(**defaults)
-    args = parser.parse_args(argv)
-    args.data = args.data or data
+    given = _given(argv)
+    lower = dict(demo.SETTINGS) if given.get("demo") else {}
+    if given.get("config"):
+        lower = _over(lower, _read_config(parser, given["config"]))
+        lower = _over(dict(demo.SETTINGS), lower) if lower.get("demo") else lower
+    parser.set_defaults(**_over(lower, given))
+    args = parser.parse_args([])
     args.model_is_default = args.model is None
     args.model = args.model or bases.DEFAULT_MODEL
-    if args.demo and not args.output_dir:
-        args.output_dir = "runs/demo"
+    if args.demo:
+        args.output_dir = args.output_dir or "runs/demo"
+    _check_arguments(parser, args)
+    return args
+
+
+def _given(argv: Sequence[str] | None) -> dict:
+    """What the command line itself says, without defaults."""
+    parser = build_parser()
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(argv))
+
+
+def _over(lower: dict, upper: dict) -> dict:
+    return {name: value for name, value in lower.items() if RIVALS.get(name) not in upper} | upper
+
+
+def _check_arguments(parser: cli.Parser, args) -> None:
+    """What no single flag can see."""
     if not args.output_dir:
         parser.error("--output-dir is needed: the folder for checkpoints")
     if not args.data and not args.demo:
         parser.error("--data is needed: a file, a folder or the name of a hub data set (or --demo)")
     if args.max_steps and args.epochs:
         parser.error("--max-steps and --epochs contradict each other: give one")
+    if args.top_k and args.top_k > args.experts:
+        parser.error(f"--top-k {args.top_k} and --experts {args.experts} contradict each other")
+    if args.warmup >= 1 and args.warmup != int(args.warmup):
+        parser.error(f"--warmup {args.warmup:g}: expected a whole number of steps, or a fraction below 1")
     if args.early_stopping and not args.eval_steps:
         parser.error("--early-stopping needs --eval-steps")
-    if args.resume_weights_only and not args.resume:
+    if args.resume_weights_only and args.resume is None:
         parser.error("--resume-weights-only needs --resume")
-    return args
+    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
+        parser.error(f"--report-to {args.report_to}: the package {args.report_to} is not installed")
 
 
-def demo_settings() -> dict:
-    return {"experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ["all-linear"], "block_size": 128, "batch_size": 8,
-            "max_steps": 60, "save_steps": 30, "logging_steps": 10, "learning_rate": 5e-3, "device": "cpu"}  # fmt: skip
-
-
-def _config_defaults(parser: cli.Parser, path: str) -> dict:
+def _read_config(parser: cli.Parser, path: str) -> dict:
     """The settings of a --config file, checked as the flags are."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            import json
-
-            settings = json.loads(text)
-        else:
-            import yaml
-
-            settings = yaml.safe_load(text)
-    except OSError as error:
-        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UsageError(f"--config {path}: is not valid JSON: {error}") from None
-    except Exception as error:  # yaml.YAMLError, known only where yaml is imported
-        raise UsageError(f"--config {path}: is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"--config {path}: expected settings by name, found {type(settings).__name__}")
+    settings = _load_config(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
-    defaults = {}
+    found = {}
     for name, value in settings.items():
         action = actions.get(str(name).replace("-", "_"))
         if action is None:
             raise UsageError(f"--config {path}: there is no setting {name!r}; see train.py --help")
-        flag = action.option_strings[0]
-        words = (
-            [flag]
-            if value is True and action.nargs == 0
-            else [flag, *map(str, value if isinstance(value, list) else [value])]
-        )
         if value is None or value is False:
             continue
-        if action.dest == "data" and isinstance(value, list):
-            words = [word for item in value for word in (flag, str(item))]
         try:
-            parsed, _ = parser.parse_known_args(words)
+            found[action.dest] = _given(_as_words(action, value))[action.dest]
         except SystemExit:
-            raise UsageError(f"--config {path}: {name}: {value!r} is not a value for {flag}") from None
-        defaults[action.dest] = getattr(parsed, action.dest)
-    return defaults
+            raise UsageError(f"--config {path}: {name}: {value!r} is not a value for it") from None
+    return found
 
 
-# ---- a run ----
+def _as_words(action: argparse.Action, value: object) -> list[str]:
+    """A setting of a file as it would stand on the command line."""
+    flag = action.option_strings[0]
+    if value is True and action.nargs in (0, "?"):
+        return [flag]
+    values = [str(each) for each in value] if isinstance(value, list) else [str(value)]
+    if action.nargs == "+":
+        return [flag, *values]
+    return [f"{flag}={each}" for each in values]
 
 
-def choose_checkpoint(args) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from (None: start afresh), and lines for the user.
+def _load_config(path: str) -> dict:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text in UTF-8"
+        raise UsageError(f"--config {path}: cannot be read ({reason})") from None
+    if path.endswith(".json"):
+        kind, load, errors = "JSON", json.loads, ValueError
+    else:
+        import yaml
 
-    Raises:
-        UsageError: where the run folder and the flags do not go together.
-    """
-    run_dir = Path(args.output_dir)
-    complete = commit.checkpoints(run_dir) if run_dir.is_dir() else []
-    broken = commit.incomplete(run_dir) if run_dir.is_dir() else []
-    passed_over = [f"passed over {path}: {reason}" for path, reason in broken]
-    if not args.resume:
-        if complete or broken:
-            newest = complete[-1].path if complete else broken[-1][0]
-            raise UsageError(
-                f"{run_dir} already holds checkpoints (newest: {newest.name}); go on with --resume, or start another run "
-                "with another --output-dir"
-            )
-        return None, []
-    if args.resume == "auto":
-        if complete:
-            return complete[-1].path, passed_over
-        if broken:
-            lines = [f"{path.name}: {reason}" for path, reason in broken]
-            raise UsageError(
-                f"{run_dir} holds only incomplete checkpoints:\n{listed(lines)}\nMove them away to start from the beginning"
-            )
-        return None, [f"no checkpoint in {run_dir} yet: starting from the beginning"]
-    chosen = Path(args.resume)
-    if not chosen.is_dir():
-        raise UsageError(
-            f"--resume {chosen}: there is no such folder; --resume alone takes the newest checkpoint of the run"
-        )
-    newer = [
-        c
-        for c in complete
-        if c.path.resolve() != chosen.resolve() and _step(chosen) is not None and c.step > _step(chosen)
-    ]
-    if newer and chosen.resolve().parent == run_dir.resolve():
-        raise UsageError(
-            f"--resume {chosen}: {run_dir} holds newer checkpoints ({', '.join(c.path.name for c in newer)}), which this run "
-            "would meet; use another --output-dir, or move them away"
-        )
-    return chosen, []
-
-
-def _step(folder: Path) -> int | None:
-    number = folder.name.removeprefix("checkpoint-")
-    return int(number) if folder.name.startswith("checkpoint-") and number.isdigit() else None
-
-
-def run_settings(args, fingerprint: str, processes: int) -> dict:
-    """What must be the same for a resumed run to be the run that was stopped."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    if args.early_stopping:
-        settings["eval_steps"] = args.eval_steps
-    return settings | {"data_fingerprint": fingerprint, "processes": processes}
+        kind, load, errors = "YAML", yaml.safe_load, yaml.YAMLError
+    try:
+        settings = load(text)
+    except errors as error:
+        raise UsageError(f"--config {path}: is not valid {kind}: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path}: expected settings by name, found {type(settings).__name__}")
+    return settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -331,217 +336,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None) -> int:
     args = parse_arguments(argv)
-    say = print if int(os.environ.get("RANK", "0")) == 0 else (lambda *_, **__: None)
-    resume, lines = choose_checkpoint(args)
-    for line in lines:
-        say(line)
-    _check_output_dir(Path(args.output_dir))
-    if args.demo:
-        from dylora_moe import demo
 
-        demo.prepare(args)
-    model, tokenizer = load_model(args)
-    for note in model.notes:
-        say(note)
-    return train(args, model, tokenizer, resume, say)
+    from dylora_moe import run  # the Trainer and the data sets, which the callback's other users do not need
 
+    def say(line: str) -> None:
+        if ranks.is_first():
+            print(line, flush=True)
 
-def _check_output_dir(folder: Path) -> None:
-    """Whether a run could be saved there; nothing is created yet."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output-dir {folder}: expected a folder, found a file")
-    while not folder.exists():
-        folder = folder.parent
-    commit.check_writable(folder)
-
-
-def load_model(args) -> tuple[DyLoRAMoE, object]:
-    """The mixture with fresh experts, and the tokenizer."""
-    source, weights = bases.find_base(args.model, weights=args.weights, token=args.hf_token)
-    tokenizer = bases.load_tokenizer(source, token=args.hf_token)
-    base = bases.load_base(source, weights, dtype=args.dtype, device=_device(args), seed=args.seed)
-    lora = MoELoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if args.targets == ["all-linear"] else args.targets,
-    )
-    router = RouterConfig(args.temperature, args.top_k, args.balance_coefficient)
-    with seeded(args.seed):
-        model = DyLoRAMoE(base, args.experts, lora=lora, router=router, label_smoothing=args.label_smoothing)
-    model.base_revision = source.revision
-    if source.note:
-        model.notes.append(source.note)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    return model, tokenizer
-
-
-def _device(args) -> str:
-    """With several processes each has the GPU of its local rank."""
-    device = str(bases.resolve_device(args.device))
-    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
-
-
-def train(args, model: DyLoRAMoE, tokenizer, resume: Path | None, say: Callable) -> int:
-    """Train until the end or a signal; the last step is always saved."""
-    import transformers
-
-    from dylora_moe import data, training
-
-    transformers.set_seed(args.seed)
-    blocks = data.load_blocks(
-        [data.DataSpec.parse(text) for text in args.data],
-        tokenizer,
-        block_size=args.block_size,
-        seed=args.seed,
-        token=args.hf_token,
-    )
-    data.check_documents_apart(model.base)
-    for line in describe_run(model, blocks):
-        say(line)
-    settings = training_arguments(args, model)
-    run = run_settings(args, data.data_fingerprint(blocks), settings.world_size)
-    if resume:
-        training.check_resumable(resume, run, weights_only=args.resume_weights_only, accept_changes=args.accept_changes)
-        say(f"resuming from {resume}" + (" (weights only)" if args.resume_weights_only else ""))
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    if settings.should_save:
-        tokenizer.save_pretrained(args.output_dir)
-
-    stop = training.StopSignals()
-    saver = PeftCheckpointCallback(run=run, interrupted=lambda: stop.received is not None)
-    callbacks = [stop, saver]
-    if args.early_stopping:
-        callbacks.insert(0, transformers.EarlyStoppingCallback(early_stopping_patience=args.early_stopping))
-    trainer = training.MoETrainer(
-        model=model,
-        args=settings,
-        train_dataset=blocks.train,
-        eval_dataset=blocks.evaluation,
-        data_collator=data.BlockCollator(),
-        callbacks=callbacks,
-    )
-    if resume and args.resume_weights_only:
-        saver.skills = checkpoint.load_into(resume, model)
-        resume = None
-    add_skills(saver.skills, model, blocks)
-    trainer.skills = saver.skills
-    with stop:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return report(args, trainer, stop, say)
-
-
-def training_arguments(args, model: DyLoRAMoE):
-    from transformers import TrainingArguments
-
-    on_cpu = model.device.type == "cpu"
-    evaluates = args.eval_steps > 0
-    return TrainingArguments(
-        output_dir=args.output_dir,
-        per_device_train_batch_size=args.batch_size,
-        per_device_eval_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.grad_accum,
-        learning_rate=args.learning_rate,
-        lr_scheduler_type=args.lr_schedule,
-        warmup_steps=args.warmup if args.warmup < 1 else int(args.warmup),
-        weight_decay=args.weight_decay,
-        max_steps=args.max_steps or -1,
-        num_train_epochs=args.epochs or 1,
-        logging_steps=args.logging_steps,
-        logging_first_step=True,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=args.eval_steps or None,
-        metric_for_best_model="loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
-        save_strategy="steps",
-        save_steps=args.save_steps or sys.maxsize,
-        save_total_limit=args.save_total_limit,
-        seed=args.seed,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False,
-        ddp_broadcast_buffers=False,
-        dataloader_pin_memory=not on_cpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=args.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
-        log_level="warning",
-    )
-
-
-def describe_run(model: DyLoRAMoE, blocks) -> list[str]:
-    """What is about to be trained, on what."""
-    counts = model.parameter_counts()
-    trained = counts["experts"] + counts["router"]
-    lines = [
-        f"base: {model.base.config._name_or_path} ({counts['base']:,} parameters, {checkpoint.dtype_name(model)}, frozen)",
-        f"experts: {model.num_experts} on {', '.join(sorted(model.expert_configs[0].target_modules))} "
-        f"({trained:,} parameters trained, {100 * trained / counts['base']:.2f} % of the base)",
-    ]
-    for source in blocks.sources:
-        lines.append(
-            f"data: {source.name}: {source.documents:,} documents ({source.schema}), {source.blocks:,} blocks of "
-            f"{blocks.block_size} tokens; {source.held_out_documents:,} documents held out"
-        )
-    return lines
-
-
-def add_skills(skills: SkillLibrary, model: DyLoRAMoE, blocks) -> None:
-    """One skill per data set: where its text lies for the base model."""
-    import torch
-
-    for name, rows in blocks.evaluation.items():
-        input_ids = torch.tensor(rows[: min(4, len(rows))]["input_ids"]).to(model.device)
-        short = name.encode()[:NAME_BYTES].decode(errors="ignore")
-        skills.add(short, NoveltyDetector.embed(model, input_ids))
-
-
-def report(args, trainer, stop, say: Callable) -> int:
-    """The closing lines: where to go on after a signal; otherwise the final table."""
-    newest = commit.latest(args.output_dir)
-    if stop.received is not None:
-        say(f"stopped by {stop.received.name} at step {trainer.state.global_step}; saved {newest.path}")
-        say(f"go on with: python train.py {resume_command(args)}")
-        return cli.INTERRUPTED if stop.received.name == "SIGINT" else cli.TERMINATED
-    metrics = next(
-        (m for m in reversed(trainer.state.log_history) if "eval_loss" in m and m["step"] == trainer.state.global_step),
-        None,
-    )
-    metrics = metrics or trainer.evaluate()
-    say("")
-    for line in final_table(trainer, metrics):
-        say(line)
-    say("")
-    say(f"saved {newest.path}")
-    say(f"validate it: python test_checkpoint_save_load.py --checkpoint {newest.path}")
-    return cli.PASSED
-
-
-def resume_command(args) -> str:
-    words = [word for word in sys.argv[1:] if not word.startswith("--resume=")]
-    if "--resume" in words:
-        at = words.index("--resume")
-        has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
-        del words[at : at + 1 + has_value]
-    return shlex.join([*words, "--resume"])
-
-
-def final_table(trainer, metrics: dict) -> list[str]:
-    """Loss per data set and how its tokens were routed."""
-    experts = [f"expert_{i}" for i in range(trainer.mixture.num_experts)]
-    shown = experts[:8]
-    width = max([len("data set"), *(len(name) for name in trainer.eval_dataset)])
-    lines = [f"{'data set':<{width}}  {'held-out loss':>13}  " + "  ".join(f"{name:>9}" for name in shown)]
-    for name in trainer.eval_dataset:
-        usage = trainer.usage_by_data.get(name)
-        shares = usage.shares() if usage else [1.0] if len(experts) == 1 else [float("nan")] * len(experts)
-        cells = "  ".join(f"{100 * share:>7.1f} %" for share in shares[: len(shown)])
-        lines.append(f"{name:<{width}}  {metrics[f'eval_{name}_loss']:>13.4f}  {cells}")
-    if len(experts) > len(shown):
-        lines.append(f"... and {len(experts) - len(shown)} more experts")
-    return lines
+    try:
+        return run.execute(args, PeftCheckpointCallback, say)
+    except CheckpointError as error:  # a run that cannot start: 2, as for all that a user can mend
+        raise UsageError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -9,26 +9,39 @@ from .errors import UsageError
 
 BASE = "base"
 BASE_SEED = 0
+TEXTS = {"code": "code.jsonl", "prose": "prose.jsonl"}
+FILES = (BASE, *TEXTS.values(), ".base.partial", ".texts.partial")
+SETTINGS = {
+    "experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ["all-linear"], "block_size": 128, "batch_size": 8,
+    "max_steps": 60, "save_steps": 30, "learning_rate": 1e-2, "device": "cpu",
+}  # fmt: skip
 
 
-def prepare(args) -> None:
-    """Fill in `args.model` and `args.data`, unless they are given, with files in the run folder.
+def write(args) -> None:
+    """Write the base model and the texts into the run folder, unless they are given or there already."""
+    folder = Path(args.output_dir)
+    if args.model_is_default and not (folder / BASE).is_dir():
+        _write_base(folder / ".base.partial")
+        (folder / ".base.partial").rename(folder / BASE)
+    if not args.data:
+        for name, read in (("code", _code), ("prose", _prose)):
+            if not (folder / TEXTS[name]).exists():
+                _write_texts(folder / ".texts.partial", read())
+                (folder / ".texts.partial").rename(folder / TEXTS[name])
 
-    What is there from an earlier start of the same run is used as it is.
-    """
+
+def fill_in(args) -> None:
+    """Set `args.model` and `args.data`, unless they are given, to what `write` has written."""
     folder = Path(args.output_dir)
     if args.model_is_default:
         args.model, args.weights = str(folder / BASE), "pretrained"
-        if not (folder / BASE / "config.json").is_file():
-            _write_base(folder / BASE)
-    if not args.data:
-        sources = {"code": _code(), "prose": _prose()}
-        args.data = [str(_write_texts(folder / f"{name}.jsonl", texts)) for name, texts in sources.items()]
+    args.data = args.data or [str(folder / name) for name in TEXTS.values()]
 
 
 def _write_base(folder: Path) -> None:
-    """A Llama of 0.4 million parameters with seeded random weights."""
+    """A Llama of 0.4 million parameters with seeded random weights, large enough for LoRA to make something of them."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
     from .data import byte_tokenizer
     from .model import seeded
@@ -41,6 +54,7 @@ def _write_base(folder: Path) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=512,
+        initializer_range=0.08,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
@@ -48,8 +62,9 @@ def _write_base(folder: Path) -> None:
     )
     with seeded(BASE_SEED):
         model = LlamaForCausalLM(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     tokenizer.save_pretrained(folder)
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
 
 
@@ -68,9 +83,5 @@ def _prose() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _write_texts(path: Path, texts: list[str]) -> Path:
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-        partial.replace(path)
-    return path
+def _write_texts(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")

@@ -7,44 +7,68 @@ nothing; a callback's `on_save` writes everything, and what is loaded goes throu
 
 from __future__ import annotations
 
+import math
 import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
-from transformers.trainer_callback import ExportableState
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from . import checkpoint, training_state
-from .errors import CheckpointError
+from . import checkpoint, formats, ranks, training_state
+from .errors import UsageError
 from .model import DyLoRAMoE, Usage
-from .skills import SkillLibrary
 
 SHOWN_EXPERTS = 16  # more of them are not logged one by one
+SUMS = "MoETrainer"  # under this name trainer_state.json keeps what was summed up for the next log
+# torchrun hands the terminal's Ctrl-C, which its workers have had already, on to them.
+ECHO_SECONDS = 3.0
 
 
 class MoETrainer(Trainer):
     """A Trainer whose checkpoints are this project's.
 
+    Give it a `PeftCheckpointCallback`, which writes them, and `save_strategy="steps"`. The learning-rate schedule must
+    be one of LambdaLR (all of Transformers' that depend on the step alone).
+
     Args:
         eval_dataset: a dict of data sets; each gets its loss, `eval_<name>_loss`, and their mean is `eval_loss`.
-        resume_weights_only: take experts and router from a checkpoint, and start everything else afresh.
+        start_step: with fresh training state, the step at which schedule and data begin.
     """
 
-    def __init__(self, *args, resume_weights_only: bool = False, **kwargs):
+    def __init__(self, *args, start_step: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.resume_weights_only = resume_weights_only
-        self.skills = SkillLibrary()
+        self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
-        self.model.reset_usage()
+        self.add_callback(_Sums(self))
+        progress = [c for c in self.callback_handler.callbacks if isinstance(c, (PrinterCallback, ProgressCallback))]
+        for callback in progress:
+            self.remove_callback(callback)
+        if progress:
+            self.add_callback(ProgressLines(bar=not self.args.disable_tqdm))
 
     @property
     def mixture(self) -> DyLoRAMoE:
         return self.accelerator.unwrap_model(self.model)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "trainer_saves"):
+                callback.trainer_saves = False
+        self.mixture.reset_usage()
+        if not self.start_step:
+            return super().train(resume_from_checkpoint, **kwargs)
+        with TemporaryDirectory(prefix="dylora_start_") as folder:  # the Trainer asks a folder for the step
+            TrainerState(global_step=self.start_step).save_to_json(f"{folder}/{formats.TRAINER_STATE}")
+            return super().train(folder, **kwargs)
 
     # ---- optimizer ----
 
@@ -67,33 +91,64 @@ class MoETrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.store_flos()
-        if self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            if best.is_dir() or self.state.best_global_step == self.state.global_step:
-                self.state.best_model_checkpoint = str(best)
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        sums = {"args": {}, "attributes": {"by_rank": ranks.gather(self._sums())}}
+        self.state.stateful_callbacks[SUMS] = sums
+
+    def _sums(self) -> dict:
+        usage = self.mixture.usage()
+        return {
+            "loss": self._tr_loss.item(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "usage": None if usage is None else [usage.first.tolist(), usage.total.tolist()],
+        }
+
+    def restore_sums(self) -> None:
+        """Go on summing up loss and usage for the next log where the checkpoint's run was."""
+        by_rank = self.state.stateful_callbacks.get(SUMS, {}).get("attributes", {}).get("by_rank", [])
+        rank, size = ranks.world()
+        if len(by_rank) != size:
+            return
+        sums = by_rank[rank]
+        self._tr_loss += sums["loss"]
+        self._total_loss_scalar = sums["total_loss"]
+        self._globalstep_last_logged = sums["last_logged"]
+        if sums["usage"] is not None and len(sums["usage"][0]) == self.mixture.num_experts:
+            self.mixture._usage = [torch.tensor(values, device=self.mixture.device) for values in sums["usage"]]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Publish experts and router as a checkpoint without training state; never a merged model."""
         target = Path(output_dir or Path(self.args.output_dir) / "checkpoint")
-        if self.args.should_save:
-            checkpoint.save(target, self.mixture, step=self.state.global_step, skills=self.skills)
+        with ranks.together():
+            if self.args.should_save:
+                checkpoint.save(target, self.mixture, step=self.state.global_step)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer would go on with those of the checkpoint
+        if self.state.global_step >= max_steps:  # the stock Trainer would train one step more
+            raise UsageError(
+                f"there is nothing left to train: step {self.state.global_step} of {max_steps} is reached; ask for "
+                "more with --max-steps or --epochs, and --accept-changes"
+            )
+        return position
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        self.skills = checkpoint.load_into(resume_from_checkpoint, self.mixture)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if not self.start_step:
+            checkpoint.load_into(resume_from_checkpoint, self.mixture)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is not None:
+        if self.start_step:
+            training_state.move_scheduler(self.lr_scheduler, self.start_step)
+        elif folder is not None:
             training_state.load_optimizer(Path(folder), self.optimizer)
             training_state.load_scheduler(Path(folder), self.lr_scheduler)
 
     def _load_rng_state(self, folder: str | None) -> None:
-        if folder is not None:
+        if folder is not None and not self.start_step:
             training_state.load_rng(Path(folder))
 
     def _load_callback_state(self) -> None:
@@ -103,6 +158,14 @@ class MoETrainer(Trainer):
                 saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
                 for name, value in saved.get("attributes", {}).items():
                     setattr(callback, name, value)
+
+    def _finalize_training(self, *args, **kwargs):
+        """The stock one deletes the last checkpoint where the limit is 1 and another is the best."""
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            checkpoint.load_into(best, self.mixture)
+        self.state.best_model_checkpoint = None
+        return super()._finalize_training(*args, **kwargs)
 
     # ---- evaluation and logs ----
 
@@ -120,11 +183,12 @@ class MoETrainer(Trainer):
         losses = list(metrics.values())
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if metric_key_prefix == "eval":
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _evaluate_one(self, rows) -> tuple[float, Usage | None]:
-        rank, size = training_state.world()
+        rank, size = ranks.world()
         mixture = self.mixture
         mixture.reset_usage()
         mine = Subset(rows, range(rank, len(rows), size))
@@ -136,11 +200,15 @@ class MoETrainer(Trainer):
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             total += torch.tensor([mixture(**batch).lm_loss.item() * tokens, tokens], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        nats, tokens = torch.stack(training_state.gather(total)).sum(0).tolist()
+        nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()
         return nats / max(tokens, 1), _over_ranks(mixture.usage())
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the training loss, how the tokens since the last log were routed."""
+        """With the training loss, how the tokens since the last log were routed.
+
+        Raises:
+            UsageError: where a number is not finite; nothing that follows would be worth saving.
+        """
         if "loss" in logs:
             usage = _over_ranks(self.mixture.usage())
             if usage is not None:
@@ -148,13 +216,31 @@ class MoETrainer(Trainer):
                 if self.mixture.num_experts <= SHOWN_EXPERTS:
                     logs |= {f"usage/expert_{i}": round(share, 4) for i, share in enumerate(usage.shares())}
                 self.mixture.reset_usage()
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)  # of a resumed run, too
+        broken = [f"{name} is {v}" for name, v in logs.items() if isinstance(v, float) and not math.isfinite(v)]
+        if broken:
+            raise UsageError(
+                f"training has diverged at step {self.state.global_step}: {', '.join(broken)}; go on from an earlier "
+                "checkpoint or start again, with a lower --learning-rate, or --dtype bfloat16 or float32"
+            )
         super().log(logs, start_time)
+
+
+class _Sums(TrainerCallback):
+    """The Trainer sets its sums to zero just before this event."""
+
+    def __init__(self, trainer: MoETrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_sums()
 
 
 def _over_ranks(usage: Usage | None) -> Usage | None:
     if usage is None:
         return None
-    both = training_state.gather((usage.first.cpu(), usage.total.cpu()))
+    both = ranks.gather((usage.first.cpu(), usage.total.cpu()))
     return Usage(sum(first for first, _ in both), sum(total for _, total in both))
 
 
@@ -168,53 +254,135 @@ def _evaluating(mixture: DyLoRAMoE) -> Iterator[None]:
         mixture._usage = usage
 
 
+class ProgressLines(ProgressCallback):
+    """A progress bar on a terminal; one line per log, in fixed columns.
+
+    Args:
+        bar: whether to show the bar.
+    """
+
+    def __init__(self, bar: bool):
+        super().__init__()
+        self.bar = bar
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if self.bar:
+            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        line = log_line(logs or {}, state.global_step, state.max_steps)
+        if line is None or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def log_line(logs: dict, step: int, max_steps: int) -> str | None:
+    """What a log entry says, on one line; None for what is shown elsewhere."""
+    at = f"step {step:>{len(str(max_steps))}}/{max_steps}"
+    if "loss" in logs:
+        parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+        if "grad_norm" in logs:
+            parts.append(f"grad {logs['grad_norm']:.3g}")
+        if "balance" in logs:
+            parts.append(f"balance {logs['balance']:.3f}")
+        shares = [f"{100 * value:.0f}" for name, value in logs.items() if name.startswith("usage/")]
+        if shares:
+            parts.append(f"usage {'/'.join(shares)} %")
+        return "  ".join([at, *parts])
+    if "eval_loss" in logs:
+        losses = {
+            name.removeprefix("eval_").removesuffix("_loss"): v for name, v in logs.items() if name != "eval_loss"
+        }
+        return f"{at}  held out: {', '.join(f'{n} {v:.4f}' for n, v in losses.items())}, mean {logs['eval_loss']:.4f}"
+    if "train_loss" in logs:
+        speed = f"{logs['train_steps_per_second']:.3g} steps/s"
+        return f"{at}  mean training loss {logs['train_loss']:.4f}, {logs['train_runtime']:.1f} s, {speed}"
+    return None
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """As Transformers' own, and the checkpoint at which it stops is saved."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stopped = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stopped = False
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        super().on_evaluate(args, state, control, metrics, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            self.stopped = control.should_save = True
+
+
 class StopSignals(TrainerCallback):
     """The first SIGTERM or Ctrl-C saves at the end of the step and stops; a second one stops at once.
 
-    A context manager: the handlers are there inside only. `received` is the signal that stopped the run, on every rank.
+    A context manager: the handlers are there inside only. Of several processes, each hears a Ctrl-C twice where
+    torchrun hands it on; that counts as one.
+
+    Args:
+        early: what else may stop the run; a run that has ended by itself was not interrupted.
     """
 
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        self._own: signal.Signals | None = None
+    def __init__(self, early: EarlyStopping | None = None):
+        self.early = early
+        self._received: signal.Signals | None = None
+        self._heard = 0
+        self._heard_at = 0.0
         self._before: dict = {}
 
+    @property
+    def received(self) -> signal.Signals | None:
+        """The signal that stopped the run before its end, on every rank."""
+        return None if self.early is not None and self.early.stopped else self._received
+
     def __enter__(self) -> StopSignals:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._own = signal.Signals(number)
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        if not self._heard:
+            self._heard, self._heard_at = number, time.monotonic()
+            if ranks.is_first():
+                name = signal.Signals(number).name
+                print(f"{name}: saving at the end of this step; once more stops at once", file=sys.stderr, flush=True)
+        elif ranks.world()[1] == 1 or time.monotonic() - self._heard_at > ECHO_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def on_step_end(self, args, state, control, **kwargs):
-        heard = [number for number in training_state.gather(self._own) if number is not None]
-        if heard and self.received is None:
-            self.received = max(heard)
+        self._stop(args, state, control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """An evaluation may take long; the step that it belongs to is whole."""
+        self._stop(args, state, control)
+
+    def _stop(self, args, state, control) -> None:
+        heard = ranks.largest(self._heard, args.device)
+        if heard and self._received is None and state.global_step < state.max_steps:
+            self._received = signal.Signals(heard)
             control.should_save = control.should_training_stop = True
-        return control
-
-
-def check_resumable(folder: Path, run: dict, *, weights_only: bool, accept_changes: bool) -> None:
-    """Refuse to resume from what would not give the run that was stopped.
-
-    Raises:
-        CheckpointError: with every problem of the checkpoint, or for a missing training state.
-    """
-    checkpoint.sound_config(folder)
-    if weights_only:
-        return
-    lacking = training_state.missing(folder)
-    if lacking:
-        remedy = "--resume-weights-only goes on with a fresh optimizer"
-        raise CheckpointError(folder, [f"{name}: is missing; {remedy}" for name in lacking])
-    changed = training_state.differences(training_state.read_run(folder), run)
-    if changed and not accept_changes:
-        remedy = "start with the settings of that run, or accept the change with --accept-changes"
-        raise CheckpointError(folder, [f"{text}; {remedy}" for text in changed])

@@ -6,39 +6,18 @@ The optimizer's moments are bound to the parameters' names, not to their order. 
 from __future__ import annotations
 
 import random
-import re
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch.optim.lr_scheduler import LRScheduler
 
-from . import formats
-from .errors import CheckpointError, UsageError
+from . import formats, ranks
+from .errors import CheckpointError
 from .tensorfile import FileProblem, read_json
 
 CALLBACK = "PeftCheckpointCallback"  # under this name the run's settings stand in trainer_state.json
-
-
-# ---- several processes ----
-
-
-def world() -> tuple[int, int]:
-    """(rank, number of processes) of this run."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def gather(value: object) -> list:
-    """Every rank's value, on every rank, by rank."""
-    rank, size = world()
-    if size == 1:
-        return [value]
-    values: list = [None] * size
-    dist.all_gather_object(values, value)
-    return values
 
 
 # ---- writing ----
@@ -71,7 +50,7 @@ def _as_tuples(state: tuple) -> tuple:
     return version, tuple(keys), gauss
 
 
-def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list[dict], scaler=None) -> None:
+def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list[dict]) -> None:
     """Write the training files into a checkpoint's staging folder.
 
     Args:
@@ -81,8 +60,6 @@ def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
         torch.save(scheduler.state_dict(), folder / formats.SCHEDULER)
-    if scaler is not None:
-        torch.save(scaler.state_dict(), folder / formats.SCALER)
     for rank, state in enumerate(rng_states):
         torch.save(state, folder / _rng_name(rank, len(rng_states)))
     trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
@@ -98,9 +75,12 @@ def _rng_name(rank: int, size: int) -> str:
 def missing(folder: Path) -> list[str]:
     """The training files that a checkpoint lacks."""
     names = [name for name in formats.TRAINING_FILES if not (folder / name).is_file()]
-    if not any(formats.RNG_STATE.fullmatch(path.name) for path in folder.iterdir()):
-        names.append("rng_state.pth")
-    return names
+    return names if rng_files(folder) else [*names, "rng_state.pth"]
+
+
+def rng_files(folder: Path) -> list[str]:
+    """One for each process that wrote the checkpoint."""
+    return sorted(path.name for path in folder.iterdir() if formats.RNG_STATE.fullmatch(path.name))
 
 
 def read_trainer_state(folder: Path) -> dict:
@@ -143,29 +123,32 @@ def load_rng(folder: Path) -> None:
 
     Raises:
         CheckpointError: for a missing or broken file.
-        UsageError: where the checkpoint is of another number of processes.
     """
-    rank, size = world()
-    saved = sorted(path.name for path in folder.iterdir() if formats.RNG_STATE.fullmatch(path.name))
-    if saved and len(saved) != size:
-        raise UsageError(
-            f"{folder} was written by {len(saved)} processes, this run has {size}; start as many, or use "
-            "--resume-weights-only to go on with fresh training state"
-        )
-    state = read_tensors(folder, _rng_name(rank, size))
+    name = _rng_name(*ranks.world())
+    state = read_tensors(folder, name)
     try:
         set_rng_state(state)
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(
-            folder, [f"{_rng_name(rank, size)}: is not a state of the generators ({error})"]
-        ) from None
+        raise CheckpointError(folder, [f"{name}: is not a state of the generators ({error})"]) from None
 
 
-def load_scheduler(folder: Path, scheduler) -> None:
+def load_scheduler(folder: Path, scheduler: LRScheduler) -> None:
+    """Take over where the schedule was. The learning rate that it scales stays that of this run."""
     state = read_tensors(folder, formats.SCHEDULER)
-    if not isinstance(state, dict) or set(state) != set(scheduler.state_dict()):
+    own = scheduler.state_dict()
+    if not isinstance(state, dict) or set(state) != set(own) or not isinstance(state.get("last_epoch"), int):
         raise CheckpointError(folder, [f"{formats.SCHEDULER}: is not the state of a {type(scheduler).__name__}"])
-    scheduler.load_state_dict(state)
+    scheduler.load_state_dict(state | {"base_lrs": own["base_lrs"]})
+    move_scheduler(scheduler, state["last_epoch"])
+
+
+def move_scheduler(scheduler: LRScheduler, step: int) -> None:
+    """Set the learning rate to that after `step` steps, by the expression that LambdaLR itself uses."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def load_optimizer(folder: Path, optimizer) -> None:
@@ -189,7 +172,7 @@ def load_optimizer(folder: Path, optimizer) -> None:
         for group in optimizer.param_groups
         for name, parameter in zip(group["param_names"], group["params"], strict=True)
     }
-    problems = [f"{where}: has no moments for {name}" for name in sorted(set(here) - set(there))]
+    problems = [f"{where}: has no moments for {n}" for n in sorted(here) if there.get(n) not in moments]
     problems += [
         f"{where}: has moments for {name}, which is not trained here" for name in sorted(set(there) - set(here))
     ]
@@ -203,11 +186,9 @@ def load_optimizer(folder: Path, optimizer) -> None:
     if problems:
         remedy = "build the experts as they were, or use --resume-weights-only"
         raise CheckpointError(folder, [f"{p}; {remedy}" for p in problems])
-    own = optimizer.state_dict()
-    for group, old in zip(own["param_groups"], groups, strict=True):
-        group.update({key: value for key, value in old.items() if key not in ("params", "param_names")})
+    own = optimizer.state_dict()  # its learning rate and the like stay: those of this run
     index_of = {name: index for group in own["param_groups"] for name, index in _named(group)}
-    own["state"] = {index_of[name]: moments[there[name]] for name in here if there[name] in moments}
+    own["state"] = {index_of[name]: moments[there[name]] for name in here}
     optimizer.load_state_dict(own)
 
 
@@ -215,7 +196,10 @@ def _named(group: dict):
     return zip(group["param_names"], group["params"], strict=True)
 
 
-def differences(there: dict, here: dict) -> list[str]:
-    """The settings of two runs that differ."""
-    names = sorted(set(there) | set(here))
-    return [f"{n}: {there.get(n)!r} there, {here.get(n)!r} here" for n in names if there.get(n) != here.get(n)]
+# ---- the best checkpoint ----
+
+
+def best_step(log_history: list[dict], steps: list[int], metric: str, *, greater: bool = False) -> int | None:
+    """Of these steps, the one whose evaluation was best, the earlier of equals; None where none was evaluated."""
+    values = {entry["step"]: entry[metric] for entry in log_history if metric in entry and entry.get("step") in steps}
+    return min(sorted(values), key=lambda step: -values[step] if greater else values[step], default=None)
