@@ -10,11 +10,16 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from .errors import CheckpointError, DyLoRAMoEError
 
-PASSED, FAILED, CANNOT_RUN, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 PASS_MARK, FAIL_MARK = "✓", "✗"
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 class Parser(argparse.ArgumentParser):
@@ -65,11 +70,21 @@ def number(
     return parse
 
 
+def text(value: str) -> str:
+    """An argparse type: what a shell makes of an unset variable is no value."""
+    if not value.strip():
+        raise argparse.ArgumentTypeError("expected a value, got an empty one")
+    return value
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, prog: str = "") -> int:
     """Call `main` and turn what it raises into a message on standard error and an exit code."""
     prepare_streams()
     try:
         return main(argv)
+    except BrokenPipeError:  # `... | head`: whoever read has seen enough
+        mute(sys.stdout)
+        return PIPE_CLOSED
     except Exception as error:
         code, message = explain(error)
         if message is None:
@@ -87,26 +102,46 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return FAILED, str(error)
     if isinstance(error, DyLoRAMoEError):
         return CANNOT_RUN, str(error)
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY):
         return CANNOT_RUN, "not enough memory; use a smaller model, or --weights none with test_checkpoint_minimal.py"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return (
-            CANNOT_RUN,
-            f"no space left on the disk for {error.filename or 'the output'}; free some, or use another folder",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CANNOT_RUN, f"{error.filename or 'a file'} cannot be written ({error.strerror}); use another folder"
+    if isinstance(error, OSError):
+        return CANNOT_RUN, _explain_os(error)
+    if isinstance(error, ImportError) and not (error.name or "").startswith(("dylora_moe", "train")):
+        return CANNOT_RUN, f"{error}; install what is needed with\n    pip install -r requirements.txt"
     return CANNOT_RUN, None
 
 
+def _explain_os(error: OSError) -> str | None:
+    if error.errno in _FULL_DISK:
+        return f"no space left on the disk for {error.filename or 'the output'}; free some, or use another folder"
+    if error.errno in _READ_ONLY:
+        return f"{error.filename or 'a file'} cannot be read or written ({error.strerror}); use another folder"
+    if error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return None
+
+
 def prepare_streams() -> None:
-    """Check marks on every terminal; a pipe that closes early is no error of ours."""
+    """Check marks on every terminal: UTF-8 where the locale's encoding has none."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            encoding = (stream.encoding or "").lower().replace("-", "")
-            stream.reconfigure(
-                encoding="utf-8" if encoding in ("ascii", "ansi_x3.41968", "latin1") else None, errors="replace"
-            )
+            stream.reconfigure(encoding=None if _has_marks(stream.encoding) else "utf-8", errors="replace")
+
+
+def _has_marks(encoding: str | None) -> bool:
+    try:
+        (PASS_MARK + FAIL_MARK).encode(encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def mute(stream) -> None:
+    """Let what is still written to a closed pipe go nowhere, at the end of the program too."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def in_github_actions() -> bool:

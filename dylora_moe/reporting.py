@@ -78,7 +78,18 @@ class Printer:
         self.to_stderr = to_stderr
 
     def __call__(self, line: str = "") -> None:
-        print(line, file=sys.stderr if self.to_stderr else sys.stdout, flush=True)
+        self._print(line, sys.stderr if self.to_stderr else sys.stdout)
+
+    def error(self, text: str) -> None:
+        """Why the script could not run."""
+        self._print(f"{cli.FAIL_MARK} {text}", sys.stderr)
+
+    @staticmethod
+    def _print(line: str, stream) -> None:
+        try:
+            print(line, file=stream, flush=True)
+        except BrokenPipeError:  # `... | head`: the checks go on, the exit code counts
+            cli.mute(stream)
 
     def heading(self, title: str) -> None:
         self()
@@ -111,8 +122,11 @@ class Printer:
 def write_json(report: Report, target: str) -> None:
     """Write the report to a file, or to standard output for `-`."""
     if target == "-":
-        sys.stdout.write(report.as_json())
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(report.as_json())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            cli.mute(sys.stdout)
     else:
         Path(target).write_text(report.as_json(), encoding="utf-8")
 
@@ -126,19 +140,31 @@ def annotate(report: Report, printer: Printer) -> None:
             printer(f"::error title={report.script} {check.name}::{_escape(problem)}")
     if report.error:
         printer(f"::error title={report.script}::{_escape(report.error)}")
-    summary = os.environ.get("GITHUB_STEP_SUMMARY")
-    if summary:
-        rows = ["", f"### {report.script}", "", "| check | result | seconds | problems |", "|---|---|---|---|"]
-        for check in report.checks:
-            mark = f"{cli.PASS_MARK} PASS" if check.passed else f"{cli.FAIL_MARK} FAIL"
-            problems = "<br>".join(problem.replace("|", "\\|").replace("\n", " ") for problem in check.problems[:10])
-            rows.append(f"| {check.name} | {mark} | {check.seconds:.1f} | {problems} |")
-        if report.error:
-            rows.append(f"| | could not run | | {report.error.replace('|', chr(92) + '|').splitlines()[0]} |")
-        if report.total_bytes is not None:
-            rows += ["", f"Total checkpoint size: {report.total_bytes / MIB:.1f} MB"]
-        with open(summary, "a", encoding="utf-8") as file:
-            file.write("\n".join(rows) + "\n")
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(_table(report))
+        except OSError as error:
+            printer.error(f"GITHUB_STEP_SUMMARY: {path} cannot be written ({error.strerror or error})")
+
+
+def _table(report: Report) -> str:
+    rows = ["", f"### {report.script}", "", "| check | result | seconds | problems |", "|---|---|---|---|"]
+    for check in report.checks:
+        mark = f"{cli.PASS_MARK} PASS" if check.passed else f"{cli.FAIL_MARK} FAIL"
+        problems = "<br>".join(_cell(problem) for problem in check.problems[:10])
+        rows.append(f"| {check.name} | {mark} | {check.seconds:.1f} | {problems} |")
+    if report.error:
+        rows.append(f"| | {cli.FAIL_MARK} could not run | | {_cell(report.error)} |")
+    if report.total_bytes is not None:
+        rows += ["", f"Total checkpoint size: {report.total_bytes / MIB:.1f} MB"]
+    return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text that cannot end its cell, its row, or open a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def _escape(text: str) -> str:

@@ -1,474 +1,266 @@
-"""The three scripts' common driver: flags, what is run in which order, and where the checkpoint is written."""
+"""The three scripts' common driver: what is run in which order, and how its end is reported."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
+import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, commit, formats, machine
-from .checks import CheckResult, timed
+from . import cli, formats, interrupts, machine, verify, workspace
+from . import validation_subject as subject
+from .checks import CheckResult, check_save, check_size, check_structure, file_sizes, save_with, timed
 from .errors import UsageError
 from .reporting import Printer, Report, annotate, write_json
+from .validation_flags import (
+    FULL,
+    MINIMAL,
+    QUICK,
+    Script,
+    build_parser,
+    check_against,
+    check_contradictions,
+    given_json_target,
+)
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .checks_reload import Recorder
     from .model import DyLoRAMoE
 
-MAX_EXPERTS = 1024
-DEFAULTS = {"model": None, "experts": 2, "lora_r": 16, "lora_alpha": 32}
-SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
-MINIMAL_COMMAND = "python test_checkpoint_minimal.py"
+__all__ = ["FULL", "MINIMAL", "QUICK", "main"]
 
-
-@dataclass(frozen=True)
-class Script:
-    """What sets a script apart."""
-
-    name: str
-    folder_prefix: str
-    headings: dict[str, str]  # by check, in order
-    success: str = "ALL TESTS PASSED"
-    reloads: bool = False
-
-
-QUICK = Script("quick", "dylora_checkpoint_quick_", {}, success="ALL QUICK TESTS PASSED")
-MINIMAL = Script(
-    "minimal",
-    "dylora_checkpoint_minimal_",
-    {
-        "save": "TEST: Save Checkpoint",
-        "structure": "TEST: Verify Checkpoint Structure",
-        "size": "TEST: Checkpoint Size",
-    },
-)
-FULL = Script(
-    "save_load",
-    "dylora_checkpoint_test_",
-    {
-        "save": "TEST 1: Save Checkpoint",
-        "structure": "TEST 2: Verify Checkpoint Structure",
-        "load": "TEST 3: Load Checkpoint",
-        "consistency": "TEST 4: Output Consistency",
-        "size": "TEST 5: Checkpoint Size",
-    },
-    reloads=True,
-)
-
-
-class Terminated(Exception):
-    """SIGTERM arrived: what is temporary is removed on the way out."""
-
-
-# ---- flags ----
-
-
-def build_parser(script: Script, description: str) -> cli.Parser:
-    parser = cli.Parser(prog=f"test_checkpoint_{script.name}.py", description=description)
-    parser.add_argument("--json", metavar="FILE", help="write the result as JSON; - for standard output")
-    if script is QUICK:
-        return parser
-    default_weights = "auto: real ones where they can be had, otherwise random" if script.reloads else "auto: none"
-    parser.add_argument("--model", help="hub id, folder, GGUF file or preset (google/codegemma-2b)")
-    parser.add_argument("--experts", type=cli.number(int, 1, MAX_EXPERTS), help="number of experts (2)")
-    parser.add_argument("--lora-r", type=cli.number(int, 1), help="rank of each expert (16)")
-    parser.add_argument("--lora-alpha", type=cli.number(float, above=0), help="scales by alpha / r (32)")
-    parser.add_argument("--hf-token", help="for gated models; default HF_TOKEN or the login")
-    parser.add_argument(
-        "--weights", choices=("auto", "pretrained", "random", "none"), default="auto", help=default_weights
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, mps or auto (%(default)s)")
-    parser.add_argument("--dtype", help="of the base: float32, bfloat16 or float16 (default: the config's)")
-    parser.add_argument("--output-dir", metavar="DIR", help="write DIR/checkpoint and keep it")
-    parser.add_argument("--max-size-mb", type=cli.number(float, above=0), default=500, help="limit of the size (500)")
-    parser.add_argument("--seed", type=cli.number(int, 0), default=0, help="of what is random (0)")
-    parser.add_argument("--keep-checkpoint", action="store_true", help="do not remove the checkpoint at the end")
-    parser.add_argument(
-        "--checkpoint", metavar="DIR", help="validate this checkpoint instead of saving one; it is not changed"
-    )
-    return parser
+QUICK_BYTES = 1 << 20
+INSTALL = "pip install -r requirements.txt"
 
 
 def main(script: Script, description: str, argv: Sequence[str] | None = None) -> int:
     """Run a script: print, write the JSON, return the exit code."""
     started = time.perf_counter()
     cli.prepare_streams()
-    args = build_parser(script, description).parse_args(argv)
-    printer = Printer(to_stderr=args.json == "-")
-    report = Report(script.name)
-    try:
-        with _terminable():
-            _check_json_target(args.json)
-            run = _run_quick if script is QUICK else _run
-            run(script, args, report, printer)
-        report.exit_code = cli.PASSED if report.passed else cli.FAILED
-    except KeyboardInterrupt:
-        report.exit_code, report.error = cli.INTERRUPTED, "interrupted"
-    except Terminated:
-        report.exit_code, report.error = cli.TERMINATED, "terminated"
-    except Exception as error:
-        _, report.error = cli.explain(error)
-        report.exit_code = cli.CANNOT_RUN
-        if report.error is None:
-            raise
-    report.seconds = time.perf_counter() - started
-    report.peak_memory_bytes = machine.peak_memory()
-    if report.error is None:
-        printer.summary(report, script.success)
-    else:
-        print(f"{cli.FAIL_MARK} {report.error}", file=sys.stderr)
-    annotate(report, printer)
-    if args.json:
-        with suppress(OSError):
-            write_json(report, args.json)
-    return report.exit_code
+    argv = list(sys.argv[1:] if argv is None else argv)
+    target = given_json_target(argv)
+    run = Run(script, Report(script.name), Printer(to_stderr=target == "-"))
+    with interrupts.handled():
+        try:
+            _check_json_target(target)
+            run.args = build_parser(script, description).parse_args(argv)
+            run()
+            run.report.exit_code = cli.PASSED if run.report.passed else cli.FAILED
+        except KeyboardInterrupt as error:
+            run.report.exit_code = getattr(error, "exit_code", cli.INTERRUPTED)
+            run.report.error = str(error) or "interrupted"
+        except Exception as error:
+            run.report.exit_code, run.report.error = cli.CANNOT_RUN, _explain(error)
+        with interrupts.shielded():
+            run.report.seconds = time.perf_counter() - started
+            run.report.peak_memory_bytes = machine.peak_memory()
+            return _finish(run, target)
+
+
+def _explain(error: Exception) -> str:
+    message = cli.explain(error)[1]
+    if message is None:  # a mistake of ours: whoever reports it needs to see where
+        traceback.print_exception(error)
+        message = f"unexpected {type(error).__name__}: {error}"
+    return message
 
 
 def _check_json_target(target: str | None) -> None:
     """A result that cannot be written is known before the work, not after it."""
     if target and target != "-":
-        folder = Path(target).absolute().parent
-        if Path(target).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise UsageError(f"--json {target}: expected a file in a folder that can be written to")
+        path = Path(target)
+        folder = path.absolute().parent
+        place = path if path.exists() else folder
+        if path.is_dir() or not folder.is_dir() or not os.access(place, os.W_OK):
+            raise UsageError(f"--json {target}: expected a file in a folder that can be written to.")
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    def stop(number, frame):
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever started it handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# ---- quick ----
-
-
-def _run_quick(script: Script, args, report: Report, printer: Printer) -> None:
-    from train import PeftCheckpointCallback
-
-    from . import checks
-
-    save = checks.save_with(PeftCheckpointCallback)
-    for check, extra in (
-        (checks.check_peft, ()),
-        (checks.check_safetensors, ()),
-        (checks.check_quick_structure, (save,)),
-    ):
+def _finish(run: Run, json_target: str | None) -> int:
+    report = run.report
+    if report.error is None:
+        run.printer.summary(report, run.script.success)
+    else:
+        run.printer.error(report.error)
+    annotate(report, run.printer)
+    if json_target:
         try:
-            result = timed(check, *extra)
-        except UsageError:
-            raise
-        except Exception as error:  # whatever is wrong with the installation is this check's finding
-            result = CheckResult(check.__name__.rpartition("_")[2], problems=[f"{type(error).__name__}: {error}"])
-        printer.heading(f"TEST: {result.name}")
-        printer.result(result)
-        report.checks.append(result)
+            write_json(report, json_target)
+        except OSError as error:
+            run.printer.error(f"--json {json_target}: cannot be written ({error.strerror or error})")
+            return report.exit_code or cli.CANNOT_RUN
+    return report.exit_code
 
 
-# ---- minimal and full ----
+class Run:
+    """One run of a script: its checks in order, each printed and added to the report."""
 
+    args: Namespace
 
-def _run(script: Script, args, report: Report, printer: Printer) -> None:
-    from . import checks
+    def __init__(self, script: Script, report: Report, printer: Printer):
+        self.script = script
+        self.report = report
+        self.printer = printer
 
-    if args.weights == "none" and script.reloads:
-        raise UsageError(f"comparing logits needs base weights; without them run\n    {MINIMAL_COMMAND}")
-    given = checks.existing_checkpoint(Path(args.checkpoint)) if args.checkpoint else None
-    if given is not None and (args.output_dir or args.keep_checkpoint):
-        raise UsageError("--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it")
-    if given is not None:
-        _validate(script, args, given, report, printer)
-        return
-    source, weights = _find_base(script, args, args.model, report, printer)
-    configs, router = _mixture(args, report)
-    _check_room(script, args, source, weights, report)
-    with _target(script, args, report) as target:
-        model = _build_model(args, source, weights, configs, router)
-        for note in model.notes:
-            printer(note)
-        _save_and_check(script, args, model, target, report, printer)
+    def __call__(self) -> None:
+        if self.script is QUICK:
+            self.check_environment()
+            return
+        check_contradictions(self.script, self.args)
+        if self.args.checkpoint:
+            self.validate()
+        else:
+            self.save_and_validate()
 
+    # ---- one check ----
 
-def _save_and_check(script: Script, args, model: DyLoRAMoE, target: Path, report: Report, printer: Printer) -> None:
-    from train import PeftCheckpointCallback
-
-    from . import checks
-
-    def run(name: str, check: Callable, *extra, **options) -> CheckResult:
-        return _step(script, name, report, printer, check, *extra, **options)
-
-    save = run("save", checks.check_save, model, target, checks.save_with(PeftCheckpointCallback))
-    printer(f"  {target}")
-    if not target.is_dir():
-        return
-    report.total_bytes = _total_bytes(target)
-    structure = run("structure", checks.check_structure, target)
-    if script.reloads and save.passed and structure.passed:
-        _reload(script, target, model.fresh_base(), model.fresh_base(), report, printer, saved=model)
-    elif script.reloads:
-        _skip(report, printer, script, "the checkpoint is not sound")
-    run("size", checks.check_size, target, args.max_size_mb)
-
-
-def _validate(script: Script, args, folder: Path, report: Report, printer: Printer) -> None:
-    """Checks of a checkpoint that is there already."""
-    from . import checks
-
-    report.checkpoint = str(folder)
-    report.total_bytes = _total_bytes(folder)
-    contents = _peek(folder)
-    source = None
-    if contents:
-        report.experts = contents["num_experts"]
-        report.model = contents["base_model"]["name"]
-        _check_flags(args, contents)
-        if script.reloads or args.model:
-            name = args.model or contents["base_model"]["name"]
-            if not name:
-                raise UsageError(f"{folder}/{formats.CONFIG} names no base model: say which with --model")
-            args.dtype = args.dtype or contents["base_model"]["dtype"]
-            source, weights = _find_base(script, args, name, report, printer, contents["base_model"]["revision"])
-            _check_architecture(source, contents, name)
-    structure = _step(script, "structure", report, printer, checks.check_structure, folder)
-    if script.reloads and structure.passed:
-        _check_room(script, args, source, weights, report, contents)
-        base = _load_base(args, source, weights)
-        from .model import fresh_base
-
-        _reload(script, folder, base, fresh_base(base), report, printer)
-    elif script.reloads:
-        _skip(report, printer, script, "the checkpoint is not sound")
-    _step(script, "size", report, printer, checks.check_size, folder, args.max_size_mb)
-
-
-def _reload(script: Script, folder: Path, base, spare, report: Report, printer: Printer, saved=None) -> None:
-    from . import checks
-
-    loaded: list = []
-
-    def load() -> CheckResult:
-        result, model = checks.check_load(folder, base)
-        loaded.append(model)
+    def step(self, name: str, check: Callable[..., CheckResult], *args, **options) -> CheckResult:
+        self.printer.heading(self.script.headings[name])
+        result = timed(check, *args, **options)
+        result.name = name
+        self.printer.result(result)
+        self.report.checks.append(result)
         return result
 
-    _step(script, "load", report, printer, load)
-    if loaded[0] is None:
-        _skip(report, printer, script, "the checkpoint was not loaded", only="consistency")
-        return
-    consistency = checks.check_consistency
-    _step(
-        script,
-        "consistency",
-        report,
-        printer,
-        consistency,
-        loaded[0],
-        folder,
-        saved=saved,
-        weights=report.weights,
-        spare=spare,
-    )
+    def skip(self, why: str, *names: str) -> None:
+        """Checks that cannot be made any more have failed."""
+        for name in names:
+            self.step(name, CheckResult, name, problems=[f"not run: {why}"])
 
+    # ---- quick ----
 
-def _step(
-    script: Script, name: str, report: Report, printer: Printer, check: Callable, *extra, **options
-) -> CheckResult:
-    printer.heading(script.headings[name])
-    result = timed(check, *extra, **options)
-    result.name = name
-    printer.result(result)
-    report.checks.append(result)
-    return result
+    def check_environment(self) -> None:
+        machine.need_disk(QUICK_BYTES, workspace.temporary_root(), "a checkpoint of a tiny mixture")
+        with workspace.temporary(self.script.folder_prefix) as folder:
+            self.step("peft", _finding, lambda quick: quick.check_peft())
+            self.step("safetensors", _finding, lambda quick: quick.check_safetensors(folder))
+            self.step("structure", _finding, lambda quick: quick.check_structure(folder, _saving_as_training()))
 
+    # ---- a checkpoint that is saved to be checked ----
 
-def _skip(report: Report, printer: Printer, script: Script, why: str, only: str | None = None) -> None:
-    """Checks that cannot be made any more have failed."""
-    for name in (only,) if only else ("load", "consistency"):
-        printer.heading(script.headings[name])
-        result = CheckResult(name, problems=[f"not run: {why}"])
-        printer.result(result)
-        report.checks.append(result)
+    def save_and_validate(self) -> None:
+        source, weights = subject.find_base(self.script, self.args)
+        self.report.model, self.report.weights = source.name, weights
+        self.report.experts = subject.setting(self.args, "experts")
+        if source.note:
+            self.printer(source.note)
+        subject.check_room_to_save(self.script, self.args, source, weights)
+        with self.target() as target:
+            model = subject.build_mixture(self.args, source, weights)
+            for note in model.notes:
+                self.printer(note)
+            self.check_saving(model, target)
 
-
-# ---- what they are run on ----
-
-
-def _find_base(script: Script, args, name: str | None, report: Report, printer: Printer, revision: str | None = None):
-    from . import bases
-
-    weights = args.weights
-    if weights == "auto" and not script.reloads:
-        weights = "none"
-    source, weights = bases.find_base(
-        name or bases.DEFAULT_MODEL, weights=weights, token=args.hf_token, revision=revision
-    )
-    report.model, report.weights = source.name, weights
-    if source.note:
-        printer(source.note)
-    return source, weights
-
-
-def _mixture(args, report: Report):
-    from .config import MoELoraConfig, RouterConfig
-
-    report.experts = args.experts or DEFAULTS["experts"]
-    r, alpha = args.lora_r or DEFAULTS["lora_r"], args.lora_alpha or DEFAULTS["lora_alpha"]
-    return [MoELoraConfig(r=r, lora_alpha=alpha)] * report.experts, RouterConfig()
-
-
-def _load_base(args, source, weights: str):
-    from . import bases
-
-    return bases.load_base(source, weights, dtype=args.dtype, device=args.device, seed=args.seed)
-
-
-def _build_model(args, source, weights: str, configs: list, router) -> DyLoRAMoE:
-    from . import checks
-    from .model import DyLoRAMoE, seeded
-
-    base = _load_base(args, source, weights)
-    with seeded(args.seed):
-        model = DyLoRAMoE(base, configs, router=router)
-    model.base_revision = source.revision
-    checks.fill_experts(model, args.seed)
-    return model
-
-
-def _check_room(script: Script, args, source, weights: str, report: Report, contents: dict | None = None) -> None:
-    """Estimate memory and disk, and refuse before anything large is allocated or written.
-
-    Experts are float32. Two mixtures hold them, and one more copy of one expert is written or read at a time; logits
-    and activations of the few tokens are a small part of the base.
-    """
-    from . import bases
-    from .model import adapter_parameters
-
-    if contents:
-        per_expert = max(expert["parameters"] for expert in contents["experts"])
-        all_experts = 4 * sum(expert["parameters"] for expert in contents["experts"])
-    else:
-        per_expert = adapter_parameters(source.config, args.lora_r or DEFAULTS["lora_r"])
-        all_experts = 4 * per_expert * report.experts
-        folder = Path(args.output_dir) if args.output_dir else Path(tempfile.gettempdir())
-        machine.need_disk(all_experts + SMALL_FILES, folder, f"a checkpoint of {report.experts} experts")
-    base = 0
-    if weights == "pretrained":
-        base = bases.parameter_bytes(source.config, args.dtype)
-    elif weights == "random":
-        base = bases.shared_random_bytes(source.config, args.dtype)
-    copies = 2 if script.reloads else 1
-    needed = base + copies * all_experts + 2 * 4 * per_expert
-    what = f"{report.experts} experts on {source.name} with {weights} weights"
-    machine.need_memory(needed, what, cheaper=MINIMAL_COMMAND if script.reloads else None)
-
-
-def _check_flags(args, contents: dict) -> None:
-    """Flags that contradict the checkpoint."""
-    found = {
-        "experts": {contents["num_experts"]},
-        "lora_r": {expert["r"] for expert in contents["experts"]},
-        "lora_alpha": {expert["lora_alpha"] for expert in contents["experts"]},
-    }
-    for name, values in found.items():
-        asked = getattr(args, name)
-        if asked is not None and values != {asked}:
-            flag = "--" + name.replace("_", "-")
-            there = ", ".join(f"{value:g}" for value in sorted(values))
-            raise UsageError(f"{flag} {asked:g} contradicts {args.checkpoint}, which has {there}; leave the flag out")
-
-
-def _check_architecture(source, contents: dict, name: str) -> None:
-    from . import bases
-
-    here, there = bases.architecture(source.config), contents["base_model"]["architecture"]
-    if here["fingerprint"] != there["fingerprint"]:
-        keys = [k for k in there if k != "fingerprint" and here.get(k) != there[k]]
-        differences = ", ".join(f"{k} {there[k]} there, {here.get(k)} here" for k in keys) or "other parameters"
-        trained_on = contents["base_model"]["name"]
-        raise UsageError(f"--model {name} is not what the checkpoint was trained on, {trained_on} ({differences})")
-
-
-def _peek(folder: Path) -> dict:
-    """The config of a checkpoint where it can be relied on; what is wrong with it is the structure check's to say."""
-    from . import verify
-
-    return verify.inspect_config(folder)
-
-
-def _total_bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-@contextmanager
-def _target(script: Script, args, report: Report) -> Iterator[Path]:
-    """Where the checkpoint is written; a temporary folder is removed whatever happens, unless it is to be kept."""
-    if args.output_dir:
-        folder = Path(args.output_dir)
-        target = folder / "checkpoint"
-        if target.exists():
-            raise UsageError(f"{target} exists already; a checkpoint is never replaced: choose another --output-dir")
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"--output-dir {folder}: expected a folder, found a file")
-        made = _make_folders(folder)
+    @contextmanager
+    def target(self) -> Iterator[Path]:
+        """Where the checkpoint is to be written; what is not to be kept is gone afterwards."""
+        if self.args.output_dir:
+            place = workspace.output_folder(Path(self.args.output_dir).expanduser())
+        else:
+            place = workspace.temporary(self.script.folder_prefix, keep=self.args.keep_checkpoint)
+        target = None
         try:
-            commit.check_writable(folder)
-            report.checkpoint = str(target)
-            yield target
-        except BaseException:
-            report.checkpoint = None
-            _remove_empty(made)
+            with place as folder:
+                target = folder / workspace.CHECKPOINT
+                yield target
+        finally:
+            if target is not None and target.exists():
+                self.report.checkpoint = str(target)
+
+    def check_saving(self, model: DyLoRAMoE, target: Path) -> None:
+        recorder = None
+        if self.script.reloads:
+            from .checks_reload import Recorder
+
+            recorder = Recorder(model)
+        with recorder or nullcontext():
+            save = self.step("save", check_save, model, target, _saving_as_training())
+        if not target.is_dir():
+            self.skip("nothing was saved", *[name for name in self.script.headings if name != "save"])
+            return
+        self.printer(f"  {target}")
+        self.report.total_bytes = sum(file_sizes(target).values())
+        structure = self.step("structure", check_structure, target)
+        if self.script.reloads and save.passed and structure.passed:
+            self.check_reloading(target, model.fresh_base(), recorder)
+        elif self.script.reloads:
+            self.skip("the checkpoint is not sound", "load", "consistency")
+        self.step("size", check_size, target, self.args.max_size_mb)
+
+    def check_reloading(self, folder: Path, base: PreTrainedModel, saved: Recorder | None = None) -> None:
+        from .checks_reload import check_consistency, check_load
+
+        loaded = []
+
+        def load() -> CheckResult:
+            result, instance = check_load(folder, base)
+            loaded.append(instance)
+            return result
+
+        self.step("load", load)
+        if loaded[0] is None:
+            self.skip("the checkpoint was not loaded", "consistency")
+            return
+        self.step("consistency", check_consistency, loaded[0], folder, saved=saved, weights=self.report.weights)
+
+    # ---- a checkpoint that is there already ----
+
+    def validate(self) -> None:
+        folder = subject.existing_checkpoint(Path(self.args.checkpoint).expanduser())
+        self.report.checkpoint = str(folder)
+        self.report.total_bytes = sum(file_sizes(folder).values())
+        config = verify.inspect_config(folder)
+        if config:
+            self.report.experts = config["num_experts"]
+            self.report.model = config["base_model"]["name"]
+            check_against(self.args, config)
+        structure = self.step("structure", check_structure, folder)
+        if structure.passed:
+            self.validate_on_base(folder, config)
+        elif self.script.reloads:
+            self.skip("the checkpoint is not sound", "load", "consistency")
+        self.step("size", check_size, folder, self.args.max_size_mb)
+
+    def validate_on_base(self, folder: Path, config: dict) -> None:
+        """What needs the base model, or its config."""
+        trained_on = config["base_model"]
+        name = self.args.model or trained_on["name"]
+        if not self.script.reloads and not self.args.model:
+            self.report.weights = "none"
+            return
+        if not name:
+            raise UsageError(f"{folder / formats.CONFIG} names no base model: say which with --model.")
+        revision = trained_on["revision"] if name == trained_on["name"] else None
+        source, weights = subject.find_base(self.script, self.args, name, revision)
+        self.report.model, self.report.weights = source.name, weights
+        if source.note:
+            self.printer(source.note)
+        subject.check_architecture(source, config, name)
+        if self.script.reloads:
+            subject.check_room_to_load(self.args, source, weights, config)
+            base = subject.load_base(self.args, source, weights, trained_on["dtype"])
+            self.check_reloading(folder, base)
+
+
+def _finding(check: Callable) -> CheckResult:
+    """Whatever is wrong with the installation is what the quick checks are there to find."""
+    try:
+        from . import checks_quick
+
+        return check(checks_quick)
+    except Exception as error:
+        if isinstance(error, UsageError) or getattr(error, "errno", None) is not None:  # the disk, not the installation
             raise
-        return
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=script.folder_prefix))
-    except OSError as error:
-        raise UsageError(f"no temporary folder can be made ({error}); set TMPDIR, or give --output-dir") from None
-    keep = False
-    try:
-        target = folder / "checkpoint"
-        report.checkpoint = str(target) if args.keep_checkpoint else None
-        yield target
-        keep = args.keep_checkpoint
-    finally:
-        if not keep:
-            report.checkpoint = None
-            _remove(folder)
+        return CheckResult("", problems=[f"{type(error).__name__}: {error}; install the tested versions: {INSTALL}"])
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Create a folder and its parents; the ones that were not there."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    with commit.explained("create", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    return missing
+def _saving_as_training() -> Callable:
+    from train import PeftCheckpointCallback
 
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with suppress(OSError):
-            (folder / commit.LOCK).unlink(missing_ok=True)
-            folder.rmdir()
-
-
-def _remove(folder: Path) -> None:
-    """Remove a temporary folder, also when Ctrl-C is pressed again meanwhile."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except (KeyboardInterrupt, Terminated):
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+    return save_with(PeftCheckpointCallback)

@@ -1,0 +1,95 @@
+"""The checks of the quick script: is this environment able to save checkpoints? No model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from . import formats, verify
+from .checks import CheckResult, fill_experts
+
+TINY_LLAMA = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "vocab_size": 64,
+}
+INSTALL = "pip install -r requirements.txt"
+
+
+def check_peft() -> CheckResult:
+    """PEFT builds routed layers from a MoELoraConfig, saves it as plain LoRA, and does not without it."""
+    import peft
+    import torch
+
+    from .config import MoELoraConfig
+    from .layers import RoutedLinear
+
+    result = CheckResult("peft", notes=[f"peft {peft.__version__}, torch {torch.__version__}"])
+
+    def routed(config) -> bool:
+        module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        return isinstance(peft.inject_adapter_in_model(config, module)[0], RoutedLinear)
+
+    config = MoELoraConfig(r=2, target_modules=["0"], task_type=None)
+    if not routed(config):
+        text = f"peft {peft.__version__} does not build routed layers from a MoELoraConfig"
+        result.problems.append(f"{text}; install the tested versions: {INSTALL}")
+    if routed(peft.LoraConfig(r=2, target_modules=["0"])):
+        result.problems.append("a plain LoraConfig builds routed layers: this check could not fail")
+    saved = config.to_dict()["peft_type"]
+    saved = getattr(saved, "value", saved)
+    if saved != "LORA":
+        result.problems.append(f"a MoELoraConfig is saved as {saved}, expected LORA, as other PEFT users read it")
+    if result.passed:
+        result.notes.append("MoELoraConfig builds routed layers; a plain LoraConfig does not")
+    return result
+
+
+def check_safetensors(folder: Path) -> CheckResult:
+    """A tensor comes back from a safetensors file to the bit; a file that is cut off is refused."""
+    import safetensors
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from .tensorfile import FileProblem, read_header
+
+    result = CheckResult("safetensors", notes=[f"safetensors {safetensors.__version__}"])
+    path = folder / "probe.safetensors"
+    tensor = torch.linspace(-1, 1, 64).reshape(8, 8)
+    save_file({"x": tensor}, path, metadata={"format": "pt"})
+    if not torch.equal(load_file(path)["x"], tensor):
+        result.problems.append(f"a tensor changed between saving and loading; reinstall safetensors: {INSTALL}")
+    read_header(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    try:
+        read_header(path)
+        result.problems.append("a file that was cut off was not refused: this check could not fail")
+    except FileProblem:
+        result.notes.append("a tensor comes back to the bit; a file that is cut off is refused")
+    return result
+
+
+def check_structure(folder: Path, save: Callable) -> CheckResult:
+    """A tiny mixture is saved and its folder verified; the same folder without one file is refused."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from .config import MoELoraConfig
+    from .model import DyLoRAMoE, seeded
+
+    result = CheckResult("structure")
+    checkpoint = folder / "checkpoint"
+    with seeded(0):
+        model = DyLoRAMoE(LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)), 2, lora=MoELoraConfig(r=2))
+        fill_experts(model, seed=0)
+        save(model, checkpoint)
+    contents = verify.inspect(checkpoint)
+    result.problems.extend(contents.problems)
+    result.notes.extend(sorted(contents.files))
+    (checkpoint / formats.ROUTER).unlink(missing_ok=True)
+    if not any(formats.ROUTER in problem for problem in verify.verify(checkpoint)):
+        result.problems.append(f"a checkpoint without {formats.ROUTER} was not refused: this check could not fail")
+    else:
+        result.notes.append(f"without {formats.ROUTER} it is refused")
+    return result

@@ -1,0 +1,147 @@
+"""What the scripts are run on: the base model, the mixture, a checkpoint that is there already; and whether it fits."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import commit, formats, machine, workspace
+from .errors import UsageError
+from .validation_flags import DEFAULTS, QUICK, Script, cheaper
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .bases import Base
+    from .model import DyLoRAMoE
+
+SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
+FORWARD_TOKENS = 16
+LOGITS_AT_ONCE = 48  # bytes per token and entry of the vocabulary: those kept, and two in float64 while compared
+
+
+def find_base(script: Script, args: Namespace, name: str | None = None, revision: str | None = None):
+    """The base model, found but not loaded, and which of its weights are used."""
+    from . import bases
+
+    weights = args.weights
+    if weights == "auto" and not script.reloads:
+        weights = "none"
+    name = name or args.model or bases.DEFAULT_MODEL
+    return bases.find_base(name, weights=weights, token=args.hf_token or None, revision=revision)
+
+
+def load_base(args: Namespace, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
+    from . import bases
+
+    return bases.load_base(source, weights, dtype=args.dtype or dtype, device=args.device, seed=args.seed)
+
+
+def build_mixture(args: Namespace, source: Base, weights: str) -> DyLoRAMoE:
+    """A mixture as the flags ask for it, whose experts and gate hold something."""
+    from . import checks
+    from .config import MoELoraConfig, RouterConfig
+    from .model import DyLoRAMoE, seeded
+
+    base = load_base(args, source, weights)
+    lora = MoELoraConfig(r=setting(args, "lora_r"), lora_alpha=setting(args, "lora_alpha"))
+    with seeded(args.seed):
+        model = DyLoRAMoE(base, setting(args, "experts"), lora=lora, router=RouterConfig())
+    model.base_revision = source.revision
+    checks.fill_experts(model, args.seed)
+    return model
+
+
+def setting(args: Namespace, name: str) -> int | float:
+    """A flag, or its default. Flags have none of their own, since --checkpoint must know which were given."""
+    given = getattr(args, name)
+    return DEFAULTS[name] if given is None else given
+
+
+# ---- what it needs ----
+
+
+def check_room_to_save(script: Script, args: Namespace, source: Base, weights: str) -> None:
+    """Estimate disk and memory, and refuse before anything large is written or allocated.
+
+    Raises:
+        UsageError: with what is needed, what is there and what to run instead.
+    """
+    from .model import adapter_parameters
+
+    experts = setting(args, "experts")
+    per_expert = 4 * adapter_parameters(source.config, setting(args, "lora_r"))
+    instead = f"python {QUICK.file}"
+    folder = Path(args.output_dir).expanduser() if args.output_dir else workspace.temporary_root()
+    machine.need_disk(experts * per_expert + SMALL_FILES, folder, f"a checkpoint of {experts} experts", instead)
+    what = f"{experts} experts on {source.name} with {weights} weights"
+    mixtures = 3 if script.reloads else 1  # the saved one, the loaded one and stock PEFT's
+    needed = base_bytes(source, weights, args.dtype) + mixtures * experts * per_expert + 2 * per_expert
+    machine.need_memory(needed, what, cheaper=cheaper(args) if script.reloads else instead)
+
+
+def check_room_to_load(args: Namespace, source: Base, weights: str, config: dict) -> None:
+    """As `check_room_to_save`, for a checkpoint that is there already."""
+    sizes = [4 * expert["parameters"] for expert in config["experts"]]
+    needed = base_bytes(source, weights, args.dtype or config["base_model"]["dtype"]) + 2 * sum(sizes) + 2 * max(sizes)
+    what = f"{len(sizes)} experts on {source.name} with {weights} weights"
+    machine.need_memory(needed, what, cheaper=cheaper(args))
+
+
+def base_bytes(source: Base, weights: str, dtype: str | None) -> int:
+    """Memory for the base's weights and for the logits of the few tokens they are run on."""
+    from . import bases
+
+    if weights == "none":
+        return 0
+    size_of: Callable = bases.parameter_bytes if weights == "pretrained" else bases.shared_random_bytes
+    vocabulary = source.config.get_text_config().vocab_size
+    return size_of(source.config, dtype) + LOGITS_AT_ONCE * FORWARD_TOKENS * vocabulary
+
+
+# ---- a checkpoint that is there already ----
+
+
+def existing_checkpoint(path: Path) -> Path:
+    """The folder of --checkpoint.
+
+    Raises:
+        UsageError: where it is missing, a file, or the run folder around checkpoints.
+    """
+    if not path.exists():
+        raise UsageError(f"--checkpoint {path}: there is no such folder.")
+    if not path.is_dir():
+        raise UsageError(f"--checkpoint {path}: expected a checkpoint folder, found a file.")
+    if (path / formats.MANIFEST).exists():
+        return path
+    newest = commit.latest(path)
+    if newest is not None:
+        raise UsageError(f"--checkpoint {path} is a run folder: name its newest checkpoint,\n    {newest.path}")
+    incomplete = commit.incomplete(path)
+    if incomplete:
+        reasons = "".join(f"\n    {folder.name}: {reason}" for folder, reason in incomplete[:10])
+        raise UsageError(f"--checkpoint {path} is a run folder without a complete checkpoint:{reasons}")
+    if (path / workspace.CHECKPOINT / formats.MANIFEST).exists():
+        raise UsageError(f"--checkpoint {path}: the checkpoint is in it,\n    {path / workspace.CHECKPOINT}")
+    return path
+
+
+def check_architecture(source: Base, config: dict, name: str) -> None:
+    """Whether --model is what the checkpoint was trained on.
+
+    Raises:
+        UsageError: says in what they differ.
+    """
+    from . import bases
+
+    here, there = bases.architecture(source.config), config["base_model"]["architecture"]
+    if here["fingerprint"] != there["fingerprint"]:
+        keys = [key for key in there if key != "fingerprint" and here.get(key) != there[key]]
+        differences = ", ".join(f"{key}: {there[key]} there, {here.get(key)} here" for key in keys)
+        trained_on = config["base_model"]["name"] or "another model"
+        raise UsageError(
+            f"{name} is not what the checkpoint was trained on, {trained_on} ({differences or 'other parameters'}): "
+            "leave --model out, or name that one."
+        )

@@ -1,0 +1,124 @@
+"""Where a script writes its checkpoint, and how that is removed again whatever happens."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from . import commit
+from .errors import UsageError
+from .interrupts import shielded
+
+CHECKPOINT = "checkpoint"
+
+_temporary: set[Path] = set()
+
+
+@contextmanager
+def temporary(prefix: str, keep: bool = False) -> Iterator[Path]:
+    """A new temporary folder. Removed at the end, unless it is to be kept and nothing was raised.
+
+    Raises:
+        UsageError: where none can be made.
+    """
+    folder, done = None, False
+    try:
+        with shielded():
+            folder = _make_temporary(prefix)
+        yield folder
+        done = True
+    finally:
+        with shielded():
+            if folder is not None:
+                _temporary.discard(folder)
+                if not (keep and done):
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _make_temporary(prefix: str) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        raise UsageError(
+            f"No temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder that can be written "
+            "to, or give --output-dir."
+        ) from None
+    _temporary.add(folder)
+    return folder
+
+
+@atexit.register
+def _remove_what_is_left() -> None:
+    """A second Ctrl-C may have cut the removal short."""
+    for folder in _temporary:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """`folder`, made where it is missing; unless a checkpoint is published in it, all that was made is removed.
+
+    Raises:
+        UsageError: where nothing can be written there, or a checkpoint is there already.
+    """
+    target = folder / CHECKPOINT
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-dir {folder}: expected a folder, found a file.")
+    if target.exists() or target.is_symlink():
+        raise UsageError(f"{target} exists already; a checkpoint is never replaced: choose another --output-dir.")
+    made: list[Path] = []
+    had_lock = (folder / commit.LOCK).exists()
+    try:
+        with shielded():
+            made = _make_folders(folder)
+        commit.check_writable(folder)
+        yield folder
+    finally:
+        with shielded():
+            if not target.exists():
+                _remove_traces(folder, made, had_lock)
+
+
+def _make_folders(folder: Path) -> list[Path]:
+    """Create a folder and its parents; the ones that were not there, innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        with commit.explained("create", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    except UsageError:
+        _remove_empty(missing)
+        raise
+    return missing
+
+
+def _remove_traces(folder: Path, made: list[Path], had_lock: bool) -> None:
+    with suppress(OSError, UsageError):
+        commit.clean_leftovers(folder)
+    if not had_lock:
+        with suppress(OSError):
+            (folder / commit.LOCK).unlink()
+    _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def temporary_root() -> Path:
+    """The folder in which temporary ones are made.
+
+    Raises:
+        UsageError: where there is none that can be written to.
+    """
+    try:
+        return Path(tempfile.gettempdir())
+    except OSError as error:
+        raise UsageError(
+            f"{error.strerror or error}: set TMPDIR to a folder with room, or give --output-dir."
+        ) from None
