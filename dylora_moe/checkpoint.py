@@ -284,14 +284,17 @@ def _build(folder: Path, config: dict, base: PreTrainedModel, label_smoothing: f
     return DyLoRAMoE(base, adapters, router=_router_config(config), label_smoothing=label_smoothing)
 
 
-def load_into(folder: str | Path, model: DyLoRAMoE) -> SkillLibrary:
+def load_into(folder: str | Path, model: DyLoRAMoE, *, weights_only: bool = False) -> SkillLibrary:
     """Read experts, router and states of a checkpoint into a mixture of the same shape; its skill library is returned.
+
+    Args:
+        weights_only: as in `sound_config`.
 
     Raises:
         CheckpointError: with every problem, before the first tensor of the model changes.
     """
     folder = Path(folder)
-    config = sound_config(folder)
+    config = sound_config(folder, weights_only=weights_only)
     _check_architecture(folder, config, model.base)
     _check_same_mixture(folder, config, model)
     skills = read_skills(folder)
@@ -321,15 +324,23 @@ def stock_peft_logits(folder: str | Path, experts: int, base: PreTrainedModel, i
             yield model(input_ids=input_ids, use_cache=False).logits[0]
 
 
-def sound_config(folder: str | Path) -> dict:
+def sound_config(folder: str | Path, *, weights_only: bool = False) -> dict:
     """The config of a checkpoint in which verify.py finds no problem.
+
+    Args:
+        weights_only: what is wrong with the training state is none: it will not be used.
 
     Raises:
         CheckpointError: with every problem it finds.
     """
     contents = verify.inspect(folder)
-    if contents.problems:
-        raise CheckpointError(folder, contents.problems)
+    problems = [
+        text
+        for text in contents.problems
+        if not (weights_only and formats.is_training_file(text.partition(": ")[0]))
+    ]
+    if problems:
+        raise CheckpointError(folder, problems)
     return contents.config
 
 

@@ -143,7 +143,7 @@ def check(start: Start, run: dict, *, accept_changes: bool) -> bool:
         UsageError: that lists the settings which differ.
     """
     folder = start.folder
-    config = checkpoint.sound_config(folder)
+    config = _sound_config(folder, start.weights_only)
     if start.weights_only:
         return False
     lacking = training_state.missing(folder)
@@ -165,6 +165,15 @@ def check(start: Start, run: dict, *, accept_changes: bool) -> bool:
     states = {expert["state"] for expert in config["experts"]}
     ended = MATURE in states and IMMATURE not in states
     return ended and not changed and state["global_step"] > 0
+
+
+def _sound_config(folder: Path, weights_only: bool) -> dict:
+    try:
+        return checkpoint.sound_config(folder, weights_only=weights_only)
+    except CheckpointError as error:
+        if not all(formats.is_training_file(problem.partition(": ")[0]) for problem in error.problems):
+            raise
+        raise CheckpointError(folder, [f"{problem}; {WEIGHTS_REMEDY}" for problem in error.problems]) from None
 
 
 def _trainer_state(folder: Path) -> dict:

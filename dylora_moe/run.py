@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from . import bases, checkpoint, cli, commit, data, demo, machine, ranks, resuming, training
+from . import bases, checkpoint, cli, commit, data, demo, machine, ranks, resuming, training, training_state
 from .config import MoELoraConfig, RouterConfig
 from .errors import UsageError
 from .model import DyLoRAMoE, seeded
@@ -244,7 +244,7 @@ def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, cla
     with ranks.together():
         ended = bool(start.folder) and resuming.check(start, run, accept_changes=args.accept_changes)
         if start.weights_only or ended:
-            checkpoint.load_into(start.folder, model)
+            checkpoint.load_into(start.folder, model, weights_only=start.weights_only)
         skills = checkpoint.read_skills(start.folder) if start.folder else SkillLibrary()
     early = training.EarlyStopping(early_stopping_patience=args.early_stopping) if args.early_stopping else None
     stop = training.StopSignals(early)
@@ -260,6 +260,7 @@ def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, cla
         start_step=start.step,
     )
     if ended:
+        trainer.state.global_step = training_state.read_trainer_state(start.folder)["global_step"]
         say(f"{start.folder} is the last checkpoint of a run that has ended: there is nothing left to train")
     else:
         if ranks.is_first():

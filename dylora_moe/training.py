@@ -8,6 +8,7 @@ nothing; a callback's `on_save` writes everything, and what is loaded goes throu
 from __future__ import annotations
 
 import math
+import re
 import signal
 import sys
 import threading
@@ -67,7 +68,8 @@ class MoETrainer(Trainer):
         if not self.start_step:
             return super().train(resume_from_checkpoint, **kwargs)
         with TemporaryDirectory(prefix="dylora_start_") as folder:  # the Trainer asks a folder for the step
-            TrainerState(global_step=self.start_step).save_to_json(f"{folder}/{formats.TRAINER_STATE}")
+            state = TrainerState(global_step=self.start_step, train_batch_size=self._train_batch_size)
+            state.save_to_json(f"{folder}/{formats.TRAINER_STATE}")
             return super().train(folder, **kwargs)
 
     # ---- optimizer ----
@@ -305,10 +307,8 @@ def log_line(logs: dict, step: int, max_steps: int) -> str | None:
             parts.append(f"usage {'/'.join(shares)} %")
         return "  ".join([at, *parts])
     if "eval_loss" in logs:
-        losses = {
-            name.removeprefix("eval_").removesuffix("_loss"): v for name, v in logs.items() if name != "eval_loss"
-        }
-        return f"{at}  held out: {', '.join(f'{n} {v:.4f}' for n, v in losses.items())}, mean {logs['eval_loss']:.4f}"
+        losses = [f"{name[5:-5]} {loss:.4f}" for name, loss in logs.items() if re.fullmatch("eval_.+_loss", name)]
+        return f"{at}  held out: {', '.join(losses)}, mean {logs['eval_loss']:.4f}"
     if "train_loss" in logs:
         speed = f"{logs['train_steps_per_second']:.3g} steps/s"
         return f"{at}  mean training loss {logs['train_loss']:.4f}, {logs['train_runtime']:.1f} s, {speed}"
