@@ -31,7 +31,7 @@ from .validation_flags import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .checks_reload import Recorder
+    from .checks_reload import Forwards
     from .model import DyLoRAMoE
 
 __all__ = ["FULL", "MINIMAL", "QUICK", "main"]
@@ -45,11 +45,13 @@ def main(script: Script, description: str, argv: Sequence[str] | None = None) ->
     started = time.perf_counter()
     cli.prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
-    target = given_json_target(argv)
+    asked = given_json_target(argv)
+    target = asked if asked and _can_be_written(asked) else None
     run = Run(script, Report(script.name), Printer(to_stderr=target == "-"))
     with interrupts.handled():
         try:
-            _check_json_target(target)
+            if asked and target is None:  # known before the work, not after it
+                raise UsageError(f"--json {asked}: expected a file in a folder that can be written to.")
             run.args = build_parser(script, description).parse_args(argv)
             run()
             run.report.exit_code = cli.PASSED if run.report.passed else cli.FAILED
@@ -72,14 +74,12 @@ def _explain(error: Exception) -> str:
     return message
 
 
-def _check_json_target(target: str | None) -> None:
-    """A result that cannot be written is known before the work, not after it."""
-    if target and target != "-":
-        path = Path(target)
-        folder = path.absolute().parent
-        place = path if path.exists() else folder
-        if path.is_dir() or not folder.is_dir() or not os.access(place, os.W_OK):
-            raise UsageError(f"--json {target}: expected a file in a folder that can be written to.")
+def _can_be_written(json_target: str) -> bool:
+    if json_target == "-":
+        return True
+    path = Path(json_target)
+    folder = path.absolute().parent
+    return not path.is_dir() and folder.is_dir() and os.access(path if path.exists() else folder, os.W_OK)
 
 
 def _finish(run: Run, json_target: str | None) -> int:
@@ -174,12 +174,12 @@ class Run:
                 self.report.checkpoint = str(target)
 
     def check_saving(self, model: DyLoRAMoE, target: Path) -> None:
-        recorder = None
+        forwards = None
         if self.script.reloads:
-            from .checks_reload import Recorder
+            from .checks_reload import Forwards
 
-            recorder = Recorder(model)
-        with recorder or nullcontext():
+            forwards = Forwards(model)
+        with forwards or nullcontext():
             save = self.step("save", check_save, model, target, _saving_as_training())
         if not target.is_dir():
             self.skip("nothing was saved", *[name for name in self.script.headings if name != "save"])
@@ -188,12 +188,12 @@ class Run:
         self.report.total_bytes = sum(file_sizes(target).values())
         structure = self.step("structure", check_structure, target)
         if self.script.reloads and save.passed and structure.passed:
-            self.check_reloading(target, model.fresh_base(), recorder)
+            self.check_reloading(target, model.fresh_base(), forwards)
         elif self.script.reloads:
             self.skip("the checkpoint is not sound", "load", "consistency")
         self.step("size", check_size, target, self.args.max_size_mb)
 
-    def check_reloading(self, folder: Path, base: PreTrainedModel, saved: Recorder | None = None) -> None:
+    def check_reloading(self, folder: Path, base: PreTrainedModel, saved: Forwards | None = None) -> None:
         from .checks_reload import check_consistency, check_load
 
         loaded = []
