@@ -1,0 +1,87 @@
+"""One of two processes: calls train.main once for each scenario of a JSON file, and writes down what came of it.
+
+    torchrun --nproc_per_node 2 ranks_worker.py scenarios.json out/
+
+A scenario is {"argv": [...], "spoil": name or null}; out/<rank>.json gets a list of {"code", "out", "err"}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import train
+from dylora_moe import checkpoint, run
+from dylora_moe.errors import UsageError
+
+RANK = int(os.environ["RANK"])
+
+
+def stop_rank_1(self, args, state, control, **kwargs):
+    if state.global_step == 6 and RANK == 1:
+        signal.raise_signal(signal.SIGTERM)
+
+
+def echoed_ctrl_c(self, args, state, control, **kwargs):
+    """What a worker of torchrun hears of one Ctrl-C."""
+    if state.global_step == 6:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+
+def drift(self, args, state, control, model=None, **kwargs):
+    if state.global_step == 5 and RANK == 1:
+        with torch.no_grad():
+            next(iter(model.expert_tensors(1).values()))[0, 0] += 1e-7
+
+
+def full_disk(folder, *args, **kwargs):
+    (folder / "router.safetensors").write_bytes(b"half")
+    raise OSError(28, "No space left on device", str(folder / "router.safetensors"))
+
+
+def no_data(*args):
+    if RANK == 1:
+        raise UsageError("the data cannot be read here")
+    return load_data(*args)
+
+
+load_data = run.load_data
+SPOILERS = {
+    "stop": (train.PeftCheckpointCallback, "on_step_begin", stop_rank_1),
+    "ctrl-c": (train.PeftCheckpointCallback, "on_step_begin", echoed_ctrl_c),
+    "drift": (train.PeftCheckpointCallback, "on_step_begin", drift),
+    "full disk": (checkpoint, "write_files", full_disk),
+    "no data on rank 1": (run, "load_data", no_data),
+}
+
+
+def main() -> None:
+    scenarios, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    results = []
+    for scenario in scenarios:
+        with contextlib.ExitStack() as stack:
+            spoil = scenario.get("spoil")
+            if spoil:
+                where, name, replacement = SPOILERS[spoil]
+                stack.enter_context(mock.patch.object(where, name, replacement))
+            said, complained = io.StringIO(), io.StringIO()
+            stack.enter_context(contextlib.redirect_stdout(said))
+            stack.enter_context(contextlib.redirect_stderr(complained))
+            code = train.main(scenario["argv"])
+        results.append({"code": code, "out": said.getvalue(), "err": complained.getvalue()})
+    (out / f"{RANK}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Two gloo processes: one checkpoint, one writer; both stop, fail and resume together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import test_checkpoint_minimal
+import test_checkpoint_save_load
+import train
+
+from .runs import arguments, assert_same, newest, states, steps
+
+ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code)
+    "whole": ("whole", ["--eval-steps", "6"], None, 0),
+    "stopped": ("run", ["--eval-steps", "6"], "stop", 143),
+    "resumed": ("run", ["--eval-steps", "6", "--resume"], None, 0),
+    "interrupted": ("ctrl-c", [], "ctrl-c", 130),
+    "drifted": ("drift", [], "drift", 2),
+    "full disk": ("full", [], "full disk", 2),
+    "no data": ("nothing", [], "no data on rank 1", 2),
+    "not a model": ("nowhere", ["--model", "./nowhere"], None, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
+    """The folder of the runs, and what each rank got out of each scenario; all in one launch of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    todo = [
+        {"argv": arguments(folder / run, *more, "--batch-size", "4"), "spoil": spoil}
+        for run, more, spoil, _ in SCENARIOS.values()
+    ]
+    (folder / "scenarios.json").write_text(json.dumps(todo))
+    worker = [str(Path(__file__).with_name("ranks_worker.py")), str(folder / "scenarios.json"), str(folder)]
+    done = subprocess.run([*TORCHRUN, *worker], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, {name: [rank[i] for rank in ranks] for i, name in enumerate(SCENARIOS)}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_both_ranks_end_alike(two, name):
+    assert [rank["code"] for rank in two[1][name]] == [SCENARIOS[name][3]] * 2, two[1][name]
+
+
+def test_one_rank_writes_and_speaks(two):
+    folder, results = two
+    assert steps(folder / "whole") == [4, 8, 12]
+    names = {path.name for path in newest(folder / "whole").iterdir()}
+    assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
+    assert states(newest(folder / "whole")) == ["mature", "mature"]
+    assert "held-out loss" in results["whole"][0]["out"]
+    assert results["whole"][1]["out"] == ""
+
+
+def test_the_checkpoint_validates(two, capsys):
+    checkpoint = str(newest(two[0] / "whole"))
+    for script in (test_checkpoint_minimal, test_checkpoint_save_load):
+        assert script.main(["--checkpoint", checkpoint]) == 0
+        assert "ALL TESTS PASSED" in capsys.readouterr().out
+
+
+def test_a_signal_to_one_rank_stops_both_and_resuming_is_exact(two):
+    folder, results = two
+    assert "stopped by SIGTERM at step 7" in results["stopped"][0]["out"]
+    assert steps(folder / "run") == [4, 7, 8, 12]
+    for step in (4, 8, 12):
+        assert_same(folder / "whole" / f"checkpoint-{step}", folder / "run" / f"checkpoint-{step}")
+
+
+def test_an_echo_of_ctrl_c_is_not_a_second_one(two):
+    assert steps(two[0] / "ctrl-c") == [4, 7]
+
+
+def test_a_failure_on_one_rank_is_told_on_both(two):
+    folder, results = two
+    for name, text in (
+        ("drifted", "the ranks have drifted apart, nothing was saved"),
+        ("full disk", "No space left on device"),
+        ("no data", "the data cannot be read here"),
+        ("not a model", "There is no file or folder './nowhere'"),
+    ):
+        for rank in results[name]:
+            assert text in rank["err"], name
+            assert "Traceback" not in rank["err"]
+    assert "rank 0: " in results["full disk"][1]["err"]
+    assert "rank 1: " in results["no data"][0]["err"]
+    assert steps(folder / "drift") == [4]
+    assert steps(folder / "full") == []
+    assert list((folder / "full").glob("*checkpoint*")) == []
+    assert not (folder / "nothing").exists()
+    assert not (folder / "nowhere").exists()
+
+
+def test_another_number_of_processes(two, tmp_path, capsys):
+    folder, _ = two
+    words = ["--eval-steps", "6", "--batch-size", "4", "--resume", str(folder / "whole" / "checkpoint-8")]
+    assert train.main(arguments(tmp_path / "one", *words)) == 2
+    assert "was written by 2 process(es), this run has 1" in capsys.readouterr().err
+    assert train.main(arguments(tmp_path / "one", *words, "--accept-changes")) == 2
+    assert not (tmp_path / "one").exists()
+    assert train.main(arguments(tmp_path / "one", *words, "--resume-weights-only")) == 0
+    assert steps(tmp_path / "one") == [4, 8, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_torchrun_hands_a_signal_on(tmp_path, number):
+    words = ["train.py", "--demo", "--max-steps", "3000", "--save-steps", "0", "--output-dir", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [*TORCHRUN, *words], env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step   10"):
+            break
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"stopped by {number.name} at step" in out
+    assert len(steps(tmp_path / "run")) == 1
+
+
+@pytest.mark.slow
+def test_accelerate_launch(tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    words = ["train.py", *arguments(tmp_path / "run")]
+    started = time.monotonic()
+    done = subprocess.run(
+        [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", *words],
+        env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert steps(tmp_path / "run") == [4, 8, 12]
+    assert time.monotonic() - started < 120
