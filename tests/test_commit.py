@@ -9,103 +9,43 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import types
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from dylora_moe import commit
+from dylora_moe import commit, manifest
 from dylora_moe.commit import (
-    MANIFEST,
     Checkpoint,
-    FolderGone,
     check_writable,
     checkpoints,
     clean_leftovers,
-    explained,
     incomplete,
-    is_complete,
     latest,
-    manifest_problems,
+    make_run_dir,
     rotate,
     staged,
     to_delete,
-    writer_lock,
 )
 from dylora_moe.errors import UsageError
+from dylora_moe.formats import MANIFEST
+from dylora_moe.manifest import FolderGone, manifest_problems
 
 from .faults import run_with_fault
+from .saving import FILES, NESTED, content, python, save, steps, tree, write_files
 
 ROOT = Path(__file__).parents[1]
-NESTED = "peft_adapters/expert_0/expert_0"
-FILES = ["config.json", f"{NESTED}/adapter_config.json", f"{NESTED}/adapter_model.safetensors", "router.safetensors"]
 STRANGERS = ["checkpoint-10.tmp", "checkpoint-best", "old-checkpoint-30", "checkpoint-007", "checkpoint-٣", "elsewhere"]
 LEFTOVERS = [".dylora-staging-1-0000000a", ".dylora-trash-1-0000000b"]
-
-
-def content(step: int, path: str) -> bytes:
-    return f"{path} of step {step}\n".encode() * (1 + step % 7)
-
-
-def write_files(folder: Path, step: int) -> None:
-    """With plain `os` calls, so that the faults reach them."""
-    for path in FILES:
-        for parent in reversed(Path(path).parents[:-1]):
-            with explained("create", folder / parent), suppress(FileExistsError):
-                os.mkdir(folder / parent)
-        with explained("write", folder / path):
-            descriptor = os.open(folder / path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
-            try:
-                os.write(descriptor, content(step, path))
-            finally:
-                os.close(descriptor)
-
-
-def save(run: Path, step: int) -> commit.Staging:
-    with staged(run / f"checkpoint-{step}") as staging:
-        if staging.path is not None:
-            write_files(staging.path, step)
-    return staging
-
-
-def steps(run: Path) -> list[int]:
-    return [checkpoint.step for checkpoint in checkpoints(run)]
-
-
-def tree(folder: Path) -> dict[str, object]:
-    """Everything in a folder: path -> content, target of a link, or None for a folder."""
-
-    def what(path: Path) -> object:
-        if path.is_symlink():
-            return os.readlink(path)
-        return path.read_bytes() if path.is_file() else None
-
-    return {str(path.relative_to(folder)): what(path) for path in sorted(folder.rglob("*"))}
-
-
-def edit_manifest(folder: Path, change) -> None:
-    manifest = json.loads((folder / MANIFEST).read_text())
-    change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest))
-
-
-def python(code: str, *args: object) -> subprocess.Popen:
-    """Another process that imports the protocol alone."""
-    head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from dylora_moe.commit import *; from pathlib import Path\n"
-    command = [sys.executable, "-S", "-E", "-c", head + code, *map(str, args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(autouse=True)
 def light(monkeypatch):
     """One worker makes the order of operations fixed; flushing for real costs time and shows nothing here."""
-    monkeypatch.setattr(commit, "WORKERS", 1)
+    monkeypatch.setattr(manifest, "WORKERS", 1)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -146,14 +86,13 @@ def test_a_save_publishes_exactly_its_files_and_their_manifest(run):
         assert (folder / path).read_bytes() == data
         assert manifest["files"][path] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert manifest_problems(folder) == []
-    assert is_complete(folder)
     assert latest(run) == Checkpoint(10, folder)
     assert {path.name for path in run.iterdir()} == {"checkpoint-10", commit.LOCK}
 
 
 def test_manifest_bytes_depend_on_the_files_alone(tmp_path, monkeypatch):
     for name, workers in (("one", 1), ("two", 4)):
-        monkeypatch.setattr(commit, "WORKERS", workers)
+        monkeypatch.setattr(manifest, "WORKERS", workers)
         (tmp_path / name).mkdir()
         save(tmp_path / name, 10)
     assert tree(tmp_path / "one/checkpoint-10") == tree(tmp_path / "two/checkpoint-10")
@@ -249,7 +188,7 @@ def test_what_a_reader_would_refuse_is_not_published(run, spoil, message):
 
 
 def test_a_manifest_too_large_to_be_read_is_not_published(run, monkeypatch):
-    monkeypatch.setattr(commit, "MAX_MANIFEST_BYTES", 100)
+    monkeypatch.setattr(manifest, "MAX_MANIFEST_BYTES", 100)
     with pytest.raises(UsageError, match=r"manifest\.json: expected at most 100 bytes"):
         save(run, 10)
     assert checkpoints(run) == []
@@ -300,14 +239,14 @@ def test_a_wrong_hand_over_is_not_published(run, path, digest, message):
 
 
 def test_a_file_that_changes_while_it_is_hashed_is_not_published(run, monkeypatch):
-    real = commit._sha256
+    real = commit.file_digest
 
     def slow(path, size):
         if path.name == "config.json":
             path.write_bytes(b"changed")
         return real(path, size)
 
-    monkeypatch.setattr(commit, "_sha256", slow)
+    monkeypatch.setattr(commit, "file_digest", slow)
     with pytest.raises(UsageError, match=r"config\.json: expected the \d+ bytes"):
         save(run, 10)
     assert checkpoints(run) == []
@@ -642,177 +581,10 @@ def test_a_write_that_takes_only_a_part_is_continued(run, sound, monkeypatch):
     assert tree(run / "checkpoint-20") == tree(sound)
 
 
-# ---- verification ---------------------------------------------------------------------------------------------------
-
-
-def listing(**entries):
-    """Entries for the manifest, by a name that stands for the path."""
-    return lambda manifest: manifest["files"].update(entries)
-
-
-def entry(size=3, sha256="0" * 64, **more):
-    return {"bytes": size, "sha256": sha256, **more}
-
-
-def rewrite(text: bytes | str):
-    def spoil(folder: Path) -> None:
-        (folder / MANIFEST).write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    return spoil
-
-
-def edited(change):
-    return lambda folder: edit_manifest(folder, change)
-
-
-def replaced(path: str, make):
-    def spoil(folder: Path) -> None:
-        shutil.rmtree(folder / path) if (folder / path).is_dir() else (folder / path).unlink()
-        make(folder / path)
-
-    return spoil
-
-
-def swap_links(folder: Path) -> None:
-    """The content is right, but it lies behind a link out of the folder."""
-    shutil.move(folder / NESTED, folder.parent / "outside")
-    (folder / NESTED).symlink_to(folder.parent / "outside")
-
-
-def flip_bit(folder: Path) -> None:
-    data = bytearray((folder / FILES[2]).read_bytes())
-    data[5] ^= 1
-    (folder / FILES[2]).write_bytes(data)
-
-
-def grow_sparse(folder: Path) -> None:
-    os.truncate(folder / FILES[0], 1 << 40)
-    edit_manifest(folder, lambda manifest: manifest["files"].update({FILES[0]: entry(1 << 40)}))
-
-
-def rename_with_surrogate(folder: Path) -> None:
-    os.rename(os.fsencode(folder / FILES[0]), os.fsencode(folder) + b"/co\xffnfig\n.json")
-
-
-DAMAGE = {
-    "manifest missing": (lambda folder: (folder / MANIFEST).unlink(), [r"manifest\.json: .*not found"]),
-    "manifest empty": (rewrite(""), [r"manifest\.json: Expecting value"]),
-    "manifest truncated": (rewrite('{"format_version": 1, "fil'), [r"manifest\.json: "]),
-    "manifest not UTF-8": (rewrite(b'{"format_version": 1, "files": {"\xff": 1}}'), [r"manifest\.json: .*utf-8"]),
-    "manifest UTF-16": (rewrite('{"format_version": 1, "files": {}}'.encode("utf-16")), [r"manifest\.json: .*utf-8"]),
-    "manifest too large": (rewrite(" " * (commit.MAX_MANIFEST_BYTES + 1)), [r"manifest\.json: expected at most"]),
-    "manifest too deep": (rewrite("[" * 1_000_000), [r"manifest\.json: "]),
-    "number too long": (rewrite('{"format_version": ' + "9" * 1_000_000), [r"manifest\.json: expected numbers of"]),
-    "a key twice": (rewrite('{"format_version": 1, "format_version": 1}'), [r"each key once, found format_version"]),
-    "many keys twice": (rewrite("{" + ",".join(f'"{i}":0' for i in range(200_000)) + ',"7":0}'), [r"once, found 7"]),
-    "no object": (rewrite("[]"), [r"manifest\.json: expected an object"]),
-    "no version": (rewrite('{"files": {}}'), [r"manifest\.json: expected .*format_version"]),
-    "version true": (edited(lambda m: m.update(format_version=True)), [r"expected .*the integer format_version"]),
-    "newer version": (edited(lambda m: m.update(format_version=2)), [r"expected format_version 1, found 2; update"]),
-    "no files": (rewrite('{"format_version": 1}'), [r"manifest\.json: expected .*files"]),
-    "files a list": (rewrite('{"format_version": 1, "files": []}'), [r"manifest\.json: expected .*files"]),
-    "another key": (edited(lambda m: m.update(extra=1)), [r"manifest\.json: expected .*nothing else"]),
-    "bytes true": (edited(listing(ghost=entry(True))), [r"expected bytes and sha256 of ghost, found .*True"]),
-    "bytes negative": (edited(listing(ghost=entry(-1))), [r"expected bytes and sha256 of ghost, found .*-1"]),
-    "bytes a float": (edited(listing(ghost=entry(3.0))), [r"expected bytes and sha256 of ghost"]),
-    "bytes NaN": (edited(listing(ghost=entry(float("nan")))), [r"expected bytes and sha256 of ghost"]),
-    "hash too short": (edited(listing(ghost=entry(3, "ab"))), [r"expected bytes and sha256 of ghost"]),
-    "hash with newline": (edited(listing(ghost=entry(3, "0" * 64 + "\n"))), [r"expected bytes and sha256 of ghost"]),
-    "entry null": (edited(listing(ghost=None)), [r"expected bytes and sha256 of ghost, found None"]),
-    "entry with more": (edited(listing(ghost=entry(mode=1))), [r"expected bytes and sha256 of ghost"]),
-    "absolute": (edited(listing(**{"/etc/passwd": entry()})), [r"relative paths inside the folder, found /etc/passwd"]),
-    "dots": (edited(listing(**{"a/../../b": entry()})), [r"relative paths inside the folder, found a/\.\./\.\./b"]),
-    "dot": (edited(listing(**{"./config.json": entry()})), [r"relative paths .* found \./config\.json"]),
-    "no name": (edited(listing(**{"": entry()})), [r"relative paths"]),
-    "backslash": (edited(listing(**{"..\\b": entry()})), [r"relative paths"]),
-    "NUL": (edited(listing(**{"a\0b": entry()})), [r"relative paths .* found 'a\\x00b'"]),
-    "itself": (edited(listing(**{MANIFEST: entry()})), [r"relative paths"]),
-    "surrogate": (edited(listing(**{"a\ud800": entry()})), [r"'a\\ud800': expected a file of 3 bytes, found no such"]),
-    "file missing": (lambda folder: (folder / FILES[2]).unlink(), [r"adapter_model\.safe.*found no such file"]),
-    "folder missing": (lambda folder: shutil.rmtree(folder / NESTED), ["_config.json: .*no such", "_model.s", "_0: "]),
-    "file too many": (lambda folder: (folder / "model.bin").touch(), [r"^model\.bin: .*found a file more"]),
-    "folder too many": (lambda folder: (folder / "expert_9").mkdir(), [r"^expert_9: .*found a folder more"]),
-    "two things": (lambda f: (flip_bit(f), (f / "x").touch()), [r"adapter_model\.saf.*expected sha256", r"^x: "]),
-    "empty": (lambda folder: os.truncate(folder / FILES[0], 0), [r"^config\.json: .*found 0 bytes"]),
-    "one byte more": (lambda f: os.truncate(f / FILES[0], (f / FILES[0]).stat().st_size + 1), [r"^config\.json: "]),
-    "one bit": (flip_bit, [r"adapter_model\.safetensors: expected sha256 [0-9a-f]{64}, found [0-9a-f]{64}.*copy"]),
-    "sparse": (grow_sparse, [r"^config\.json: expected a file of 1099511627776 bytes, found a hole"]),
-    "link for a file": (replaced(FILES[0], lambda p: p.symlink_to("/etc/passwd")), [r"^config\.json: .*a symb"]),
-    "FIFO for a file": (replaced(FILES[0], os.mkfifo), [r"^config\.json: .*found a FIFO"]),
-    "folder for a file": (replaced(FILES[0], Path.mkdir), [r"^config\.json: .*found a folder"]),
-    "file for a folder": (replaced(NESTED, Path.touch), ["_config.json", "_model.s", r"expert_0: .*a file more"]),
-    "link for a folder": (swap_links, ["_config.json: .*no such", "_model.s", r"expert_0: .*a symbolic link more"]),
-    "link for the manifest": (replaced(MANIFEST, lambda p: p.symlink_to("/etc/passwd")), [r"manifest.*a symbol"]),
-    "FIFO for the manifest": (replaced(MANIFEST, os.mkfifo), [r"manifest\.json: expected a regular file, found a F"]),
-    "folder for the manifest": (replaced(MANIFEST, Path.mkdir), [r"manifest\.json: .*found a folder"]),
-    "a name that cannot be printed": (rename_with_surrogate, [r"'co\\udcffnfig\\n\.json'", r"^config\.json"]),
-}
-STILL_COMPLETE = {"file too many", "folder too many", "two things", "one bit"}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_every_damage_is_named(sound, damage):
-    spoil, expected = DAMAGE[damage]
-    spoil(sound)
-    problems = manifest_problems(sound)
-    assert len(problems) == len(expected), problems
-    for pattern in expected:
-        assert any(re.search(pattern, problem) for problem in problems), problems
-    assert all(re.search(r"; \w+", problem) and problem.encode() for problem in problems)  # a remedy; can be printed
-    assert is_complete(sound) == (damage in STILL_COMPLETE)
-    assert bool(incomplete(sound.parent)) != (damage in STILL_COMPLETE)
-
-
-@pytest.mark.parametrize("workers", [1, 4])
-def test_every_byte_counts(sound, workers, monkeypatch):
-    monkeypatch.setattr(commit, "WORKERS", workers)
-    path = sound / FILES[0]
-    data = path.read_bytes()
-    for index in range(len(data)):
-        path.write_bytes(data[:index] + bytes([data[index] ^ 1]) + data[index + 1 :])
-        assert len(manifest_problems(sound)) == 1
-        assert manifest_problems(sound, hash=False) == []
-    path.write_bytes(data)
-    assert manifest_problems(sound) == []
-
-
-def test_too_many_files_end_the_search(sound, monkeypatch):
-    monkeypatch.setattr(commit, "MAX_ENTRIES", 100)
-    for number in range(200):
-        (sound / str(number)).touch()
-    assert re.search("more than 100 files", *manifest_problems(sound))
-
-
-def test_a_folder_that_is_moved_away_while_it_is_read_has_no_problems_but_is_gone(run, monkeypatch):
-    save(run, 10)
-    with pytest.raises(FolderGone, match=r"checkpoint-11 is not there, or was removed meanwhile"):
-        manifest_problems(run / "checkpoint-11")
-    real = commit._survey
-
-    def rotated_meanwhile(folder):
-        found = real(folder)
-        rotated = run / "gone"
-        folder.rename(rotated)
-        save(run, 10)
-        return found
-
-    monkeypatch.setattr(commit, "_survey", rotated_meanwhile)
-    with pytest.raises(FolderGone):
-        manifest_problems(run / "checkpoint-10")
-
-
-def test_a_file_is_no_checkpoint_folder(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="is not a folder"):
-        manifest_problems(tmp_path / "file")
-    assert not is_complete(tmp_path / "file")
-    assert not is_complete(tmp_path / "none")
-
-
 def test_a_listing_made_during_a_save_and_a_rotation_is_made_again(run, monkeypatch):
     """The old one is listed, then the new one published and the old one removed: the answer is the new one."""
     save(run, 10)
-    real, calls = commit._first_reason, []
+    real, calls = commit.first_reason, []
 
     def late(folder):
         if not calls:
@@ -821,7 +593,7 @@ def test_a_listing_made_during_a_save_and_a_rotation_is_made_again(run, monkeypa
             shutil.rmtree(run / "checkpoint-10")
         return real(folder)
 
-    monkeypatch.setattr(commit, "_first_reason", late)
+    monkeypatch.setattr(commit, "first_reason", late)
     assert latest(run) == Checkpoint(20, run / "checkpoint-20")
 
 
@@ -852,96 +624,7 @@ for step in range(2, int(sys.argv[2])):
     assert looks > 3 and len(seen) > 3
 
 
-# ---- one writer -----------------------------------------------------------------------------------------------------
-
-HOLD = """
-with writer_lock(sys.argv[1]):
-    print("holding", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_second_process_gets_an_error_that_names_the_first(run):
-    with staged(run / "checkpoint-10") as staging:
-        write_files(staging.path, 10)
-        for action in ("staged(run / 'checkpoint-20').__enter__()", "rotate(run, 1)", "check_writable(run)"):
-            second = python(f"run = Path(sys.argv[1])\n{action}", run)
-            error = second.communicate()[1]
-            assert second.returncode == 1
-            assert re.search(rf"UsageError: .*another process writes .* here \(process {os.getpid()} on ", error)
-    assert steps(run) == [10]
-    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
-
-
-def test_a_killed_holder_does_not_block(run):
-    holder = python(HOLD, run)
-    assert holder.stdout.readline() == "holding\n"
-    with pytest.raises(UsageError, match=rf"process {holder.pid} on"):
-        save(run, 10)
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
-    save(run, 10)
-    assert steps(run) == [10]
-
-
-def test_the_lock_is_reentrant_and_ends_with_the_last(run, tmp_path):
-    (tmp_path / "link").symlink_to(run)
-    with writer_lock(run), writer_lock(tmp_path / "link"):
-        save(run, 10)
-        assert python("rotate(sys.argv[1], 1)", run).wait() == 1
-    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
-
-
-def test_a_forked_child_neither_has_the_lock_nor_keeps_it(run):
-    """A data loader's worker may outlive the training process that was killed."""
-    ready, done = os.pipe(), os.pipe()
-    with writer_lock(run):
-        child = os.fork()
-        if child == 0:
-            os.close(done[1])
-            try:
-                with writer_lock(run):
-                    os.write(ready[1], b"locked")
-            except UsageError:
-                os.write(ready[1], b"refused")
-            os.read(done[0], 1)
-            os._exit(0)
-        assert os.read(ready[0], 10) == b"refused"
-    assert python("rotate(sys.argv[1], 1)", run).wait() == 0
-    os.close(done[1])
-    os.waitpid(child, 0)
-
-
-def test_a_link_in_place_of_the_lock_is_not_followed(run, tmp_path):
-    (run / commit.LOCK).symlink_to(tmp_path / "precious")
-    with pytest.raises(UsageError, match=r"cannot write in"):
-        save(run, 10)
-    assert not (tmp_path / "precious").exists()
-
-
-def test_two_threads_do_not_remove_each_others_work(run, tmp_path):
-    (tmp_path / "link").symlink_to(run)
-    errors = []
-
-    def work(numbers, path):
-        try:
-            for step in numbers:
-                save(path, step)
-                check_writable(path)
-                rotate(path, 100)
-        except BaseException as error:
-            errors.append(error)
-
-    paths = [(range(0, 40, 2), run), (range(1, 40, 2), tmp_path / "link"), (range(40), run)]
-    threads = [threading.Thread(target=work, args=args) for args in paths]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
-    assert steps(run) == list(range(40))
-    assert all(manifest_problems(checkpoint.path) == [] for checkpoint in checkpoints(run))
-    assert not [path for path in run.iterdir() if path.name.endswith("incomplete")]
+# ---- leftovers ------------------------------------------------------------------------------------------------------
 
 
 def test_leftovers_are_removed_and_nothing_else(run):
@@ -974,6 +657,57 @@ def test_leftovers_of_a_live_process_stay(run):
 
 
 # ---- before the start -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_made_with_its_parents_and_each_is_flushed_before_it_counts(tmp_path):
+    def function(ack):
+        ack(" ".join(path.name for path in make_run_dir(tmp_path / "a/b/run")))
+
+    calls = run_with_fault(function, 0, "kill").calls
+    calls = [call.replace(str(tmp_path), "TMP") for call in calls if call.startswith(("mkdir", "fsync", "ack"))]
+    assert calls == [
+        f"fsync {tmp_path.parent}",  # the parent of what is there: a maker that was killed could not flush it
+        "mkdir TMP/a",
+        "fsync TMP",
+        "mkdir TMP/a/b",
+        "fsync TMP/a",
+        "mkdir TMP/a/b/run",
+        "fsync TMP/a/b",
+        "ack run b a",
+    ]
+    assert make_run_dir(tmp_path / "a/b/run") == []
+
+
+def test_a_run_folder_can_be_made_after_a_fault_at_every_operation(tmp_path):
+    for mode in ("kill", "EIO"):
+        for k in itertools.count(1):
+            outcome = run_with_fault(lambda ack, k=k, mode=mode: make_run_dir(tmp_path / f"{mode} {k}/run"), k, mode)
+            assert not outcome.error or re.match(r"UsageError: cannot create .*\(EIO\)", outcome.error)
+            make_run_dir(tmp_path / f"{mode} {k}/run")
+            assert (tmp_path / f"{mode} {k}/run").is_dir()
+            if not outcome.fired:
+                break
+        assert k > 8
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in ("file", "file/run", "link"):
+        with pytest.raises(UsageError, match=rf"cannot create {tmp_path}/{path}: .*; c"):
+            make_run_dir(tmp_path / path)
+
+
+def test_a_parent_that_may_not_be_read_need_not_be_flushed(tmp_path, monkeypatch):
+    real = os.open
+
+    def refusing(path, *args, **kwargs):
+        if os.fspath(path) == os.fspath(tmp_path):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    assert make_run_dir(tmp_path / "run") == [tmp_path / "run"]
 
 
 def test_a_writable_folder_is_left_as_it_was(run):
