@@ -1,0 +1,52 @@
+"""Random weights: shared by the layers, the same for a seed everywhere, and fit to compute with."""
+
+import pytest
+import torch
+
+from dylora_moe import bases, machine
+
+from .base_folders import FAMILIES, error_of, folder_of
+
+IDS = torch.arange(3, 15)[None]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_random_weights_share_the_layers_and_give_distinct_finite_logits(family, tmp_path):
+    base, weights = bases.find_base(folder_of(family, tmp_path))
+    assert weights == "random" and "no weights" in base.note
+    state = torch.get_rng_state()
+    model = bases.load_base(base, weights, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == bases.shared_random_bytes(base.config, None)
+    first, *others = bases.decoder_layers(model)
+    for layer in others:
+        assert all(a is b for a, b in zip(first.parameters(), layer.parameters(), strict=True))
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == bool(base.config.tie_word_embeddings)
+    logits = model(IDS).logits[0]
+    assert torch.isfinite(logits).all()
+    assert (logits[1:] - logits[:-1]).abs().amax(-1).min() > 1e-3
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_random_weights_are_the_same_bytes_for_a_seed_and_others_for_another(tmp_path):
+    base, _ = bases.find_base(folder_of("gemma", tmp_path), weights="random")
+    prints = [bases.weights_fingerprint(bases.load_base(base, "random", seed=seed)) for seed in (0, 0, 1)]
+    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == "float32:649d3a74696d507b67ae8bb6eae1ac99979b3510095472448fd1f48d45481be5"
+
+
+def test_norms_and_biases_are_as_the_model_initialises_them(tmp_path):
+    gemma = bases.load_base(bases.find_base(folder_of("gemma", tmp_path))[0], "random")
+    assert (gemma.model.norm.weight == 0).all()
+    gpt2 = bases.load_base(bases.find_base(folder_of("gpt2", tmp_path))[0], "random")
+    assert (gpt2.transformer.ln_f.weight == 1).all() and (gpt2.transformer.ln_f.bias == 0).all()
+    assert (gpt2.transformer.h[0].attn.c_attn.bias == 0).all()
+    assert gpt2.transformer.wte.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_random_weights_that_do_not_fit_are_not_begun(tmp_path, monkeypatch):
+    base, weights = bases.find_base(folder_of("llama", tmp_path))
+    monkeypatch.setattr(machine, "available_memory", lambda: 1000)
+    assert "Not enough memory" in error_of(bases.load_base, base, weights)
+    assert bases.load_base(base, "none")
