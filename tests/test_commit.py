@@ -753,9 +753,9 @@ def test_importing_it_is_light():
     code = f"""
 import sys, time
 sys.path.insert(0, {str(ROOT)!r})
-start = time.perf_counter()
+start = time.process_time()  # of the processor: others may keep it busy
 import dylora_moe.commit
-print(time.perf_counter() - start, *{{"torch", "numpy", "shutil", "tempfile", "logging"}}.intersection(sys.modules))
+print(time.process_time() - start, *{{"torch", "numpy", "shutil", "tempfile", "logging"}}.intersection(sys.modules))
 """
     command = [sys.executable, "-S", "-E", "-c", code]
     seconds = [float(subprocess.run(command, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
