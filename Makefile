@@ -1,6 +1,7 @@
 # make check   save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test    run the tests
 # make lint    ruff
+# make bench   measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
 
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: check test lint clean
+.PHONY: check test lint bench clean
 
 check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
@@ -19,6 +20,14 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.scripts --large --json benchmarks/results/scripts.json
+	$(BIN)/python -m benchmarks.routing --json benchmarks/results/routing.json
+	$(BIN)/python -m benchmarks.generate --json benchmarks/results/generate.json
+	$(BIN)/python -m benchmarks.checkpoint --json benchmarks/results/checkpoint.json
+	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
+	$(BIN)/python -m benchmarks.report
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What the claims about speed and memory rest on. `make bench` runs all; each is `python -m benchmarks.NAME`."""

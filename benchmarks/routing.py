@@ -1,0 +1,194 @@
+"""A training step and an evaluation forward of the mixture, beside PEFT's own ways to use many LoRAs at once.
+
+python -m benchmarks.routing
+python -m benchmarks.routing --experts 4 16 --rounds 3
+python -m benchmarks.routing --device cuda --json benchmarks/results/routing-cuda.json
+
+Every model has the same base tensors, adapters, targets (q/k/v/o), rank 16 and dropout 0.05; times are relative to one
+plain PEFT LoRA in the same round. A training step is forward, loss and backward: the optimizer is the same for all
+that have the same number of parameters, and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dylora_moe import DyLoRAMoE
+from dylora_moe.model import untouched
+
+from . import common, loop, models
+from .common import Case, Result, Timing
+
+ROUNDS, QUICK_ROUNDS = 4, 1
+# Experts -> (batch, length) in training and in evaluation. With 64 experts X-LoRA's training step keeps 9 GB of
+# activations at 512 tokens, so it has fewer; evaluation keeps none.
+SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
+GPU_SHAPES = {4: ((8, 512), (8, 512)), 16: ((4, 512), (4, 512)), 64: ((1, 512), (4, 512))}
+QUICK_SHAPES = {3: ((2, 8), (2, 8))}
+CHECK_TOKENS = (2, 16)
+PEER_NAMES = (models.UNROUTED, models.X_LORA, models.ARROW)
+LIMITS = {  # experts -> what is asked of (training step, evaluation with what is the default there)
+    4: (1.10, 1.05),
+    16: (1.40, 1.15),
+    64: (None, 1.50),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run("routing", __doc__, measure, argv, flags)
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    models.add_model_flags(parser)
+    parser.add_argument("--experts", type=int, nargs="+", help="only these of 4, 16 and 64")
+
+
+def measure(args: argparse.Namespace, result: Result) -> None:
+    result.settings["threads"] = common.fix_threads()
+    base = models.load_base(args, result.settings)
+    shapes = QUICK_SHAPES if args.quick else SHAPES if args.device == "cpu" else GPU_SHAPES
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    bars: dict[str, dict[str, list]] = {"training": {}, "evaluation": {}}
+    chosen = [n for n in shapes if not args.experts or n in args.experts]
+    for experts in chosen:
+        training, evaluation = compare(base, experts, shapes[experts], rounds, args.device, result)
+        report(base, experts, shapes[experts], training, evaluation, result)
+        for kind, timings in (("training", training), ("evaluation", evaluation)):
+            for name, timing in timings.items():
+                bars[kind].setdefault(name, []).append(timing.ratio(timings[models.PLAIN]))
+    result.series = {kind: {"x": chosen, "lines": lines} for kind, lines in bars.items()}
+
+
+# ---- measuring ----
+
+
+def compare(base, experts: int, shapes, rounds: int, device: str, result: Result) -> tuple[dict, dict]:
+    """The timings of the training step and of the evaluation forward, by model."""
+    with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as folder:
+        ours = models.build_ours(base, experts)
+        adapters = models.export_experts(ours, Path(folder))
+        peers = {name: models.build_peer(name, base, adapters) for name in models.PEERS}
+    check(ours, peers, base, experts, result)
+    everyone = peers | {models.OURS: ours}
+    training_shape, evaluation_shape = shapes
+    for model in everyone.values():
+        model.train()
+    ours.mark_immature()
+    ids = models.random_ids(base, *training_shape)
+    training = common.interleaved({name: training_case(m, ids) for name, m in everyone.items()}, rounds, device)
+    for model in everyone.values():
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    ids = models.random_ids(base, *evaluation_shape)
+    cases = {name: evaluation_case(model, ids) for name, model in peers.items()}
+    cases[models.OURS] = evaluation_case(ours, ids, before=ours.mark_immature)
+    cases[models.OURS_SPARSE] = evaluation_case(ours, ids, before=ours.mark_mature)
+    return training, common.interleaved(cases, rounds, device)
+
+
+def training_case(model, ids: torch.Tensor) -> Case:
+    def clear() -> None:
+        model.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        clear()  # so that the gradients of one model at a time take memory
+
+    return Case(step, before=clear)
+
+
+def evaluation_case(model, ids: torch.Tensor, before=None) -> Case:
+    @torch.no_grad()
+    def forward() -> None:
+        model(input_ids=ids, use_cache=False)
+
+    def enter() -> None:
+        if before is not None:
+            before()
+            forward()  # what is cached between forward passes is cached in this state
+
+    return Case(forward, before=enter)
+
+
+# ---- the answers are right ----
+
+
+def check(ours: DyLoRAMoE, peers: dict, base, experts: int, result: Result) -> None:
+    """Ours against the loop in float64; each peer's adapters at work, or it would be fast for nothing."""
+    dtype = base.get_input_embeddings().weight.dtype
+    ids = models.random_ids(base, *CHECK_TOKENS, seed=1)
+    for state, sparse in (("dense", False), ("top-2", True)):
+        ours.mark_mature() if sparse else ours.mark_immature()
+        off = loop.value_difference(ours, ids, sparse)
+        result.check(f"{experts} experts, {state}, layers against a float64 loop", off, loop.VALUE_TOLERANCE[dtype])
+    ours.mark_immature()
+    for part, off in loop.gradient_difference(ours, ids).items():
+        what = f"{experts} experts, gradients of the {part} against a float64 loop"
+        result.check(what, off, loop.GRADIENT_TOLERANCE[dtype])
+    with untouched(ours), ours.disable_experts():
+        bare = ours(ids, use_cache=False).logits
+    for name, model in peers.items():
+        model.eval()
+        with torch.no_grad():
+            effect = (model(input_ids=ids, use_cache=False).logits - bare).abs().max().item()
+        if not effect > 1e-4:
+            result.problems.append(f"{experts} experts, {name}: its adapters change the logits by {effect:.3g} only")
+
+
+# ---- what is printed ----
+
+
+def report(base, experts: int, shapes, training: dict, evaluation: dict, result: Result) -> None:
+    (train_batch, train_length), (batch, length) = shapes
+    title = f"{experts} experts: training {train_batch} x {train_length} tokens, evaluation {batch} x {length}"
+    columns = ["", "training step", "relative", "floor", "evaluation", "relative", "floor"]
+    note = "Relative to one plain LoRA, median over rounds (quartiles). Floor: the same ratio of multiplications."
+    table = result.table(f"routing-{experts}", title, columns, note)
+    for name, timing in evaluation.items():
+        floors = [f"{value:.2f}" for value in floor(base, experts, shapes, name)]
+        step = training.get(name)
+        cells = ["", "", ""]
+        if step is not None:
+            cells = [common.seconds(step.median), common.ratio(step, training[models.PLAIN]), floors[0]]
+        cells += [common.seconds(timing.median), common.ratio(timing, evaluation[models.PLAIN]), floors[1]]
+        table.add(name, *cells)
+    claims(experts, training, evaluation, result)
+
+
+def floor(base, experts: int, shapes, name: str) -> tuple[float, float]:
+    """(training, evaluation): multiplications of that way of mixing by those of one plain LoRA."""
+    used = {models.PLAIN: 1, models.ARROW: min(models.TOP_K, experts), models.OURS_SPARSE: min(models.TOP_K, experts)}
+    active = used.get(name, experts)
+    scored = 1 if name in (models.PLAIN, models.UNROUTED) else experts
+    ratios = []
+    for kind, (_, length) in enumerate(shapes):
+        ratios.append(models.flops(base, length, active, scored)[1 - kind] / models.flops(base, length, 1, 1)[1 - kind])
+    return ratios[0], ratios[1]
+
+
+def claims(experts: int, training: dict, evaluation: dict, result: Result) -> None:
+    asked_training, asked_evaluation = LIMITS.get(experts, (None, None))
+    plain = training[models.PLAIN], evaluation[models.PLAIN]
+    step = training[models.OURS].ratio(plain[0])
+    if asked_training is not None:
+        result.claim(f"{experts} experts, training step by one plain LoRA's", step, asked_training)
+    if asked_evaluation is not None:
+        sparse = evaluation[models.OURS_SPARSE].ratio(plain[1])
+        result.claim(f"{experts} experts, evaluation with top-2 by one plain LoRA's", sparse, asked_evaluation)
+        result.claim(f"{experts} experts, training step by the fastest peer's", *_by_best(training, models.OURS))
+        result.claim(f"{experts} experts, evaluation by the fastest peer's", *_by_best(evaluation, models.OURS_SPARSE))
+
+
+def _by_best(timings: dict[str, Timing], name: str) -> tuple[float, float]:
+    """(our time by that of the fastest peer, 1)."""
+    best = min((timings[peer] for peer in PEER_NAMES), key=lambda timing: timing.median)
+    return timings[name].ratio(best), 1.0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,211 @@
+"""The benchmarks run in their smallest size, and their re-checks can fail. What they measure is not tested."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import checkpoint, child, common, generate, loop, models, report, routing, scaling, scripts
+from benchmarks.common import Case, Claim, Result, Timing
+
+
+@pytest.fixture(autouse=True)
+def same_threads(monkeypatch):
+    """Other tests go on with the number of threads that they had."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module")
+def ours():
+    base = models.random_base(models.tiny_config(), torch.float32, "cpu")
+    return models.build_ours(base, 3, r=4)
+
+
+def result() -> Result:
+    return Result("test", {}, machine={}, load=())
+
+
+# ---- every benchmark runs ----
+
+
+@pytest.mark.parametrize("benchmark", [routing, generate, checkpoint, scaling], ids=lambda module: module.__name__)
+def test_benchmark_runs_in_its_smallest_size(benchmark, tmp_path, capsys):
+    path = tmp_path / "found.json"
+    assert benchmark.main(["--quick", "--json", str(path)]) == common.RIGHT
+    found = json.loads(path.read_text())
+    assert found["tables"] and all(table["rows"] for table in found["tables"])
+    assert found["checks"] and not found["problems"]
+    assert "checked: " in capsys.readouterr().out
+    for table in found["tables"]:
+        assert f"**{table['title']}**" in report.markdown(table)
+
+
+def test_scripts_are_timed_as_children(monkeypatch, capsys):
+    """With a script that only writes a report: the real ones take seconds each."""
+    passed = child.Child(2.0, 200 << 20, 0, "", good_report())
+    monkeypatch.setattr(scripts.child, "run_script", lambda *_: passed)
+    monkeypatch.setattr(scripts, "IMPORT_LINE", "pass")
+    monkeypatch.setattr(scripts, "PARENT_LIMIT", 1 << 40)  # the process that runs the tests is large
+    assert scripts.main(["--only", "quick", "--rounds", "1"]) == common.RIGHT
+    assert "quick" in capsys.readouterr().out
+    monkeypatch.setattr(scripts.child, "run_script", lambda *_: child.Child(2.0, 1, 1, "no disk", None))
+    assert scripts.main(["--only", "quick", "--rounds", "1"]) == common.WRONG
+    assert "exit code 1" in capsys.readouterr().err
+
+
+# ---- the re-checks can fail ----
+
+
+def test_loop_sees_a_wrong_value_and_a_wrong_choice(ours):
+    ids = models.random_ids(ours.base, 1, 8)
+    for sparse, mark in ((False, ours.mark_immature), (True, ours.mark_mature)):
+        mark()
+        assert loop.value_difference(ours, ids, sparse) < 1e-5
+        assert loop.value_difference(ours, ids, not sparse) > 1e-4
+    layer = next(layer for _, layer in ours.routed_layers())
+    ours.mark_immature()
+    handle = layer.register_forward_hook(lambda module, args, output: output * 1.01)
+    try:
+        assert loop.value_difference(ours, ids, False) > 1e-4
+    finally:
+        handle.remove()
+
+
+def test_loop_sees_a_wrong_gradient(ours):
+    ids = models.random_ids(ours.base, 1, 8)
+    ours.mark_immature()
+    right = loop.gradient_difference(ours, ids)
+    assert max(right.values()) < 1e-4 and set(right) == {"experts", "gate"}
+    handle = ours.router.gate.weight.register_hook(lambda gradient: gradient * 1.1)
+    try:
+        assert loop.gradient_difference(ours, ids)["gate"] > 0.05
+    finally:
+        handle.remove()
+    ours.router.gate.weight.requires_grad_(False)
+    try:
+        assert loop.gradient_difference(ours, ids)["gate"] == float("inf")
+    finally:
+        ours.router.gate.weight.requires_grad_(True)
+
+
+def test_routing_refuses_a_peer_that_does_nothing(ours):
+    idle = models.random_base(models.tiny_config(), torch.float32, "cpu")
+    found = result()
+    routing.check(ours, {models.X_LORA: idle}, ours.base, 3, found)
+    assert [models.X_LORA in problem for problem in found.problems] == [True]
+
+
+def test_generation_that_ignores_the_padding_is_seen(ours):
+    ours.eval().mark_mature()
+    ids, mask = generate.padded_batch(base_with_padding(ours), 8)
+    assert generate.padding_difference(ours, (ids, mask), 2) < 1e-4
+    wrong = torch.ones_like(mask)
+    wrong_logits = generate._with_logits(ours, (ids, wrong), 2)[1]
+    right_logits = generate._with_logits(ours, (ids, mask), 2)[1]
+    assert (wrong_logits - right_logits).abs().max() > 1e-4
+
+
+def base_with_padding(ours):
+    ours.generation_config.eos_token_id, ours.generation_config.pad_token_id = None, 0
+    return ours.base
+
+
+def test_checkpoint_counts_tensors_that_differ(ours):
+    other = models.build_ours(models.random_base(models.tiny_config(), torch.float32, "cpu"), 3, r=4, seed=1)
+    assert checkpoint.different_tensors(ours, other) > 0
+    assert checkpoint.different_tensors(ours, ours) == 0
+
+
+def good_report() -> dict:
+    check = {"name": "consistency", "passed": True, "problems": [], "measures": {"max_abs_diff": 0.0, "spoiled": {}}}
+    return {"passed": True, "checks": [check], "total_bytes": 1, "peak_memory_bytes": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"passed": False}, "did not pass"),
+        ({"checks": []}, "did not pass"),
+        ({"measures": {"max_abs_diff": 1e-7}}, "logits differ"),
+        ({"measures": {"spoiled": {"router": 0.0}}}, "spoiling router"),
+    ],
+)
+def test_a_script_that_passed_for_nothing_is_a_problem(change, said):
+    made = good_report()
+    assert child.problems("full", child.Child(1.0, 1, 0, "", made)) == []
+    made["checks"] = [check | {k: v for k, v in change.items() if k == "measures"} for check in made["checks"]]
+    made |= {key: value for key, value in change.items() if key != "measures"}
+    assert any(said in problem for problem in child.problems("full", child.Child(1.0, 1, 0, "", made)))
+
+
+def test_child_measures_time_memory_and_exit_code():
+    code = "import sys; data = bytearray(60 << 20); print('made'); sys.exit(3)"
+    made = child.run([sys.executable, "-c", code])
+    assert (made.code, made.output.strip()) == (3, "made")
+    assert made.peak_bytes > 60 << 20 and made.seconds > 0
+
+
+# ---- what they share ----
+
+
+def test_ratio_is_taken_within_each_round():
+    slow_machine, ours = Timing((1.0, 10.0, 1.0)), Timing((2.0, 20.0, 2.0))
+    assert ours.ratio(slow_machine) == 2 and ours.ratio_spread(slow_machine) == (2, 2)
+
+
+def test_cases_take_turns_and_what_comes_before_is_not_timed():
+    order = []
+    cases = {name: Case(lambda n=name: order.append(n), before=lambda: order.append("before")) for name in "ab"}
+    timings = common.interleaved(cases, rounds=2, warmups=1)
+    assert [name for name in order if name != "before"] == ["b", "a", "a", "b", "b", "a"]
+    assert order.count("before") == 6 and len(timings["a"].samples) == 2
+    assert common.interleaved({"a": Case(lambda: 7.0)}, rounds=1)["a"].samples == (7.0,)
+
+
+def test_wrong_answer_decides_the_exit_code_and_a_slow_one_does_not(capsys):
+    def slow(args, found):
+        found.claim("time", 3.0, 1.0)
+
+    def wrong(args, found):
+        found.check("logits", float("nan"), 1e-5)
+
+    assert common.run("x", "", slow, []) == common.RIGHT
+    assert "✗ time: 3.00 x, asked for ≤ 1 x" in capsys.readouterr().out
+    assert common.run("x", "", wrong, []) == common.WRONG
+    assert "WRONG ANSWER: logits: differs by nan" in capsys.readouterr().err
+    assert Claim("", 1.0, 1.0).met and not Claim("", 0.9, 1.0, at_least=True).met
+
+
+def test_flops_of_top_2_do_not_grow_with_the_experts(ours):
+    gate = 2 * ours.base.config.num_hidden_layers * ours.base.config.hidden_size
+    four, many = models.flops(ours.base, 8, 2, 4)[0], models.flops(ours.base, 8, 2, 64)[0]
+    assert many - four == gate * 60
+    assert models.flops(ours.base, 8, 4, 4)[0] > four
+
+
+def test_page_is_what_the_results_say(capsys):
+    assert report.main(["--check"]) == report.RIGHT, capsys.readouterr().out
+
+
+def test_page_is_made_of_the_results_and_only_between_the_marks():
+    table = {"name": "t", "title": "T", "columns": ["", "x"], "rows": [["a", "1"]], "note": "n"}
+    page = "before 1\n<!-- r/t -->\nold 2\n<!-- end -->\nafter 3\n<!-- r/other -->\n<!-- end -->\n"
+    made = report.rendered(page, {"r": {"tables": [table]}})
+    assert "old 2" not in made and "| a | 1 |" in made and report.NOT_YET in made
+    assert made.startswith("before 1\n") and "\nafter 3\n" in made
+    assert report.rendered(made, {"r": {"tables": [table]}}) == made
+
+
+def test_parameters_of_a_70b_llama():
+    assert scaling.parameter_count(child.LLAMA_70B) == pytest.approx(68.98e9, rel=1e-3)
+
+
+def test_quick_base_is_what_the_flags_say():
+    settings: dict = {}
+    models.load_base(argparse.Namespace(device="cpu", dtype=None, quick=True, model=None), settings)
+    assert settings["weights"] == "random" and settings["dtype"] == "float32"
+    assert settings["model"] == "tiny Llama"
