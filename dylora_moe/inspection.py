@@ -41,8 +41,8 @@ class Contents:
         return sum(info.st_size for info in self.files.values())
 
     def report(self, name: str, text: str, remedy: str = SAVE_AGAIN) -> None:
-        self.problems.append(printable(f"{name}: {text}; {remedy}"))
-        self.suspects.add(printable(name))
+        self.problems.append(printable(f"{shown(name)}: {text}; {remedy}"))
+        self.suspects.add(shown(name))
 
     def take(self, problems: Iterable[str]) -> None:
         """Problems that are texts already, each beginning with the file's name."""
@@ -57,7 +57,7 @@ class Contents:
 
     def is_known(self, name: str) -> bool:
         """Whether a problem of this file has been reported already: one missing file is one problem."""
-        return printable(name) in self.suspects
+        return shown(name) in self.suspects
 
     def list(self, name: str, items: Iterable[str], text: Callable[[str], str]) -> None:
         """Report a text for each item, at most ten and a count."""
@@ -148,6 +148,12 @@ def short(value: object) -> str:
     """A value from JSON in at most 80 characters, however deep or long it is."""
     text = _shortener.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def shown(name: str) -> str:
+    """A file's name as commit.py shows it, too: in quotes and escaped where it cannot be printed."""
+    name = name if len(name) <= 200 else name[:200] + "..."
+    return name if name.isprintable() else ascii(name)
 
 
 def printable(text: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from . import commit, formats, verify_tensors
 from .errors import UsageError
 from .formats import adapter_folder, is_training_file
-from .inspection import SAVE_AGAIN, Contents, Rules, get, natural, nothing_or, number, printable, short, text, texts
+from .inspection import SAVE_AGAIN, Contents, Rules, get, natural, nothing_or, number, short, shown, text, texts
 from .tensorfile import MAX_JSON_BYTES, read_json
 from .torchfile import check_torch_file
 
@@ -102,11 +102,10 @@ def _guarded(contents: Contents, check: Callable[[Contents], object]) -> object:
 def _check_pollution(contents: Contents) -> None:
     for name in contents.files:
         if formats.is_merged_model(PurePosixPath(name).name):
-            known = [p for p in contents.problems if p.startswith(f"{name}: ")]
-            contents.problems = [p for p in contents.problems if p not in known]
+            contents.problems = [p for p in contents.problems if not p.startswith(f"{shown(name)}: ")]
             why = "expected experts and router only; delete it, and save without the base model's weights"
-            contents.problems.append(printable(f"Found merged model file: {name}; {why}"))
-            contents.suspects.add(printable(name))
+            contents.problems.append(f"Found merged model file: {shown(name)}; {why}")
+            contents.suspects.add(shown(name))
 
 
 def _check_file_set(contents: Contents, besides: set[str]) -> None:
