@@ -16,7 +16,7 @@ from dylora_moe import commit
 from dylora_moe.data import byte_tokenizer
 from dylora_moe.model import seeded
 
-WORDS = "the router sends each token of a text to experts that know its kind and learns from what they make of it".split()
+TEXT = "the router sends each token of a text to experts that know its kind and learns from what they make of it"
 
 
 @functools.cache
@@ -35,7 +35,7 @@ def material() -> Path:
     tokenizer.save_pretrained(folder / "base")
     for name, seed in (("one", 1), ("two", 2)):
         draw = random.Random(seed)
-        texts = [" ".join(draw.choices(WORDS, k=20)) for _ in range(6)]
+        texts = [" ".join(draw.choices(TEXT.split(), k=20)) for _ in range(6)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
 
@@ -46,7 +46,8 @@ def arguments(run_dir: Path, *more: str, steps: int = 12) -> list[str]:
     fixed = f"--experts 2 --lora-r 4 --lora-dropout 0.1 --block-size 32 --batch-size 8 --max-steps {steps} --device cpu"
     steps_flags = "--save-steps 4 --logging-steps 5 --learning-rate 5e-3"
     data = ["--data", f"{folder / 'one.jsonl'}=2", "--data", str(folder / "two.jsonl")]
-    return ["--model", str(folder / "base"), *data, *fixed.split(), *steps_flags.split(), "--output-dir", str(run_dir), *more]
+    words = ["--model", str(folder / "base"), *data, *fixed.split(), *steps_flags.split()]
+    return [*words, "--output-dir", str(run_dir), *more]
 
 
 def steps(run_dir: Path) -> list[int]:
