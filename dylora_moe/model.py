@@ -28,9 +28,20 @@ from .routing import Plan, Routing
 from .states import IMMATURE, MATURE, NEW, ExpertStates
 from .targets import ATTENTION_TARGETS, adapter_parameters, linear_layers, replace_config, resolve_targets, shown
 
-__all__ = [  # the names of other modules too that go with a mixture, where users look for them
-    *("DyLoRAMoE", "DyLoRAMoEOutput", "Usage", "NEW", "IMMATURE", "MATURE", "ATTENTION_TARGETS"),
-    *("adapter_parameters", "fresh_base", "linear_layers", "replace_config", "seeded", "untouched"),
+__all__ = [  # names of other modules too that go with a mixture, where users look for them
+    "ATTENTION_TARGETS",
+    "IMMATURE",
+    "MATURE",
+    "NEW",
+    "DyLoRAMoE",
+    "DyLoRAMoEOutput",
+    "Usage",
+    "adapter_parameters",
+    "fresh_base",
+    "linear_layers",
+    "replace_config",
+    "seeded",
+    "untouched",
 ]
 
 if TYPE_CHECKING:
@@ -379,21 +390,21 @@ class DyLoRAMoE(nn.Module):
         collect = labels is not None and self._looks_at_routing(expert)
         with self._routing.force(expert), self._routing.record(collect) as probs:
             out = self.base(input_ids, **kwargs)
-        result = DyLoRAMoEOutput(**{key: value for key, value in out.items() if key != "loss" and value is not None})
+        losses = {}
         if labels is not None:
-            self._add_losses(result, labels, attention_mask, num_items_in_batch, probs)
+            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs)
+        result = DyLoRAMoEOutput(**{**out, **losses})
         return result.to_tuple() if as_tuple else result
 
-    def _add_losses(self, result: DyLoRAMoEOutput, labels, attention_mask, num_items_in_batch, probs) -> None:
-        """Set the losses of a result, and count the usage; probs: of each decoder layer, (B, T, N)."""
-        logits = result.logits
+    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict[str, torch.Tensor]:
+        """The losses by their names in the output; counts the usage. probs: of each decoder layer, (B, T, N)."""
         # The logit at t is held against the token at t + 1. Shifting the labels spares a copy of the logits.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
         count = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, device=logits.device, dtype=torch.float32).clamp(min=1)
-        result.lm_loss = result.loss = self._lm_loss(logits, targets) / count
+        lm_loss = self._lm_loss(logits, targets) / count
         if not probs:
-            return
+            return {"loss": lm_loss, "lm_loss": lm_loss}
         mask = targets != IGNORED_LABEL
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = mask & attention_mask[:, -labels.shape[1] :].to(mask)
@@ -402,13 +413,17 @@ class DyLoRAMoE(nn.Module):
         if self._usage is not None:
             seen = [t.detach().sum(1).mean(0) for t in (first, total)]  # (N,) each
             self._usage = [before.to(now.device) + now for before, now in zip(self._usage, seen, strict=True)]
-        result.balance_loss = balance_loss(first, total, count)
-        if self.training and self.router.config.balance_coefficient:
-            result.loss = result.lm_loss + self.router.config.balance_coefficient * result.balance_loss
+        balance = balance_loss(first, total, count)
+        coefficient = self.router.config.balance_coefficient if self.training else 0.0
+        return {
+            "loss": lm_loss + coefficient * balance if coefficient else lm_loss,
+            "lm_loss": lm_loss,
+            "balance_loss": balance,
+        }
 
     def _looks_at_routing(self, expert: int | None) -> bool:
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
-        return wanted and expert is None and self.num_experts > 1
+        return wanted and expert is None and self._routing.forced is None and self.num_experts > 1
 
     def _lm_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """The sum of the cross-entropies in float32; smoothed in training only: evaluation is in nats."""

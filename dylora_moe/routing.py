@@ -67,8 +67,8 @@ class Routing:
 
     @contextmanager
     def force(self, expert: int | None) -> Iterator[None]:
-        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None routes."""
-        before, self.forced = self.forced, expert
+        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing."""
+        before, self.forced = self.forced, self.forced if expert is None else expert
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.model import seeded
 
 ARCHITECTURES = ("gemma", "llama", "qwen2", "gpt2", "gpt_neox")
@@ -49,3 +50,21 @@ def tiny_base(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.flo
 def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
     """Token ids without the special ones."""
     return torch.randint(3, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_mixture(kind: str = "llama", experts: int | list[MoELoraConfig] = 3, seed: int = 1, **options) -> DyLoRAMoE:
+    """A mixture on `tiny_base` whose experts and router are random (none is new), in evaluation mode."""
+    dtype = options.pop("dtype", torch.float32)
+    if isinstance(experts, int):
+        options.setdefault("lora", MoELoraConfig(r=4, lora_alpha=8, lora_dropout=0.0))
+    with seeded(seed):
+        model = DyLoRAMoE(tiny_base(kind, dtype=dtype), experts, **options)
+    return randomise(model, seed)
+
+
+def randomise(model: DyLoRAMoE, seed: int = 1, spread: float = 0.3) -> DyLoRAMoE:
+    """Fill every expert and the router with normal noise: a B of zeros would hide what is wrong."""
+    with seeded(seed), torch.no_grad():
+        for parameter in (*model.trained_parameters().values(), model.router.gate.weight):
+            parameter.normal_(std=spread)
+    return model

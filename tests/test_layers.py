@@ -1,0 +1,304 @@
+"""The routed layer against a plain loop over experts in float64, and each expert against stock PEFT."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+
+from dylora_moe import MoELoraConfig, RouterConfig, UsageError, dispatch
+from dylora_moe.bases import decoder_layers
+from dylora_moe.dispatch import plan_dispatch, split_by_cost
+
+from .tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
+
+TOLERANCE = 1e-5
+PLAIN = {"lora_dropout": 0.0}
+MIXED = {
+    "llama": [
+        MoELoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], **PLAIN),
+        MoELoraConfig(r=5, lora_alpha=3, target_modules="all-linear", **PLAIN),
+        MoELoraConfig(r=3, use_rslora=True, target_modules=["down_proj", "q_proj"], **PLAIN),
+    ],
+    "gpt2": [
+        MoELoraConfig(r=2, lora_alpha=4, target_modules=["c_attn"], **PLAIN),
+        MoELoraConfig(r=5, lora_alpha=3, target_modules="all-linear", **PLAIN),
+        MoELoraConfig(r=3, use_rslora=True, target_modules=["c_fc", "c_attn"], **PLAIN),
+    ],
+}
+
+
+def loop_logits(kind, model, ids, top_k=None, experts=None):
+    """The definition, written out: a float64 base, hooks that add one expert after the other."""
+    base = tiny_base(kind).double()
+    experts = range(model.num_experts) if experts is None else experts
+    tensors = [{k: v.detach().double() for k, v in model.expert_tensors(e).items()} for e in range(model.num_experts)]
+    config = [c.lora_alpha / (c.r**0.5 if c.use_rslora else c.r) for c in model.expert_configs]
+    gate = model.router.gate.weight.detach().double()
+    weights = {}
+
+    def route(layer, args, kwargs):
+        hidden = args[0] if args else kwargs["hidden_states"]
+        for batch in range(hidden.shape[0]):
+            for t in range(hidden.shape[1]):
+                x = hidden[batch, t]
+                x = x / (x.square().mean() + 1e-6).sqrt()
+                logits = {e: float(gate[e] @ x) / model.router.config.temperature for e in experts}
+                kept = sorted(logits, key=logits.get, reverse=True)[: top_k or len(logits)]
+                total = sum(torch.tensor(logits[e]).double().exp() for e in kept)
+                for e in range(model.num_experts):
+                    w = torch.tensor(logits[e]).double().exp() / total if e in kept else 0.0
+                    weights[batch, t, e] = w
+
+    def add(name):
+        def hook(module, args, out):
+            out = out.clone()
+            for e in range(model.num_experts):
+                a = tensors[e].get(f"base_model.model.{name}.lora_A.weight")
+                if a is None:
+                    continue
+                b = tensors[e][f"base_model.model.{name}.lora_B.weight"]
+                for batch in range(out.shape[0]):
+                    for t in range(out.shape[1]):
+                        out[batch, t] += weights[batch, t, e] * config[e] * (b @ (a @ args[0][batch, t]))
+            return out
+
+        return hook
+
+    names = {key.removeprefix("base_model.model.").split(".lora_")[0] for t in tensors for key in t}
+    for layer in decoder_layers(base):
+        layer.register_forward_pre_hook(route, with_kwargs=True)
+    for name, module in base.named_modules():
+        if name in names:
+            module.register_forward_hook(add(name))
+    with torch.no_grad():
+        return base(ids, use_cache=False).logits
+
+
+def difference(a, b):
+    return float((a.detach().double() - b.detach().double()).abs().max())
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_dense_routing_is_the_loop_over_experts(kind, grad):
+    model, ids = tiny_mixture(kind), random_ids(2, 7)
+    with torch.set_grad_enabled(grad):
+        assert difference(model(ids).logits, loop_logits(kind, model, ids)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_sparse_routing_is_the_loop_over_the_top_experts(kind, grad):
+    model, ids = tiny_mixture(kind, 4, router=RouterConfig(temperature=0.7)), random_ids(2, 7)
+    dense = model(ids).logits
+    model.mark_mature()
+    with torch.set_grad_enabled(grad):
+        sparse = model(ids).logits
+    assert difference(sparse, loop_logits(kind, model, ids, top_k=2)) <= TOLERANCE
+    assert difference(sparse, dense) > 1e-3
+
+
+@pytest.mark.parametrize("top_k", [None, 1])
+@pytest.mark.parametrize("kind", MIXED)
+def test_experts_of_different_ranks_targets_and_scalings(kind, top_k):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = tiny_mixture(kind, MIXED[kind], router=RouterConfig(top_k=top_k or 3))
+    model.mark_mature()
+    ids = random_ids(2, 6)
+    for _ in range(3):  # the third time with what was kept
+        with torch.no_grad():
+            assert difference(model(ids).logits, loop_logits(kind, model, ids, top_k=top_k)) <= TOLERANCE
+    assert difference(model(ids).logits, loop_logits(kind, model, ids, top_k=top_k)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+@pytest.mark.parametrize("skew", [0.0, 30.0])
+def test_dispatched_tokens_give_the_loop(top_k, skew, monkeypatch):
+    """Many experts, evenly and unevenly wanted: the dispatch is taken, and is the loop."""
+    seen = []
+    monkeypatch.setattr(dispatch, "PLACE_COST", 1)
+    plan = dispatch.plan_dispatch
+    monkeypatch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: seen.append(plan(*args)) or seen[-1])
+    model, ids = tiny_mixture("llama", 12, router=RouterConfig(top_k=top_k)), random_ids(2, 9)
+    model.mark_mature()
+    with torch.no_grad():
+        model.router.gate.weight[3] *= 1 + skew  # half of the tokens want it very much
+        for tokens in (ids, ids[:1, :1]):
+            seen.clear()
+            for _ in range(3):
+                logits = model(tokens).logits
+            assert difference(logits, loop_logits("llama", model, tokens, top_k=top_k)) <= TOLERANCE * (1 + skew)
+            assert len(seen) == 3 * 3 and all(seen), "one dispatch per decoder layer and pass"
+    assert not skew or any(found.hot is not None for found in seen)
+
+
+def test_split_by_cost():
+    rank = 16
+    assert split_by_cost([10, 10, 10, 10], 20, rank) == ([0, 1, 2, 3], [])  # two of four: all work on all tokens
+    assert split_by_cost([0, 1, 0, 1], 1, rank) == ([1, 3], [])  # one token in generation: just its two
+    assert split_by_cost([8] * 64, 256, rank) == ([], list(range(64)))
+    assert split_by_cost([200, *[2] * 28], 128, rank) == ([0], list(range(1, 29)))
+    assert split_by_cost([0, 0], 0, rank) == ([], [])
+
+
+def test_a_dispatch_covers_every_choice_once():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 20, generator=generator)
+    logits[:, 7] += 9
+    weights, index = logits.topk(2)
+    found = plan_dispatch(index, weights, 20, 16)
+    assert found.hot.tolist() == [7]
+    total = torch.zeros(50, 20)
+    total[:, 7] = found.hot_gate[:, 0]
+    places = len(found.tokens) // len(found.cold)
+    for token in range(50):
+        for place, weight in zip(found.places[token].tolist(), found.weights[token].tolist(), strict=True):
+            if weight:
+                assert found.tokens[place] == token
+                total[token, found.cold[place // places]] += weight
+    assert torch.equal(total, torch.zeros(50, 20).scatter(1, index, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_stock_peft_computes_the_same_with_each_expert(kind, dtype, tmp_path):
+    model, ids = tiny_mixture(kind, 2, dtype=dtype), random_ids(2, 8)
+    for index in range(2):
+        model.export_expert(index, tmp_path / str(index))
+        stock = PeftModel.from_pretrained(tiny_base(kind, dtype=dtype), tmp_path / str(index)).eval()
+        assert not any("Routed" in type(module).__name__ for module in stock.modules())
+        with torch.no_grad():
+            ours, theirs = model(ids, expert=index).logits, stock(input_ids=ids).logits
+        assert ours.dtype == theirs.dtype == dtype
+        assert difference(ours, theirs) == 0
+        assert difference(ours, model(ids, expert=1 - index).logits) > 1e-3
+
+
+def test_stock_peft_computes_the_same_with_experts_of_different_shapes(tmp_path):
+    model, ids = tiny_mixture("llama", MIXED["llama"]), random_ids(2, 8)
+    for index in range(3):
+        model.export_expert(index, tmp_path / str(index))
+        stock = PeftModel.from_pretrained(tiny_base(), tmp_path / str(index)).eval()
+        assert difference(model(ids, expert=index).logits, stock(input_ids=ids).logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_experts_are_float32_on_any_base(dtype):
+    model, ids = tiny_mixture("llama", 4, dtype=dtype), random_ids(2, 8)
+    assert {p.dtype for p in model.trained_parameters().values()} == {torch.float32}
+    reference = loop_logits("llama", model, ids)
+    tolerance = {torch.float16: 0.02, torch.bfloat16: 0.1}.get(dtype, TOLERANCE)
+    assert model(ids).logits.dtype == dtype
+    assert difference(model(ids).logits, reference) <= tolerance
+    model.train()
+    model(ids, labels=ids).loss.backward()
+    assert {p.grad.dtype for p in model.trained_parameters().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("experts", [1, 2, 11])
+def test_any_number_of_experts_and_each_is_itself(experts):
+    """expert_1 and expert_10 never mix."""
+    model, ids = tiny_mixture("llama", experts), random_ids(1, 6)
+    assert difference(model(ids).logits, loop_logits("llama", model, ids)) <= TOLERANCE
+    alone = [model(ids, expert=e).logits for e in range(experts)]
+    for e in range(experts):
+        spoiled = copy.deepcopy(model)
+        with torch.no_grad():
+            for tensor in spoiled.expert_tensors(e).values():
+                tensor.mul_(1.5)
+        changed = [not torch.equal(spoiled(ids, expert=i).logits, alone[i]) for i in range(experts)]
+        assert changed == [i == e for i in range(experts)]
+
+
+# ---- what is kept in evaluation ----
+
+
+@torch.no_grad()
+def changed_after(model, ids, change):
+    before = [model(ids).logits for _ in range(3)][-1]
+    change(model)
+    return not torch.equal(model(ids).logits, before)
+
+
+def first_tensors(model):
+    return [next(iter(model.expert_tensors(e).values())) for e in range(model.num_experts)]
+
+
+def in_place(model):
+    for tensor in first_tensors(model):
+        tensor.mul_(2)
+
+
+def new_data(model):
+    for tensor in first_tensors(model):
+        tensor.data = tensor.data * 2
+
+
+def new_parameter(model):
+    layer = next(layer for _, layer in model.routed_layers())
+    for linear in layer.lora_A.values():
+        linear.weight = torch.nn.Parameter(linear.weight * 2)
+
+
+def data_then_eval(model):
+    for tensor in first_tensors(model):
+        tensor.data.mul_(2)
+    model.eval()
+
+
+def scaling(model):
+    for _, layer in model.routed_layers():
+        for name in list(layer.scaling):
+            layer.set_scale(name, 3.0)
+
+
+def optimizer_step(model):
+    with torch.enable_grad():
+        ids = random_ids(1, 4)
+        model(ids, labels=ids).loss.backward()
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+
+
+@pytest.mark.parametrize("mature", [False, True])
+@pytest.mark.parametrize("change", [in_place, new_data, new_parameter, data_then_eval, scaling, optimizer_step])
+def test_what_was_kept_is_let_go_when_an_expert_changes(change, mature):
+    model = tiny_mixture("llama", 12)
+    if mature:
+        model.mark_mature()
+    assert changed_after(model, random_ids(2, 8), change)
+
+
+def test_evaluation_keeps_nothing_after_one_pass_and_training_nothing_at_all():
+    model, ids = tiny_mixture(), random_ids(1, 4)
+
+    def kept():
+        return [k.stacks for _, layer in model.routed_layers() for k in layer._kept.values() if k.stacks]
+
+    with torch.no_grad():
+        model(ids)
+        assert not kept()
+        model(ids)
+        assert len(kept()) == 12
+    model(ids)
+    assert not kept()
+
+
+def test_a_layer_that_sees_other_tokens_than_the_router_is_an_error():
+    model = tiny_mixture()
+    layer = decoder_layers(model.base)[0]
+    layer.self_attn.q_proj.register_forward_pre_hook(lambda module, args: (args[0][:, :2],))
+    with pytest.raises(UsageError, match="was given 2 tokens, the router saw 5"):
+        model(random_ids(1, 5))
+
+
+def test_bare_base_and_forced_experts_do_not_route():
+    model, ids = tiny_mixture(), random_ids(1, 5)
+    with model.disable_experts():
+        assert torch.equal(model(ids).logits, tiny_base()(ids).logits)
+    with model.expert(1):
+        assert torch.equal(model(ids).logits, model(ids, expert=1).logits)
+        assert torch.equal(model(ids, expert=0).logits, model.base(ids).logits) is False
+    assert difference(model(ids).logits, model(ids, expert=1).logits) > 1e-3

