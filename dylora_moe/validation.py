@@ -55,23 +55,25 @@ def main(script: Script, description: str, argv: Sequence[str] | None = None) ->
             run.args = build_parser(script, description).parse_args(argv)
             run()
             run.report.exit_code = cli.PASSED if run.report.passed else cli.FAILED
-        except KeyboardInterrupt as error:
-            run.report.exit_code = getattr(error, "exit_code", cli.INTERRUPTED)
-            run.report.error = str(error) or "interrupted"
-        except Exception as error:
-            run.report.exit_code, run.report.error = cli.CANNOT_RUN, _explain(error)
+        except BaseException as error:
+            if isinstance(error, SystemExit):  # --help
+                raise
+            run.report.exit_code, run.report.error = _explain(interrupts.arrived() or error)
         with interrupts.shielded():
             run.report.seconds = time.perf_counter() - started
             run.report.peak_memory_bytes = machine.peak_memory()
             return _finish(run, target)
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit code and the one message."""
+    if isinstance(error, KeyboardInterrupt):
+        return getattr(error, "exit_code", cli.INTERRUPTED), str(error) or "interrupted"
     message = cli.explain(error)[1]
     if message is None:  # a mistake of ours: whoever reports it needs to see where
         traceback.print_exception(error)
         message = f"unexpected {type(error).__name__}: {error}"
-    return message
+    return cli.CANNOT_RUN, message
 
 
 def _can_be_written(json_target: str) -> bool:
@@ -121,6 +123,7 @@ class Run:
     # ---- one check ----
 
     def step(self, name: str, check: Callable[..., CheckResult], *args, **options) -> CheckResult:
+        interrupts.check()
         self.printer.heading(self.script.headings[name])
         result = timed(check, *args, **options)
         result.name = name
