@@ -335,9 +335,7 @@ def sound_config(folder: str | Path, *, weights_only: bool = False) -> dict:
     """
     contents = verify.inspect(folder)
     problems = [
-        text
-        for text in contents.problems
-        if not (weights_only and formats.is_training_file(text.partition(": ")[0]))
+        text for text in contents.problems if not (weights_only and formats.is_training_file(text.partition(": ")[0]))
     ]
     if problems:
         raise CheckpointError(folder, problems)

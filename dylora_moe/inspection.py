@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .tensorfile import FileProblem
+from .safefiles import FileProblem, shown
 
 MAX_FILES = 8 * 1024
 MAX_LISTED = 10
@@ -148,12 +148,6 @@ def short(value: object) -> str:
     """A value from JSON in at most 80 characters, however deep or long it is."""
     text = _shortener.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def shown(name: str) -> str:
-    """A file's name as commit.py shows it, too: in quotes and escaped where it cannot be printed."""
-    name = name if len(name) <= 200 else name[:200] + "..."
-    return name if name.isprintable() else ascii(name)
 
 
 def printable(text: str) -> str:

@@ -10,18 +10,19 @@ import hashlib
 import json
 import math
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
+
+from . import safefiles
+from .safefiles import FileProblem, is_hole, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 16 << 20
-MAX_DIGITS = 40  # int() takes time that grows with the square of the length
 MAX_NAME = 512
 CHUNK_BYTES = 4 << 20
 ITEM_BYTES = {
@@ -29,10 +30,6 @@ ITEM_BYTES = {
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
 _WRITTEN = {"uint8": "U8", "float32": "F32", "int64": "I64"}
-
-
-class FileProblem(ValueError):
-    """What is wrong with one file; the text does not repeat the file's name."""
 
 
 @dataclass(frozen=True)
@@ -115,54 +112,25 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a regular file for reading, never through a link and never waiting for a pipe.
 
     Raises:
-        FileProblem: where it is anything else, or cannot be read.
+        FileProblem: where it is anything else, or cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+        return os.fdopen(safefiles.open_regular(path), "rb")
     except OSError as error:
-        raise FileProblem(f"cannot be opened as a regular file ({error.strerror})") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise FileProblem("expected a regular file, found something else")
-    return os.fdopen(descriptor, "rb")
+        raise FileProblem(f"expected a regular file, found none that can be opened ({error.strerror})") from None
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
     """Parse a JSON file of at most `most` bytes.
 
     Raises:
-        FileProblem: for what is no JSON; for a key that stands twice, since readers would disagree about it; and for
-            numbers, depths and sizes that no such file has.
+        FileProblem: where there is no such file, and as of `safefiles.parse_json`.
     """
     with open_regular(path) as file:
         raw = file.read(most + 1)
     if len(raw) > most:
         raise FileProblem(f"expected at most {most} bytes, found more")
     return parse_json(raw)
-
-
-def parse_json(raw: bytes) -> object:
-    try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_small_int)
-    except FileProblem:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise FileProblem(f"expected JSON, found something else ({type(error).__name__}: {str(error)[:120]})") from None
-
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise FileProblem(f"expected each key once, found {twice[:80]!r} twice")
-    return result
-
-
-def _small_int(digits: str) -> int:
-    if len(digits) > MAX_DIGITS:
-        raise FileProblem(f"expected numbers of at most {MAX_DIGITS} digits, found {len(digits)}")
-    return int(digits)
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -222,11 +190,6 @@ def _naturals(value: object, most: int) -> bool:
         and len(value) <= most
         and all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 48 for v in value)
     )
-
-
-def is_hole(info: os.stat_result) -> bool:
-    """Whether a large file takes next to nothing on the disk: reading all its zeros would take hours."""
-    return info.st_size > 1 << 30 and getattr(info, "st_blocks", info.st_size) * 512 < info.st_size >> 6
 
 
 def scan_float32(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool, bool]]:

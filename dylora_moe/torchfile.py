@@ -12,7 +12,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from .tensorfile import CHUNK_BYTES, FileProblem, is_hole, open_regular
+from .safefiles import FileProblem, is_hole
+from .tensorfile import CHUNK_BYTES, open_regular
 
 MAX_DIRECTORY_BYTES = 64 << 20
 _END = b"PK\x05\x06"

@@ -1,7 +1,7 @@
 """Everything that can be wrong with a checkpoint folder, found without torch, without unpickling, in bounded memory.
 
-Compared are the manifest with the files (commit.py), and then the files with each other: config.json with the file set
-(here), the adapters, the router, the skill library and the probe (verify_tensors.py), and the training state.
+Compared are the manifest with the files (manifest.py), and then the files with each other: config.json with the file
+set (here), the adapters, the router, the skill library and the probe (verify_tensors.py), and the training state.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from . import commit, formats, verify_tensors
+from . import formats, manifest, verify_tensors
 from .errors import UsageError
 from .formats import adapter_folder, is_training_file
-from .inspection import SAVE_AGAIN, Contents, Rules, get, natural, nothing_or, number, short, shown, text, texts
+from .inspection import SAVE_AGAIN, Contents, Rules, get, natural, nothing_or, number, short, text, texts
+from .safefiles import shown
 from .tensorfile import MAX_JSON_BYTES, read_json
 from .torchfile import check_torch_file
 
@@ -36,7 +37,7 @@ def verify(folder: str | Path) -> list[str]:
 def inspect(folder: str | Path) -> Contents:
     """As `verify`, with the file sizes and the config."""
     contents = Contents(_folder(folder))
-    contents.take(commit.manifest_problems(contents.folder))
+    contents.take(manifest.manifest_problems(contents.folder))
     return _inspect(contents, {formats.MANIFEST}, values=True)
 
 
@@ -172,10 +173,10 @@ def _check_config(contents: Contents) -> dict:
         return {}
     for index, expert in enumerate(experts):
         right &= _check_expert_entry(contents, index, expert)
-    dimensions = {key: value for key, value in config["base_model"]["architecture"].items() if key != "fingerprint"}
-    if dimensions["hidden_size"] is not None and dimensions["hidden_size"] != config["router"]["hidden_size"]:
-        contents.expect(name, "router.hidden_size", dimensions["hidden_size"], config["router"]["hidden_size"])
-        right = False
+    hidden = config["base_model"]["architecture"]["hidden_size"]
+    if hidden is not None and hidden != config["router"]["hidden_size"]:
+        contents.expect(name, "router.hidden_size", hidden, config["router"]["hidden_size"])
+        return {}
     return config if right else {}
 
 
@@ -191,15 +192,18 @@ def _check_expert_entry(contents: Contents, index: int, expert: object) -> bool:
 
 def _only_keys(contents: Contents, prefix: str, found: dict, rules: Rules) -> bool:
     """Whoever knows this version knows all its keys: another one is from somewhere else, or asks for something."""
-    unknown = []
-    groups = {path.rpartition(".")[0] for path, _, _ in rules} | {""}
-    for group in sorted(groups):
+    unknown, missing = [], []
+    for group in sorted({path.rpartition(".")[0] for path, _, _ in rules} | {""}):
         inside = get(found, group) if group else found
+        if not isinstance(inside, dict):
+            continue  # which the rules of its keys report
         head = f"{group}." if group else ""
         known = {path.removeprefix(head).partition(".")[0] for path, _, _ in rules if path.startswith(head)}
-        unknown += [f"{prefix}{head}{key}" for key in (inside if isinstance(inside, dict) else {}) if key not in known]
-    contents.list(formats.CONFIG, unknown, lambda key: f"{key[:200]}: expected no such key")
-    return not unknown
+        unknown += [f"{prefix}{head}{key[:200]}" for key in inside if key not in known]
+        missing += [f"{prefix}{head}{key}" for key in known if key not in inside]
+    contents.list(formats.CONFIG, unknown, lambda key: f"{key}: expected no such key")
+    contents.list(formats.CONFIG, missing, lambda key: f"{key}: expected this key, found nothing")
+    return not unknown and not missing
 
 
 def _size(value: object) -> bool:

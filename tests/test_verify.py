@@ -303,6 +303,9 @@ CASES = {
     "34 auto_map": (config(auto_map={"AutoConfig": "evil.Evil"}), "config.json", "auto_map"),
     "34 auto_map of an adapter": (adapter("auto_map", {"AutoConfig": "evil.Evil"}), CONFIG_0, "auto_map"),
     "34 auto_mapping of an adapter": (adapter("auto_mapping", {"parent_library": "evil"}), CONFIG_0, "auto_mapping"),
+    "34 a key missing": (lambda f: edit_json(
+        f / "config.json", lambda c: c["base_model"]["architecture"].pop("hidden_size")),
+                         "config.json", "architecture.hidden_size", "found nothing"),
     "34 an unknown key": (inside("router.secret", 1), "config.json", "router.secret"),
     "34 another version": (config(format_version=2), "config.json", "format_version: expected 1, found 2"),
     "34 version true": (config(format_version=True), "config.json", "format_version", "True"),
