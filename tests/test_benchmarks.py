@@ -209,3 +209,20 @@ def test_quick_base_is_what_the_flags_say():
     models.load_base(argparse.Namespace(device="cpu", dtype=None, quick=True, model=None), settings)
     assert settings["weights"] == "random" and settings["dtype"] == "float32"
     assert settings["model"] == "tiny Llama"
+
+
+def test_plots_are_drawn_from_series(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    lines = {models.PLAIN: [1.0, 1.0], models.ARROW: [1.5, 2.0], models.OURS: [1.1, 1.2], "floor, top-2": [1.0, 1.0]}
+    growth = {"x": [1, 2], "label": "experts", "lines": lines}
+    results = {
+        "routing": {"benchmark": "routing", "series": {"training": growth, "evaluation": growth}},
+        "generate": {"benchmark": "generate", "series": {"generate": {"x": ["batch 1"], "lines": lines}}},
+        "scaling": {"benchmark": "scaling", "series": {"experts": growth}},
+        "checkpoint": {"benchmark": "checkpoint", "series": {}},
+    }
+    drawn = plots.draw(results, tmp_path)
+    assert sorted(path.name for path in drawn) == ["generate.png", "routing.png", "scaling.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
