@@ -15,6 +15,7 @@ from .common import ROOT
 
 PYTHON = sys.executable
 GB = 1e9
+TIMED_OUT = -1
 # A 70B Llama, as its config.json says: 8192 wide, 80 layers; one expert of r=16 on q/k/v/o has 262 MB.
 LLAMA_70B = {
     "model_type": "llama",
@@ -52,6 +53,8 @@ def run(command: list[str], timeout: float | None = None) -> Child:
         process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             peak, code = _wait(process, timeout)
+        except subprocess.TimeoutExpired:
+            peak, code = 0, TIMED_OUT
         finally:
             if process.poll() is None:
                 process.kill()

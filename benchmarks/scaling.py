@@ -175,6 +175,9 @@ def largest(names: tuple[str, ...], result: Result) -> None:
             flags = ["--model", folder, "--max-size-mb", "100000"]
             made = child.run_script("test_checkpoint_minimal.py", flags, timeout=TIMEOUT)
         parameters = f"{parameter_count(config) / 1e9:,.0f}e9"
+        if made.code == child.TIMED_OUT:
+            table.add(name, parameters, "", f"more than {TIMEOUT} s", "")
+            break
         if made.code == 2:  # too little memory or disk, said before anything was allocated
             table.add(name, parameters, "refused", "", "")
             table.note = f"{name}: {made.output.strip().splitlines()[-1].strip()[:160]}"

@@ -110,7 +110,7 @@ def run_all(chosen: list[str], folder: Path, rounds: int, result: Result) -> tup
         extra[FULL_RANDOM] = ["--weights", "random"]
     bytes_written = {name: first_run(name, extra.get(name, []), result) for name in chosen}
     full = {FULL, FULL_RANDOM} & set(chosen)
-    base_bytes = int(child.run([PYTHON, "-c", BASE_BYTES]).output) if full else 0
+    base_bytes = int(_last_word([PYTHON, "-c", BASE_BYTES])) if full else 0
     commands: dict[str, Callable[[], Child]] = {IMPORTS: lambda: child.run([PYTHON, "-c", IMPORT_LINE])}
     for name in chosen:
         commands[name] = partial(child.run_script, FILES[name], extra.get(name, []))
@@ -151,6 +151,14 @@ def write_weights(folder: Path) -> Path:
     if made.code != 0:
         raise RuntimeError(f"the base model could not be written: {made.output[-500:]}")
     return target
+
+
+def _last_word(command: list[str]) -> str:
+    """What the command printed last; libraries may have said something before."""
+    made = child.run(command)
+    if made.code != 0:
+        raise RuntimeError(f"exit code {made.code}: {made.output[-500:]}")
+    return made.output.split()[-1]
 
 
 def check_parent(result: Result) -> None:
@@ -206,7 +214,7 @@ def large(folder: Path, imports: float, result: Result) -> None:
     full = child.run_script(FILES[FULL], [*flags, "--experts", "2", "--weights", "random"])
     result.problems += child.problems("70B minimal", minimal) + child.problems("70B full", full)
     size = (minimal.report or {}).get("total_bytes") or 0
-    write = float(child.run([PYTHON, "-c", RAW_WRITE, str(folder / "raw"), str(size)]).output)
+    write = float(_last_word([PYTHON, "-c", RAW_WRITE, str(folder / "raw"), str(size)]))
     (folder / "raw").unlink()
     title = "A 70B Llama of which only the config.json is there"
     note = f"Writing and fsyncing {size / GB:.1f} GB as one file took {write:.1f} s, the imports {imports:.1f} s."

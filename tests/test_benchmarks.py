@@ -149,6 +149,11 @@ def test_child_measures_time_memory_and_exit_code():
     assert made.peak_bytes > 60 << 20 and made.seconds > 0
 
 
+def test_child_that_takes_too_long_is_ended():
+    made = child.run([sys.executable, "-c", "import time; time.sleep(60)"], timeout=0.2)
+    assert made.code == child.TIMED_OUT and made.seconds < 30
+
+
 # ---- what they share ----
 
 
