@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import cli, commit, verify
+from .checks import MIB, file_sizes
 from .errors import UsageError
-
-MIB = 1 << 20
+from .manifest import FolderGone
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,9 +94,10 @@ def list_run(args: Namespace) -> int:
         print(f"{folder}: no checkpoints")
     width = max((len(path.name) for path, _ in found), default=0)
     for path, reason in found:
-        contents = verify.Contents(path, config=verify.inspect_config(path))
-        size = sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
-        experts = _experts(contents.config)
+        try:
+            size, experts = sum(file_sizes(path).values()), _experts(verify.inspect_config(path))
+        except (FileNotFoundError, FolderGone):  # training has rotated it away meanwhile
+            continue
         print(f"{path.name:{width}}  {size / MIB:8.1f} MB  {experts}  {_verdict(reason)}")
     sys.stdout.flush()
     return cli.PASSED

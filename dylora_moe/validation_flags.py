@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import dataclass
+from pathlib import Path
 
-from . import cli, formats
+from . import cli, formats, workspace
 from .errors import UsageError
 
 MAX_EXPERTS = 1024
@@ -117,6 +118,8 @@ def check_contradictions(script: Script, args: Namespace) -> None:
         raise UsageError(f"--weights none: comparing logits needs base weights; without them run\n    {cheaper(args)}")
     if args.checkpoint and (args.output_dir or args.keep_checkpoint):
         raise UsageError("--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it.")
+    if args.output_dir:
+        workspace.check_output_folder(Path(args.output_dir).expanduser())
     bases.resolve_device(args.device)
     bases.resolve_dtype(args.dtype)
 

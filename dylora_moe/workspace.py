@@ -58,18 +58,27 @@ def _remove_what_is_left() -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def check_output_folder(folder: Path) -> None:
+    """Whether a checkpoint could go into `folder`, as far as can be seen without making it.
+
+    Raises:
+        UsageError: where it is a file, or holds a checkpoint already.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output-dir {folder}: expected a folder, found a file.")
+    target = folder / CHECKPOINT
+    if target.exists() or target.is_symlink():
+        raise UsageError(f"{target} exists already; a checkpoint is never replaced: choose another --output-dir.")
+
+
 @contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
     """`folder`, made where it is missing; unless a checkpoint is published in it, all that was made is removed.
 
     Raises:
-        UsageError: where nothing can be written there, or a checkpoint is there already.
+        UsageError: where nothing can be written there.
     """
-    target = folder / CHECKPOINT
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output-dir {folder}: expected a folder, found a file.")
-    if target.exists() or target.is_symlink():
-        raise UsageError(f"{target} exists already; a checkpoint is never replaced: choose another --output-dir.")
+    check_output_folder(folder)
     made: list[Path] = []
     had_lock = (folder / commit.LOCK).exists()
     try:
@@ -79,7 +88,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         with shielded():
-            if not target.exists():
+            if not (folder / CHECKPOINT).exists():
                 _remove_traces(folder, made, had_lock)
 
 
