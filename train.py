@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from dylora_moe import bases, checkpoint, cli, commit, demo, ranks, training_state
+from dylora_moe import bases, checkpoint, cli, commit, demo, interrupts, ranks, training_state
 from dylora_moe.config import MAX_EXPERTS
 from dylora_moe.errors import CheckpointError, UsageError, listed
 from dylora_moe.model import DyLoRAMoE
@@ -344,7 +345,11 @@ def _main(argv: Sequence[str] | None) -> int:
             print(line, flush=True)
 
     try:
-        return run.execute(args, PeftCheckpointCallback, say)
+        with interrupts.handled():  # before the first step and after the last; in between, a signal saves
+            return run.execute(args, PeftCheckpointCallback, say)
+    except interrupts.Interrupted as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return error.exit_code
     except CheckpointError as error:  # a run that cannot start: 2, as for all that a user can mend
         raise UsageError(str(error)) from error
 

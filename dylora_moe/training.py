@@ -162,11 +162,10 @@ class MoETrainer(Trainer):
                     setattr(callback, name, value)
 
     def _finalize_training(self, *args, **kwargs):
-        """The stock one deletes the last checkpoint where the limit is 1 and another is the best."""
+        """The stock one knows of no best model, or it would delete the last checkpoint where the limit is 1."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
             checkpoint.load_into(best, self.mixture)
-        self.state.best_model_checkpoint = None
         return super()._finalize_training(*args, **kwargs)
 
     # ---- evaluation and logs ----
