@@ -22,7 +22,7 @@ _HOMES = {
     "UsageError": "errors",
 }
 
-__all__ = ["__version__", *sorted(_HOMES)]  # noqa: PLE0604 - the names are those of _HOMES
+__all__ = ["__version__", *sorted(_HOMES)]
 
 
 def __getattr__(name: str):
