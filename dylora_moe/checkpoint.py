@@ -19,11 +19,10 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
@@ -72,8 +71,8 @@ __all__ = [
 
 Digests = dict[str, tuple[int, str]]  # path in the checkpoint -> (bytes, SHA-256), as commit.Staging takes them
 
-# Of an adapter_config.json: what says how it was made or where, not what it is.
-_NOT_READ = {"peft_type", "auto_mapping", "inference_mode", "base_model_name_or_path", "revision", "init_lora_weights"}
+# What an adapter_config.json tells of an expert; all else in it is as in any plain LoRA, which verify.py has made sure.
+_READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights")
 _REMEDY = "the file belongs to another model or was changed; restore it from a copy"
 
 
@@ -281,7 +280,17 @@ def build(folder: str | Path, base: PreTrainedModel) -> DyLoRAMoE:
 def _build(folder: Path, config: dict, base: PreTrainedModel, label_smoothing: float = 0.0) -> DyLoRAMoE:
     _check_architecture(folder, config, base)
     adapters = [_adapter_config(folder, expert["name"]) for expert in config["experts"]]
-    return DyLoRAMoE(base, adapters, router=_router_config(config), label_smoothing=label_smoothing)
+    return _mixture(folder, base, adapters, router=_router_config(config), label_smoothing=label_smoothing)
+
+
+def _mixture(folder: Path, base: PreTrainedModel, adapters: list[MoELoraConfig], **options) -> DyLoRAMoE:
+    if not 0 <= options["label_smoothing"] < 1:  # the caller's fault, not the checkpoint's
+        raise UsageError(f"label smoothing must be at least 0 and less than 1, got {options['label_smoothing']!r}")
+    try:
+        return DyLoRAMoE(base, adapters, **options)
+    except ValueError as error:
+        problem = f"{formats.ADAPTERS}: expected experts that fit this base, found: {error}; {_REMEDY}"
+        raise CheckpointError(folder, [problem]) from None
 
 
 def load_into(folder: str | Path, model: DyLoRAMoE, *, weights_only: bool = False) -> SkillLibrary:
@@ -364,10 +373,9 @@ def _adapter_folder(folder: Path, name: str) -> str:
 def _adapter_config(folder: Path, name: str) -> MoELoraConfig:
     """The MoELoraConfig of an expert's adapter_config.json."""
     path = f"{_adapter_folder(folder, name)}/{formats.ADAPTER_CONFIG}"
-    known = {field.name for field in fields(LoraConfig) if field.init} - _NOT_READ
     try:
         found = read_json(folder / path)
-        return MoELoraConfig(**{key: value for key, value in found.items() if key in known})
+        return MoELoraConfig(**{key: found[key] for key in _READ if key in found})
     except (FileProblem, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(folder, [f"{path}: {error}; {_REMEDY}"]) from None
 
@@ -481,7 +489,7 @@ def _load_legacy(folder: Path, base: PreTrainedModel | None, **options) -> DyLoR
             raise UsageError(f"{folder} is from before manifests and names no base model; pass base=")
         base = _load_base(name, **options)
     with _as_found_on_error(base):
-        model = DyLoRAMoE(base, configs, label_smoothing=smoothing)
+        model = _mixture(folder, base, configs, label_smoothing=smoothing)
         files = [(*found, model.expert_tensors(index)) for index, found in enumerate(adapters)]
         _copy(folder, [*files, (*gate, gate_tensors(model))], model, ["mature"] * len(names))
     warnings.warn(

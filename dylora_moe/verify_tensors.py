@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from . import formats
-from .inspection import Contents, Rules, get, natural, nothing_or, number, short, text, texts
+from .inspection import Contents, Rules, get, nothing_or, number, short, texts
 from .tensorfile import FileProblem, TensorInfo, parse_json, read_array, read_header, read_json, scan_float32
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -22,16 +22,9 @@ MAX_SKILLS = 1 << 20
 GO_BACK = "go back to a checkpoint before"
 FACTS = ("base_weights", "device_type", "dtype", "machine")
 # Without effect in a plain LoRA; with another value the tensors would mean something else, or more would be loaded.
-_PLAIN = (
-    "alpha_pattern",
-    "auto_map",
-    "auto_mapping",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-)
-_PLAIN += ("target_parameters", "trainable_token_indices", "use_dora", "use_qalora", "alora_invocation_tokens")
+_PLAIN = ("alora_invocation_tokens", "alpha_pattern", "auto_map", "auto_mapping", "layer_replication", "layers_pattern")
+_PLAIN += ("layers_to_transform", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters")
+_PLAIN += ("trainable_token_indices", "use_dora", "use_qalora")
 
 
 # ---- experts ----
@@ -83,22 +76,12 @@ def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts:
             contents.expect(name, "lora_dropout", f"{rate} as of {other}", found["lora_dropout"])
 
 
-def _init(value: object) -> bool:
-    return value is True or value is False or value in ("gaussian", "orthogonal")
-
-
 _ADAPTER_RULES: Rules = (
     ("lora_dropout", "a number from 0 to below 1", lambda v: number(v) and 0 <= v < 1),
     ("fan_in_fan_out", "true or false", lambda v: isinstance(v, bool)),
-    ("init_lora_weights", "an initialisation that leaves the base model as it is", lambda v: v is None or _init(v)),
+    ("init_lora_weights", "true, false or 'gaussian'", lambda v: isinstance(v, bool) or v == "gaussian"),
     ("exclude_modules", "a list of names or null", nothing_or(texts)),
-    ("layers_to_transform", "null or whole numbers", lambda v: v is None or natural(v) or _naturals(v)),
-    ("layers_pattern", "null or names", lambda v: not v or text(v) or texts(v)),
 )
-
-
-def _naturals(value: object) -> bool:
-    return isinstance(value, list) and all(map(natural, value))
 
 
 def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict) -> None:

@@ -412,6 +412,37 @@ def test_nothing_changes_where_a_checkpoint_does_not_fit(fault, tmp_path):
     assert describe_base(base) == base_before
 
 
+def test_what_an_adapter_config_says_beside_the_expert_is_not_read(tmp_path):
+    """PEFT would fail on these, and none of them tells anything of a plain LoRA."""
+    folder = save_sound(tmp_path / "a")
+    odd = {"alpha_pattern": None, "loftq_config": 3, "megatron_core": 7, "qalora_group_size": "x", "peft_version": []}
+    edit_json(folder / CONFIG_0, lambda config: config.update(odd))
+    rewrite_manifest(folder)
+    assert verify.verify(folder) == []
+    assert equal(tensors(checkpoint.load(folder, tiny_base())), tensors(tiny_mixture()))
+
+
+def test_targets_that_this_base_lacks_are_a_problem_of_the_checkpoint(tmp_path):
+    folder = save_sound(tmp_path / "a")
+
+    def renamed(found: dict) -> None:
+        found.update({key.replace("q_proj", "x_proj"): found.pop(key) for key in list(found) if "q_proj" in key})
+
+    targets = ["k_proj", "o_proj", "v_proj", "x_proj"]
+    for index, name in enumerate((CONFIG_0, CONFIG_1)):
+        edit_json(folder / name, lambda config: config.update(target_modules=targets))
+        edit_json(folder / "config.json", lambda c, i=index: c["experts"][i].update(target_modules=targets))
+    forged(folder, renamed)
+    assert verify.verify(folder) == []
+    base = tiny_base()
+    before = describe_base(base)
+    with pytest.raises(CheckpointError, match="x_proj"):
+        checkpoint.load(folder, base)
+    assert describe_base(base) == before
+    with pytest.raises(UsageError, match="label smoothing"):
+        checkpoint.load(save_sound(tmp_path / "b"), base, label_smoothing=1.0)
+
+
 def describe_base(base) -> list:
     ids = random_ids(1, 7)
     return [

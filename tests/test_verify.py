@@ -274,6 +274,7 @@ CASES = {
     "27 modules to save": (adapter("modules_to_save", ["lm_head"]), CONFIG_0, "modules_to_save", "lm_head"),
     "27 dropout": (adapter("lora_dropout", 1.5), CONFIG_0, "lora_dropout", "found 1.5"),
     "27 dropout of one expert": (adapter("lora_dropout", 0.5), CONFIG_1, "lora_dropout", "expert_0", "0.05"),
+    "27 layers by number": (adapter("layers_to_transform", [0]), CONFIG_0, "layers_to_transform", "[0]"),
     "27 an initialisation of the base": (adapter("init_lora_weights", "pissa"), CONFIG_0, "init_lora_weights", "pissa"),
     "27 another revision": (adapter("revision", "main"), CONFIG_0, "revision", "expected None", "'main'"),
     # row 28: the base model
