@@ -175,6 +175,22 @@ def test_a_run_folder_has_one_writer(tmp_path, capsys):
     assert f"another process writes checkpoints here (process {holder.pid} on" in capsys.readouterr().err
 
 
+def test_the_run_folder_is_held_from_start_to_end(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    refused = []
+
+    def try_lock(self, args, state, control, **kwargs):
+        with open(Path(args.output_dir, commit.LOCK), "r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(state.global_step)
+
+    monkeypatch.setattr(train.PeftCheckpointCallback, "on_step_begin", try_lock)
+    assert run(arguments(tmp_path / "run", steps=3)) == 0
+    assert refused == [0, 1, 2]
+
+
 # ---- settings from a file ----
 
 
