@@ -5,22 +5,25 @@ DYLORA_MUTATIONS=2000 python -m pytest tests/test_mutations.py       as many mut
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 import warnings
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from dylora_moe import checkpoint, formats, verify
 from dylora_moe.config import MoELoraConfig, RouterConfig
 from dylora_moe.errors import CheckpointError
 from dylora_moe.model import DyLoRAMoE
+from dylora_moe.safefiles import shown
 
 from .mutations import (
     files_of,
@@ -46,14 +49,23 @@ MUTATED = settings(
 GOOD = 200  # of which the first 25 are not marked slow
 
 
+@dataclass
+class Original:
+    """A sound checkpoint, the names of its files, and the tensors that it loads to."""
+
+    folder: Path
+    names: tuple[str, ...]
+    tensors: dict[str, torch.Tensor] = field(repr=False)
+
+
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory) -> list[tuple[Path, tuple[str, ...], dict[str, torch.Tensor]]]:
-    """(folder, names of its files, tensors it loads to): one with everything, one flat and mixed without a probe."""
+def originals(tmp_path_factory) -> list[Original]:
+    """One with everything, and one flat and mixed without a probe."""
     run = tmp_path_factory.mktemp("run")
     found = []
     for folder in (save_sound(run / "checkpoint-5"), save_mixed(run / "checkpoint-6")):
         assert verify.verify(folder) == []
-        found.append((folder, tuple(files_of(folder)), tensors_of(checkpoint.load(folder, tiny_base()))))
+        found.append(Original(folder, tuple(files_of(folder)), tensors_of(checkpoint.load(folder, tiny_base()))))
     return found
 
 
@@ -69,6 +81,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def check_texts(problems: list[str], folder: Path, names: tuple[str, ...]) -> None:
     """Each names a file that was or is there, in text that any terminal shows; none is an accident."""
     known = {".", *names, formats.MANIFEST, *(p.relative_to(folder).as_posix() for p in folder.rglob("*"))}
+    known |= set(listed_in_manifest(folder))
     for problem in problems:
         name = problem.removeprefix("Found merged model file: ")
         assert name.partition(": ")[0] in known or name.partition("; ")[0] in known, problem
@@ -77,23 +90,32 @@ def check_texts(problems: list[str], folder: Path, names: tuple[str, ...]) -> No
     assert problems == sorted(set(problems))
 
 
+def listed_in_manifest(folder: Path) -> list[str]:
+    try:
+        return [shown(name) for name in json.loads((folder / formats.MANIFEST).read_bytes())["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 @MUTATED
 @given(st.data())
 def test_row_35_a_mutated_checkpoint_never_passes_undeserved(originals, tmp_path_factory, data):
-    original, names, tensors = originals[data.draw(st.integers(0, len(originals) - 1))]
-    spoil, rewrite = data.draw(mutations(names)), data.draw(st.booleans())
+    original = originals[data.draw(st.integers(0, len(originals) - 1))]
+    spoil, rewrite = data.draw(mutations(original.names)), data.draw(st.booleans())
     folder = tmp_path_factory.getbasetemp() / "mutated"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(original, folder)
+    shutil.copytree(original.folder, folder)
     what = spoil(folder)
     if what is None:
+        event("changed nothing")
         return
     if rewrite:
         rewrite_manifest(folder)
     began = time.monotonic()
     problems = verify.verify(folder)
     assert time.monotonic() - began < 5
-    check_texts(problems, folder, names)
+    event("refused by verify" if problems else "passed verify")
+    check_texts(problems, folder, original.names)
     assert not (folder / "PWNED").exists() and not Path("PWNED").exists()
     if problems:
         return
@@ -103,12 +125,15 @@ def test_row_35_a_mutated_checkpoint_never_passes_undeserved(originals, tmp_path
         try:
             model = checkpoint.load(folder, tiny_base())
         except CheckpointError:
+            event("refused by load")
             return
-    if same(tensors_of(model), tensors):
+    if same(tensors_of(model), original.tensors):
+        event("loads to the same tensors")
         return
     probe = checkpoint.read_probe(folder)
     if probe is not None:
         assert checkpoint.probe_difference(model, probe[0]).largest > 0, what
+        event("found by the probe")
 
 
 # ---- no false alarm ----
