@@ -214,9 +214,7 @@ def test_pretrained_offline_gives_the_remedy(capsys):
 # ---- too little of something ----
 
 
-@pytest.mark.parametrize(
-    "script, cheaper", [(full, "test_checkpoint_minimal.py"), (minimal, "test_checkpoint_quick.py")]
-)
+@pytest.mark.parametrize("script, cheaper", [(full, "minimal"), (minimal, "quick")])
 def test_too_little_memory(capsys, tiny, monkeypatch, script, cheaper):
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 10)
     outcome = run(script, capsys, "--model", tiny)
