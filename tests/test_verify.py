@@ -471,6 +471,14 @@ def test_row_33_a_linked_folder_is_not_entered(sound, original):
     found(sound, f"{formats.ADAPTERS}: ", "symbolic link")
 
 
+def test_row_33_a_link_is_called_a_link_before_there_is_a_manifest(sound):
+    (sound / formats.MANIFEST).unlink()
+    assert verify.inspect_files(sound).problems == []
+    (sound / "gate").symlink_to(formats.ROUTER)
+    (problem,) = verify.inspect_files(sound).problems
+    assert problem.startswith("gate: expected a regular file, found a symbolic link")
+
+
 @pytest.mark.parametrize(
     "name", ["../x", "/etc/passwd", "a/../../x", ".", "", "a//b", "a\0b", "\ud800", "manifest.json"]
 )
