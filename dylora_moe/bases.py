@@ -249,7 +249,9 @@ def load_base(
         model = _pretrained(base, dtype, device)
     else:
         raise UsageError(f"Unknown weights {weights!r}: expected pretrained, random or none.")
-    model.config._name_or_path = base.name
+    # A checkpoint takes its base's name from here, and must find it from any working directory.
+    local = base.kind in ("folder", "gguf")
+    model.config._name_or_path = str(Path(base.location).resolve()) if local else base.name
     model.requires_grad_(False)
     return model.eval()
 

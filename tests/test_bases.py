@@ -96,6 +96,13 @@ def test_folder_gives_its_own_weights_silently(tiny, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_relative_folder_is_known_by_its_absolute_path(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.parent)
+    base, weights = bases.find_base(tiny.name)
+    model = bases.load_base(base, weights)
+    assert model.config._name_or_path == str(tiny.resolve())
+
+
 def test_silence_is_lifted_afterwards(tiny):
     transformers.logging.set_verbosity_warning()
     before = (transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled())
