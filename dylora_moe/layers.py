@@ -10,6 +10,7 @@ Shapes: S tokens (batch times sequence), R the sum of the ranks of a mix's exper
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from .dispatch import Dispatch, add_product
 from .errors import UsageError
 from .mix import Layout, Mix
 
+_version_of = operator.attrgetter("_version")
+_address_of = torch.Tensor.data_ptr
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1
 
@@ -41,13 +44,16 @@ class LayerSlot:
     here: the input in the experts' dtype after dropout, and its rows in the order of a dispatch.
     """
 
-    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "source")
+    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "settled", "source")
 
-    def __init__(self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None):
-        self.set(expert, mixes)
+    def __init__(self):
+        self.set()
 
-    def set(self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None) -> None:
-        self.expert, self.mixes = expert, mixes
+    def set(
+        self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None, settled: object | None = None
+    ) -> None:
+        """settled: while it is the same object, no parameter changes; None where that is not known."""
+        self.expert, self.mixes, self.settled = expert, mixes, settled
         self.source = self._dropped = self._gathered = None
 
     def __getstate__(self) -> dict:
@@ -77,8 +83,9 @@ class Kept:
     """The concatenations of an evaluation, and the parameters, as they were then, that they were made from."""
 
     parameters: list[nn.Parameter]
-    marks: tuple
-    stacks: tuple[torch.Tensor, torch.Tensor] | None
+    marks: tuple | None
+    stacks: tuple[torch.Tensor, torch.Tensor] | None = None
+    settled: object | None = None
 
 
 class RoutedLinear(lora.Linear):
@@ -107,7 +114,7 @@ class RoutedLinear(lora.Linear):
         idle = slot is None or (slot.expert is None and slot.mixes is None)
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
+        result = self._modules["base_layer"](x, *args, **kwargs)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
         total = result.flatten(0, -2)  # (S, d_out)
@@ -120,15 +127,17 @@ class RoutedLinear(lora.Linear):
     def _add(self, total: torch.Tensor, x: torch.Tensor, mix: Mix, names: list[str], layout: Layout) -> torch.Tensor:
         """total (S, d_out), x (..., d_in) -> (S, d_out)."""
         a, b = self._stacks(mix.experts, names)  # (R, d_in), (R, d_out)
-        dropout = self.lora_dropout[names[0]]
+        dropout = self._modules["lora_dropout"]._modules[names[0]]
         rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         x = self.slot.input(x, a.dtype, rate)
         dispatch = mix.dispatch(layout)
         if dispatch is not None:
             return dispatch.add(total, x, self.slot, a, b)
         gate = mix.gate(layout)  # (S, R)
-        if len(gate) != len(x):
-            raise UsageError(f"a routed layer was given {len(x)} tokens, the router saw {len(gate)}: not supported")
+        if gate.shape[0] != x.shape[0]:
+            raise UsageError(
+                f"a routed layer was given {x.shape[0]} tokens, the router saw {gate.shape[0]}: not supported"
+            )
         hidden = F.linear(x, a)  # (S, R)
         return add_product(total, hidden * gate.to(hidden.dtype), b)
 
@@ -154,19 +163,28 @@ class RoutedLinear(lora.Linear):
 
     def _stacks(self, experts: tuple[int, ...], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The A (R, d_in) and the B, transposed, (R, d_out) of these experts, one below the other."""
-        parameters = [self.lora_A[name].weight for name in names] + [self.lora_B[name].weight for name in names]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        varying = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        settled, kept = self.slot.settled, self._kept.get(experts)
+        if not varying and settled is not None and kept is not None and kept.settled is settled:
+            return kept.stacks
+        parameters = self._parameters_of("lora_A", names) + self._parameters_of("lora_B", names)
+        if varying:
             self._forget()
             return self._stack(parameters)
-        now, kept = marks(parameters), self._kept.get(experts)
-        same = kept is not None and now is not None and kept.marks == now
-        if not same or any(a is not b for a, b in zip(kept.parameters, parameters, strict=True)):
-            self._kept[experts] = Kept(parameters, now, None)  # kept from the second time on: one pass needs no memory
+        now = marks(parameters)
+        same = kept is not None and now is not None and now == kept.marks
+        if not same or not all(map(operator.is_, kept.parameters, parameters)):
+            self._kept[experts] = Kept(parameters, now)  # kept from the second time on: one pass needs no memory
             return self._stack(parameters)
         if kept.stacks is None:
             a, b = self._stack(parameters)
             kept.stacks = a, b.contiguous()
+        kept.settled = settled
         return kept.stacks
+
+    def _parameters_of(self, holder: str, names: list[str]) -> list[nn.Parameter]:
+        linear = self._modules[holder]._modules  # past nn.Module's __getattr__, which would take most of the time here
+        return [linear[name]._parameters["weight"] for name in names]
 
     @staticmethod
     def _stack(parameters: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,8 +220,8 @@ class RoutedLinear(lora.Linear):
 
 
 def marks(tensors: Sequence[torch.Tensor]) -> tuple | None:
-    """What changes with the tensors: address and version counter. None where that cannot be told."""
+    """What changes with the tensors: version counters and addresses. None where that cannot be told."""
     try:
-        return tuple((t._version, t.data_ptr()) for t in tensors)
+        return list(map(_version_of, tensors)), list(map(_address_of, tensors))
     except RuntimeError:  # inference tensors have no version
         return None

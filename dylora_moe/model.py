@@ -438,7 +438,7 @@ class DyLoRAMoE(nn.Module):
     def generate(self, *args, expert: int | None = None, **kwargs):
         """As the base model's `generate`; every token is routed, or goes to `expert` alone."""
         self._check_expert(expert)
-        with self._routing.force(expert):
+        with self._routing.force(expert), self._routing.settle():
             return self.base.generate(*args, **kwargs)
 
     def _check_expert(self, expert: int | None) -> None:

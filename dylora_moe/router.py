@@ -50,11 +50,17 @@ class Router(nn.Module):
         With `experts`, only their columns are computed.
         """
         weight = self.gate.weight if experts is None else self.gate.weight[list(experts)]
-        with torch.autocast(hidden.device.type, enabled=False):
-            x = hidden.to(torch.float32)
-            mean_square = torch.linalg.vecdot(x, x).unsqueeze(-1) / x.shape[-1]  # (..., 1)
-            logits = F.linear(x, weight.to(x.device, torch.float32))  # (..., N)
-            return logits * (torch.rsqrt(mean_square + RMS_EPSILON) / self.config.temperature)
+        if torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(hidden.device.type, enabled=False):
+                return self._logits(hidden, weight)
+        return self._logits(hidden, weight)
+
+    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x = hidden.to(torch.float32)
+        squares = torch.linalg.vecdot(x, x).unsqueeze(-1)  # (..., 1)
+        # 1 / rms = sqrt(d) / sqrt(sum of squares + d * epsilon)
+        scale = torch.rsqrt(squares + x.shape[-1] * RMS_EPSILON) * (x.shape[-1] ** 0.5 / self.config.temperature)
+        return F.linear(x, weight.to(x.device, torch.float32)) * scale  # (..., N)
 
     def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (..., N) -> the indices of the top-k experts and their weights, which sum to 1, both (..., k).

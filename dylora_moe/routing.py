@@ -52,6 +52,7 @@ class Routing:
         self.slots = [LayerSlot() for _ in layers]
         self.forced: int | None = None
         self.recorded: list[torch.Tensor] | None = None
+        self.settled: object | None = None
         self.plan: Plan | None = None
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(EnterLayer(self, index), with_kwargs=True)
@@ -83,6 +84,15 @@ class Routing:
         finally:
             self.recorded = before
 
+    @contextmanager
+    def settle(self) -> Iterator[None]:
+        """Inside, no parameter changes, so that none need be looked at again for every token."""
+        before, self.settled = self.settled, object()
+        try:
+            yield
+        finally:
+            self.settled = before
+
     def enter_layer(self, index: int, hidden: torch.Tensor) -> None:
         """Set the slot of decoder layer `index`, whose input is `hidden` (B, T, hidden_size)."""
         if index == 0 or self.plan is None:
@@ -90,7 +100,8 @@ class Routing:
         expert = self.forced
         if expert is None and self.router.num_experts == 1:
             expert = 0
-        self.slots[index].set(expert, None if expert is not None else self._mixes(self.plan, hidden))
+        mixes = self._mixes(self.plan, hidden) if expert is None else None
+        self.slots[index].set(expert, mixes, self.settled)
 
     def leave_layer(self, index: int) -> None:
         """Let go of what the forward pass has left in the slot."""
