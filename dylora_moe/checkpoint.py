@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from . import __version__, bases, commit, formats, legacy, verify, verify_tensors
+from . import __version__, bases, commit, formats, legacy, manifest, verify, verify_tensors
 from .config import MoELoraConfig, RouterConfig
 from .errors import CheckpointError, UsageError, listed
 from .layers import expert_name
@@ -37,6 +37,7 @@ from .probe import (
     ProbeDifference,
     as_arrays,
     dtype_name,
+    expert_tensors,
     gate_tensors,
     make_probe,
     max_abs_difference,
@@ -45,7 +46,7 @@ from .probe import (
     read_probe,
 )
 from .skills import SkillLibrary
-from .tensorfile import FileProblem, read_json, write_bytes, write_tensors
+from .tensorfile import FileProblem, Written, read_json, write_bytes, write_tensors
 
 __all__ = [
     "PROBE_TOLERANCE",
@@ -68,8 +69,6 @@ __all__ = [
     "untouched",
     "write_adapter",
 ]
-
-Digests = dict[str, tuple[int, str]]  # path in the checkpoint -> (bytes, SHA-256), as commit.Staging takes them
 
 # What an adapter_config.json tells of an expert; all else in it is as in any plain LoRA, which verify.py has made sure.
 _READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights")
@@ -102,11 +101,12 @@ def save(
         if staging.path is None:
             return False
         with commit.explained("write the checkpoint", target):
-            staging.digests.update(write_files(staging.path, model, step=step, skills=skills or SkillLibrary()))
+            written = write_files(staging.path, model, step=step, skills=skills or SkillLibrary())
+            staging.digests.update({name: file.digest for name, file in written.items()})
             if training_files is not None:
                 with _disk_errors():
                     training_files(staging.path)
-        problems = verify.inspect_files(staging.path).problems
+        problems = verify.inspect_files(staging.path, {name: file.values for name, file in written.items()}).problems
         if problems:
             raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
     return True
@@ -127,40 +127,50 @@ def _disk_errors() -> Iterator[None]:
         raise OSError(code, text.splitlines()[0][:200]) from error
 
 
-def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary) -> Digests:
-    """Write everything but the training state and the manifest, one expert at a time."""
-    digests: Digests = {}
-    for index in range(model.num_experts):
-        where = formats.expert_folder(expert_name(index))
-        written = write_adapter(model, index, folder / where)
-        digests |= {f"{where}/{leaf}": digest for leaf, digest in written.items()}
-    digests[formats.ROUTER] = write_tensors(folder / formats.ROUTER, as_arrays(gate_tensors(model)))
+def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary) -> dict[str, Written]:
+    """Write everything but the training state and the manifest; few experts at a time."""
+    experts = expert_tensors(model)
+    folders = [formats.expert_folder(expert_name(index)) for index in range(len(experts))]
+
+    def write(index: int) -> dict[str, Written]:
+        return _write_adapter(_adapter_json(model, index), experts[index], folder / folders[index])
+
+    written = {
+        f"{where}/{leaf}": file
+        for where, files in zip(folders, manifest.parallel(write, range(len(experts))), strict=True)
+        for leaf, file in files.items()
+    }
+    written[formats.ROUTER] = write_tensors(folder / formats.ROUTER, as_arrays(gate_tensors(model)))
     skills.save(folder / formats.SKILLS)
-    parts = [f"{formats.expert_folder(expert_name(i))}/{formats.ADAPTER_WEIGHTS}" for i in range(model.num_experts)]
-    probe = make_probe(model, [digests[part][1] for part in (*parts, formats.ROUTER)])
+    parts = [*(f"{where}/{formats.ADAPTER_WEIGHTS}" for where in folders), formats.ROUTER]
+    probe = make_probe(model, [written[part].digest[1] for part in parts])
     if probe is not None:
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
-        digests[formats.PROBE] = write_tensors(folder / formats.PROBE, as_arrays(tensors), metadata)
+        written[formats.PROBE] = write_tensors(folder / formats.PROBE, as_arrays(tensors), metadata)
     config = describe(model, step=step, has_probe=probe is not None)
-    digests[formats.CONFIG] = write_bytes(folder / formats.CONFIG, _json(config))
-    return digests
+    written[formats.CONFIG] = write_bytes(folder / formats.CONFIG, _json(config))
+    return written
 
 
-def write_adapter(model: DyLoRAMoE, index: int, folder: Path) -> Digests:
+def write_adapter(model: DyLoRAMoE, index: int, folder: Path) -> None:
     """One expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
+    _write_adapter(_adapter_json(model, index), model.expert_tensors(index), folder)
+
+
+def _write_adapter(config: bytes, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Written]:
     folder.mkdir(parents=True)
-    config = model.expert_configs[index].to_dict() | {
-        "inference_mode": True,
-        "base_model_name_or_path": base_name(model),
-        "revision": model.base_revision,
-    }
     return {
-        formats.ADAPTER_WEIGHTS: write_tensors(
-            folder / formats.ADAPTER_WEIGHTS, as_arrays(model.expert_tensors(index))
-        ),
-        formats.ADAPTER_CONFIG: write_bytes(folder / formats.ADAPTER_CONFIG, _json(config)),
+        formats.ADAPTER_WEIGHTS: write_tensors(folder / formats.ADAPTER_WEIGHTS, as_arrays(tensors)),
+        formats.ADAPTER_CONFIG: write_bytes(folder / formats.ADAPTER_CONFIG, config),
     }
+
+
+def _adapter_json(model: DyLoRAMoE, index: int) -> bytes:
+    return _json(
+        model.expert_configs[index].to_dict()
+        | {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
+    )
 
 
 def export_expert(model: DyLoRAMoE, index: int, folder: str | Path) -> Path:
@@ -186,8 +196,8 @@ def export_expert(model: DyLoRAMoE, index: int, folder: str | Path) -> Path:
 def describe(model: DyLoRAMoE, *, step: int = 0, has_probe: bool = False) -> dict:
     """The content of config.json."""
     experts = []
-    for index, (config, state) in enumerate(zip(model.expert_configs, model.expert_states, strict=True)):
-        tensors = model.expert_tensors(index)
+    parts = zip(model.expert_configs, model.expert_states, expert_tensors(model), strict=True)
+    for index, (config, state, tensors) in enumerate(parts):
         experts.append(
             {
                 "name": expert_name(index),
@@ -413,9 +423,9 @@ def _check_same_mixture(folder: Path, config: dict, model: DyLoRAMoE) -> None:
 def _copy_tensors(folder: Path, config: dict, model: DyLoRAMoE) -> None:
     """Read and compare everything, then copy."""
     files = []
-    for index in range(model.num_experts):
+    for index, mine in enumerate(expert_tensors(model)):
         name = f"{_adapter_folder(folder, expert_name(index))}/{formats.ADAPTER_WEIGHTS}"
-        files.append((name, _read_tensors(folder, name), model.expert_tensors(index)))
+        files.append((name, _read_tensors(folder, name), mine))
     files.append((formats.ROUTER, _read_tensors(folder, formats.ROUTER), gate_tensors(model)))
     _copy(folder, files, model, [expert["state"] for expert in config["experts"]])
 

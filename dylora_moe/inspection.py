@@ -35,6 +35,7 @@ class Contents:
     config: dict = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
+    scanned: dict[str, list] = field(default_factory=dict)  # file -> what `scan_float32` says, where that is known
 
     @property
     def total_bytes(self) -> int:

@@ -132,8 +132,20 @@ def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
 
 def tensor_digests(model: DyLoRAMoE) -> list[str]:
     """The SHA-256 of the file that each expert, and then the router, is written to."""
-    parts = [*(model.expert_tensors(index) for index in range(model.num_experts)), gate_tensors(model)]
+    parts = [*expert_tensors(model), gate_tensors(model)]
     return [tensorfile.hash_tensors(as_arrays(part)) for part in parts]
+
+
+def expert_tensors(model: DyLoRAMoE) -> list[dict[str, torch.Tensor]]:
+    """`model.expert_tensors` of every expert, in one walk over the modules, of which each expert brings more."""
+    found: list[dict[str, torch.Tensor]] = [{} for _ in range(model.num_experts)]
+    for path, layer in model.routed_layers():
+        for index, tensors in enumerate(found):
+            name = expert_name(index)
+            if name in layer.lora_A:
+                tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name].weight
+                tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name].weight
+    return found
 
 
 def gate_tensors(model: DyLoRAMoE) -> dict[str, torch.Tensor]:

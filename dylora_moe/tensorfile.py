@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_NAME = 512
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+FLUSHED_AT_ONCE = 1 << 20
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
@@ -42,43 +43,54 @@ class TensorInfo:
     end: int
 
 
+@dataclass(frozen=True)
+class Written:
+    """A file just written: (bytes, SHA-256) of it, and of each of its float32 tensors what `scan_float32` would say."""
+
+    digest: tuple[int, str]
+    values: list[tuple[str, bool, bool]]
+
+
 # ---- writing ----
 
 
-def write_tensors(
-    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
-) -> tuple[int, str]:
-    """Write a safetensors file, to the byte as `safetensors.torch.save_file` does it, and hash it on the way.
+def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> Written:
+    """Write a safetensors file, to the byte as `safetensors.torch.save_file` does it; hash and look at it on the way.
 
     Unlike that function it holds no copy of the tensors, and the file's mode follows the umask. One key of metadata at
-    most: safetensors itself writes several in an order that changes from run to run.
+    most: safetensors itself writes several in an order that changes from run to run. A large file is flushed at once:
+    the disk is busy with it while the next one is hashed.
 
     Args:
         arrays: contiguous uint8, float32 or int64.
-
-    Returns:
-        The file's length in bytes and its SHA-256.
     """
     digest, size = hashlib.sha256(), 0
+    seen = {name: Extent() for name, array in arrays.items() if array.dtype.name == "float32"}
     with open(path, "wb", buffering=0) as file:
-        for chunk in _serialised(arrays, metadata):
+        for name, chunk in _serialised(arrays, metadata):
             digest.update(chunk)
+            if name in seen:
+                seen[name].add(chunk)
             size += len(chunk)
             while chunk:
                 chunk = chunk[file.write(chunk) :]
-    return size, digest.hexdigest()
+        if size >= FLUSHED_AT_ONCE:
+            os.fsync(file.fileno())
+    return Written((size, digest.hexdigest()), [(name, extent.finite, extent.nonzero) for name, extent in seen.items()])
 
 
 def hash_tensors(arrays: Mapping[str, np.ndarray]) -> str:
     """The SHA-256 of what `write_tensors` would write."""
     digest = hashlib.sha256()
-    for chunk in _serialised(arrays, None):
+    for _, chunk in _serialised(arrays, None):
         digest.update(chunk)
     return digest.hexdigest()
 
 
-def _serialised(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None) -> Iterator[memoryview]:
-    """The bytes of a safetensors file in chunks small enough to be in the cache still when they are hashed."""
+def _serialised(
+    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
+) -> Iterator[tuple[str | None, memoryview]]:
+    """The bytes of a safetensors file, and whose they are, in chunks that stay in the cache."""
     import numpy as np
 
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name.encode()))
@@ -91,18 +103,33 @@ def _serialised(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | 
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield memoryview(len(text).to_bytes(8, "little") + text)
+    yield None, memoryview(len(text).to_bytes(8, "little") + text)
     for name in order:
         view = memoryview(np.ravel(arrays[name]).view(np.uint8))
         for start in range(0, len(view), CHUNK_BYTES):
-            yield view[start : start + CHUNK_BYTES]
+            yield name, view[start : start + CHUNK_BYTES]
 
 
-def write_bytes(path: Path, data: bytes) -> tuple[int, str]:
-    """Write a file, and return its length in bytes and its SHA-256."""
+class Extent:
+    """Whether all float32 values of a tensor are finite, and whether any is not zero, chunk by chunk."""
+
+    def __init__(self):
+        self.finite, self.nonzero = True, False
+
+    def add(self, raw: bytes | memoryview) -> None:
+        import numpy as np
+
+        values = np.frombuffer(raw, dtype="<f4")
+        least, most = float(values.min()), float(values.max())  # NaN where there is one
+        self.finite = self.finite and math.isfinite(least) and math.isfinite(most)
+        self.nonzero = self.nonzero or least != 0 or most != 0
+
+
+def write_bytes(path: Path, data: bytes) -> Written:
+    """Write a file, and hash it."""
     with open(path, "wb") as file:
         file.write(data)
-    return len(data), hashlib.sha256(data).hexdigest()
+    return Written((len(data), hashlib.sha256(data).hexdigest()), [])
 
 
 # ---- reading ----
@@ -194,21 +221,16 @@ def _naturals(value: object, most: int) -> bool:
 
 def scan_float32(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool, bool]]:
     """(name, all values are finite, any value is not zero) of each float32 tensor, a few MiB in memory at a time."""
-    import numpy as np
-
     with open_regular(path) as file:
         if is_hole(os.fstat(file.fileno())):
             raise FileProblem("expected values, found a hole: it takes next to nothing on the disk")
         for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
             if info.dtype != "F32":
                 continue
-            finite, nonzero = True, False
+            extent = Extent()
             for raw in _chunks(file, name, info):
-                values = np.frombuffer(raw, dtype="<f4")
-                least, most = float(values.min()), float(values.max())  # NaN where there is one
-                finite = finite and math.isfinite(least) and math.isfinite(most)
-                nonzero = nonzero or least != 0 or most != 0
-            yield name, finite, nonzero
+                extent.add(raw)
+            yield name, extent.finite, extent.nonzero
 
 
 def read_array(path: Path, name: str, info: TensorInfo) -> np.ndarray:

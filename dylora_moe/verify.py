@@ -41,12 +41,14 @@ def inspect(folder: str | Path) -> Contents:
     return _inspect(contents, {formats.MANIFEST}, values=True)
 
 
-def inspect_files(folder: str | Path) -> Contents:
+def inspect_files(folder: str | Path, scanned: dict[str, list] | None = None) -> Contents:
     """As `inspect`, of a folder that has no manifest yet: what is to be published is looked at before it is.
 
-    Only what the writer has just computed is not computed again: the CRC-32 in the files of `torch.save`.
+    Args:
+        scanned: what the writer of a file has seen of its values; they are not read again, nor are those in the files
+            of `torch.save`.
     """
-    return _inspect(Contents(_folder(folder)), set(), values=False)
+    return _inspect(Contents(_folder(folder), scanned=scanned or {}), set(), values=False)
 
 
 def inspect_config(folder: str | Path) -> dict:

@@ -165,7 +165,9 @@ def _check_values(contents: Contents, name: str, expert: dict, tensors: dict[str
 
 def _scan(contents: Contents, name: str, tensors: dict[str, TensorInfo]) -> list[tuple[str, bool]] | None:
     """(name, any value is not zero) of each float32 tensor; those that are not finite are reported."""
-    scanned = contents.read(name, lambda path: list(scan_float32(path, tensors)))
+    scanned = contents.scanned.get(name)
+    if scanned is None:
+        scanned = contents.read(name, lambda path: list(scan_float32(path, tensors)))
     for tensor, finite, _ in scanned or ():
         if not finite:
             contents.report(name, f"tensor {tensor}: expected finite numbers, found NaN or Inf", GO_BACK)

@@ -18,7 +18,8 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from dylora_moe import bases, checkpoint, commit, formats, verify
+from dylora_moe import bases, checkpoint, commit, formats, manifest, verify
+from dylora_moe.config import MoELoraConfig
 from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.model import DyLoRAMoE
 from dylora_moe.skills import SkillLibrary
@@ -200,6 +201,15 @@ def test_row_11_a_save_leaves_the_model_as_found(training, tmp_path):
     checkpoint.save(tmp_path / "a", model, step=1, skills=two_skills())
     assert state() == before
     assert equal(values, tensors(model))
+
+
+def test_all_experts_in_one_walk_are_those_one_by_one():
+    configs = [MoELoraConfig(r=r, target_modules=targets) for r, targets in ((1, ["q_proj"]), (3, "all-linear"))]
+    model = tiny_mixture(experts=configs)
+    for index, found in enumerate(checkpoint.expert_tensors(model)):
+        expected = model.expert_tensors(index)
+        assert list(found) == list(expected)
+        assert all(found[name] is expected[name] for name in expected)
 
 
 def test_a_published_checkpoint_is_left_and_nothing_is_computed(tmp_path, monkeypatch):
@@ -577,7 +587,7 @@ EVERY = [pytest.param(mode, 1, marks=pytest.mark.slow) for mode in STRIDES]
 def test_rows_1_3_4_a_full_save_with_a_fault_at_every_operation(mode, stride, saving, monkeypatch):
     """Unless slow tests are run, at every few operations: test_commit.py goes through all of the protocol's."""
     run, sound, model, save = saving
-    monkeypatch.setattr(commit, "WORKERS", 1, raising=False)
+    monkeypatch.setattr(manifest, "WORKERS", 1)  # the operations in one order
     for k in itertools.count(1 + stride // 2, stride):
         outcome = run_with_fault(save, k, mode, writers=[(torch, "save")])
         assert files_of(run / "checkpoint-1") == sound, k

@@ -50,9 +50,10 @@ def test_written_to_the_byte_as_safetensors_does_and_hashed(tmp_path, metadata):
     save_file(TENSORS, tmp_path / "theirs", metadata=metadata or {"format": "pt"})
     data = (tmp_path / "ours").read_bytes()
     assert data == (tmp_path / "theirs").read_bytes()
-    assert written == (len(data), hashlib.sha256(data).hexdigest())
+    assert written.digest == (len(data), hashlib.sha256(data).hexdigest())
+    assert sorted(written.values) == sorted(scan_float32(tmp_path / "ours", read_header(tmp_path / "ours")[1]))
     if metadata is None:
-        assert hash_tensors(arrays) == written[1]
+        assert hash_tensors(arrays) == written.digest[1]
 
 
 def test_the_mode_of_a_file_follows_the_umask(tmp_path):
