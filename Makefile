@@ -1,5 +1,6 @@
 # make check   save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test    run the tests
+# make test-all  the slow ones too
 # make lint    ruff
 # make bench   measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
@@ -9,13 +10,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: check test lint bench clean
+.PHONY: check test test-all lint bench clean
 
 check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+test-all: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

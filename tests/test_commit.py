@@ -376,6 +376,7 @@ def check_what_is_left(run: Path, scenario: str, outcome, strangers: dict[str, o
     assert names <= {commit.LOCK, *(f"checkpoint-{step}" for step in steps(run))}
 
 
+@pytest.mark.small_process
 @pytest.mark.parametrize("mode", ["kill", "half-kill", "EIO", "ENOSPC", "half-ENOSPC"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
@@ -408,6 +409,7 @@ def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
     assert k - 1 >= AT_LEAST[mode] or scenario == "the same step again"  # that there is something to see
 
 
+@pytest.mark.small_process
 def test_the_faults_reach_native_writers_and_open(run):
     """Files of safetensors are written by its own code, where no shim of `os` sees it."""
     unseen = os.open, os.write, os.close  # what the native code calls, whatever is put over it
@@ -436,6 +438,7 @@ def test_the_faults_reach_native_writers_and_open(run):
     assert sizes[0] == [5] and sizes[-2] == [10, 5] and sizes[-1] == [10, 10]
 
 
+@pytest.mark.small_process
 def test_a_failed_save_leaves_nothing_and_names_the_file_the_cause_and_the_remedy(run):
     save(run, 1)
     before, errors = tree(run).keys(), set()
@@ -678,6 +681,7 @@ def test_a_run_folder_is_made_with_its_parents_and_each_is_flushed_before_it_cou
     assert make_run_dir(tmp_path / "a/b/run") == []
 
 
+@pytest.mark.small_process
 def test_a_run_folder_can_be_made_after_a_fault_at_every_operation(tmp_path):
     for mode in ("kill", "EIO"):
         for k in itertools.count(1):
@@ -730,6 +734,7 @@ def test_a_folder_that_cannot_be_written_is_found_at_the_start(run, code, monkey
         check_writable(run)
 
 
+@pytest.mark.small_process
 def test_a_full_disk_is_found_at_the_start(run):
     for k in itertools.count(1):
         outcome = run_with_fault(lambda ack: check_writable(run), k, "half-ENOSPC")

@@ -1,0 +1,27 @@
+"""Tests that fork thousands of times run in a process of their own, in which a fork is cheap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Hand a test marked `small_process` to a pytest of its own where torch makes this process large.
+
+    Forking copies the page tables: with torch, its libraries and the fixtures of other tests that is a hundred times as
+    much as without.
+    """
+    if pyfuncitem.get_closest_marker("small_process") is None or "torch" not in sys.modules:
+        return None
+    options = ["-q", "--no-header", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:hypothesispytest"]
+    command = [sys.executable, "-m", "pytest", *options, pyfuncitem.nodeid]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode != 0 or "1 passed" not in done.stdout:
+        pytest.fail(f"in a process of its own:\n{done.stdout}\n{done.stderr}", pytrace=False)
+    return True
