@@ -156,9 +156,10 @@ class Routing:
         Gradient checkpointing calls it once now and once in the backward pass, by when another forward pass may have
         changed the slot, the forced expert and the plan. Whether the layer's hooks run again then depends on the
         version of transformers: if not, the weights of the slot are those of now; if they do, they recompute the
-        same. Probabilities are recorded the first time only.
+        same. Probabilities count the first time only; the second time they go into a list that is thrown away, because
+        what is computed, and saved for backward, must be the same both times.
         """
-        slot, forced, plan = self.slots[index], self.forced, self.plan
+        slot, forced, plan, recording = self.slots[index], self.forced, self.plan, self.recorded is not None
         expert, mixes = slot.expert, slot.mixes
         runs = 0
 
@@ -172,7 +173,12 @@ class Routing:
             before = self.forced, self.plan, self.recorded, self.make_plan
             # Fresh mixes: what the first run derived from them must be derived, and saved for backward, again.
             slot.set(expert, mixes and tuple(mix.fresh() for mix in mixes))
-            self.forced, self.plan, self.recorded, self.make_plan = forced, plan, None, lambda: plan
+            self.forced, self.plan, self.recorded, self.make_plan = (
+                forced,
+                plan,
+                [] if recording else None,
+                lambda: plan,
+            )
             try:
                 return function(*args, **kwargs)
             finally:
