@@ -1,7 +1,8 @@
-"""Tests that fork thousands of times run in a process of their own, in which a fork is cheap."""
+"""What all tests share: signals as in a terminal, and cheap forks where there are thousands of them."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A job in the background has Ctrl-C ignored, and so would have the programs that the tests interrupt."""
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (getattr(signal, "SIGHUP", None), signal.SIG_DFL),
+    ):
+        if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
 
 
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:

@@ -633,7 +633,7 @@ def test_a_closed_pipe_changes_nothing(tiny):
     ],
 )
 def test_stopped(tiny, temporary, tmp_path, sent, code, text):
-    child = process(scripts.ROOT / "test_checkpoint_save_load.py", "--model", tiny, "--experts", 1000, "--lora-r", 1,
+    child = process(scripts.ROOT / "test_checkpoint_save_load.py", "--model", tiny, "--experts", 300, "--lora-r", 1,
                     "--json", tmp_path / "json")  # fmt: skip
     deadline = time.monotonic() + 120
     while not list(temporary.glob("dylora*")) and time.monotonic() < deadline:
