@@ -56,12 +56,6 @@ class LayerSlot:
         self.expert, self.mixes, self.settled = expert, mixes, settled
         self.source = self._dropped = self._gathered = None
 
-    def __getstate__(self) -> dict:
-        return {}  # nothing of a forward pass under way goes into a copy or a file
-
-    def __setstate__(self, state: dict) -> None:
-        self.set()
-
     def input(self, x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
         """x (..., d_in) -> (S, d_in) in the experts' dtype, with dropout."""
         key = (x, dtype, rate)
@@ -80,7 +74,10 @@ class LayerSlot:
 
 @dataclass
 class Kept:
-    """The concatenations of an evaluation, and the parameters, as they were then, that they were made from."""
+    """The concatenations of an evaluation, and the parameters that they were made from, with their marks of then.
+
+    The parameters are held so that no other tensor can have their address.
+    """
 
     parameters: list[nn.Parameter]
     marks: tuple | None
@@ -172,8 +169,7 @@ class RoutedLinear(lora.Linear):
             self._forget()
             return self._stack(parameters)
         now = marks(parameters)
-        same = kept is not None and now is not None and now == kept.marks
-        if not same or not all(map(operator.is_, kept.parameters, parameters)):
+        if kept is None or now is None or now != kept.marks:
             self._kept[experts] = Kept(parameters, now)  # kept from the second time on: one pass needs no memory
             return self._stack(parameters)
         if kept.stacks is None:

@@ -47,7 +47,7 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     excluded = _matching(linear, targets) & (unwanted | set(outside))
     resolved = replace_config(
         config,
-        target_modules=sorted(targets),
+        target_modules=targets,
         exclude_modules=sorted(excluded) or None,
         fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in matched & inside),
         base_model_name_or_path=base.config._name_or_path or None,

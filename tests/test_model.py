@@ -108,6 +108,9 @@ def test_usage_counts_labelled_tokens_once():
         usage = model.usage()
     assert usage.first.sum() == pytest.approx(8)
     assert usage.total.sum() == pytest.approx(8)
+    with model.watch_usage():
+        model(ids, labels=ids, attention_mask=(torch.arange(7) < 4).long().expand(2, -1))
+        assert model.usage().total.sum() == pytest.approx(8)  # 4 attended tokens of each row
     assert sum(usage.shares()) == pytest.approx(1)
     assert model.usage() is None
 

@@ -107,6 +107,20 @@ def test_gradients_with_and_without_checkpointing_are_equal(kind, expert):
         assert tokens == tokens_again == pytest.approx(6 * (2 if expert is None else 1)), what
 
 
+def test_checkpointing_with_experts_of_different_ranks_targets_and_scalings():
+    experts = [
+        MoELoraConfig(r=2, lora_alpha=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"]),
+        MoELoraConfig(r=5, lora_alpha=3, lora_dropout=0.2, target_modules="all-linear"),
+        MoELoraConfig(r=2, lora_alpha=3, lora_dropout=0.2, target_modules=["q_proj", "down_proj"]),
+    ]
+    model, ids = tiny_mixture("llama", experts), random_ids(2, 7)
+    loss, plain, _ = train_twice(model, ids, None)
+    model.gradient_checkpointing_enable()
+    loss_again, checkpointed, _ = train_twice(model, ids, None)
+    assert torch.equal(loss, loss_again)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
 def test_checkpointing_that_was_enabled_on_the_base_is_as_right():
     model, ids = tiny_mixture(lora=DROPPED), random_ids(2, 7)
     _, plain, _ = train_twice(model, ids, None)
@@ -225,6 +239,15 @@ def test_new_is_what_the_tensors_say():
     assert model.expert_states == ["new", "immature", "new"]
     model.set_expert_states(["mature"] * 3)
     assert model.expert_states == ["new", "mature", "new"]
+
+
+@torch.no_grad()
+def test_a_change_between_two_evaluations_is_seen():
+    model, ids = DyLoRAMoE(tiny_base(), 2, lora=MoELoraConfig(r=4)), random_ids(1, 4)
+    before = [model(ids).logits for _ in range(3)][-1]
+    list(model.expert_tensors(1).values())[-1].fill_(0.1)
+    assert model.expert_states == ["new", "immature"]
+    assert not torch.equal(model(ids).logits, before)
 
 
 def test_an_expert_that_was_written_through_data_is_seen():
