@@ -465,8 +465,8 @@ def test_experts_swapped_and_doubled(capsys, saved, tmp_path):
 
 
 def test_save_sees_an_expert_written_twice(capsys, tiny, monkeypatch):
-    write = checkpoint.write_adapter
-    monkeypatch.setattr(checkpoint, "write_adapter", lambda model, index, folder: write(model, 0, folder))
+    tensors = checkpoint.expert_tensors
+    monkeypatch.setattr(checkpoint, "expert_tensors", lambda model: [tensors(model)[0]] * model.num_experts)
     for script in (minimal, full):
         outcome = run(script, capsys, "--model", tiny)
         assert outcome.code == 1
