@@ -50,16 +50,18 @@ class Dispatch:
         """total (S, d_out), x (S, d_in), a (N * r, d_in), b (N * r, d_out) -> (S, d_out)."""
         a = a.view(self.num_experts, self.rank, -1)  # (N, r, d_in)
         b = b.view(self.num_experts, self.rank, -1)  # (N, r, d_out)
+        if self.places is not None:
+            cold_a, cold_b = (a, b) if self.cold is None else (t.index_select(0, self.cold) for t in (a, b))
+            hidden = torch.bmm(slot.gathered(self), cold_a.transpose(1, 2))  # (E, C, r)
+            out = torch.bmm(hidden, cold_b).flatten(0, 1)  # (E * C, d_out)
+            # In place on what is new here: nobody else has seen it, and there are no gradients.
+            out = F.embedding_bag(self.places, out, per_sample_weights=self.weights.to(out.dtype), mode="sum")
+            total = out.add_(total) if out.dtype == total.dtype else total + out  # (S, d_out)
         if self.hot is not None:
             hidden = F.linear(x, a.index_select(0, self.hot).flatten(0, 1))  # (S, H * r)
             total = add_product(
                 total, hidden * self.hot_gate.to(hidden.dtype), b.index_select(0, self.hot).flatten(0, 1)
             )
-        if self.places is not None:
-            if self.cold is not None:
-                a, b = a.index_select(0, self.cold), b.index_select(0, self.cold)  # (E, r, d)
-            out = torch.bmm(torch.bmm(slot.gathered(self), a.transpose(1, 2)), b).flatten(0, 1)  # (E * C, d_out)
-            total = total + F.embedding_bag(self.places, out, per_sample_weights=self.weights.to(out.dtype), mode="sum")
         return total
 
 

@@ -396,13 +396,14 @@ def test_real_generation_with_and_without_cache_and_in_a_padded_batch(smollm, ma
 @pytest.mark.real
 def test_real_training_lowers_the_loss_and_moves_every_part(smollm):
     model, tokenizer = smollm
-    model = DyLoRAMoE(model.fresh_base(), 2, lora=MoELoraConfig(r=4))
+    with seeded(0):
+        model = DyLoRAMoE(model.fresh_base(), 2, lora=MoELoraConfig(r=4, lora_dropout=0.0))
     ids = tokenizer("To be, or not to be, that is the question: whether 'tis nobler", return_tensors="pt").input_ids
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
     before = {name: p.clone() for name, p in model.trained_parameters().items()}
     losses = []
     model.train()
-    for _ in range(4):
+    for _ in range(6):
         out = model(ids, labels=ids)
         out.loss.backward()
         optimizer.step()
