@@ -81,8 +81,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
                 )
             model.check_optimizer(optimizer)
             if args.should_save:
-                with commit.explained("create", args.output_dir):
-                    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+                commit.make_run_dir(args.output_dir)
                 commit.check_writable(args.output_dir)
         model.mark_immature()
 

@@ -32,7 +32,6 @@ from .formats import MANIFEST
 from .lock import LOCK as LOCK
 from .lock import guard, is_leftover, private_name, writer_lock
 from .manifest import Digests, FolderGone, encode, file_digest, first_reason, list_entries, parallel, parents, survey
-from .manifest import manifest_problems as manifest_problems
 from .safefiles import PLAIN, explained, kind, shown
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
@@ -62,24 +61,31 @@ class Staging:
 def make_run_dir(run_dir: os.PathLike | str) -> list[Path]:
     """Create the run folder and its missing parents, and fsync what they are in: no checkpoint outlasts its folder.
 
-    Returns what was created, the innermost first. Raises: UsageError where that cannot be done, or a file is there.
+    Returns what was created, the innermost first. Raises: UsageError where that cannot be done, or a file is there;
+    what was created is removed again.
     """
     folder = Path(os.path.abspath(run_dir))
     made: list[Path] = []
-    with explained("create", folder):
-        there, missing = folder, []
-        while _lstat(there) is None:
-            missing.insert(0, there)
-            there = there.parent
-        for path in [there, *missing]:  # the first, too: its maker may have been killed before it was flushed
-            if path is not there:
-                with suppress(FileExistsError):  # another process was quicker
-                    os.mkdir(path)
-                    made.insert(0, path)
-            with suppress(PermissionError):  # a folder may be open for writing and not for reading
-                _fsync(path.parent, folder=True)
-        if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    try:
+        with explained("create", folder):
+            there, missing = folder, []
+            while _lstat(there) is None:
+                missing.insert(0, there)
+                there = there.parent
+            for path in [there, *missing]:  # the first, too: its maker may have been killed before it was flushed
+                if path is not there:
+                    with suppress(FileExistsError):  # another process was quicker
+                        os.mkdir(path)
+                        made.insert(0, path)
+                with suppress(PermissionError):  # a folder may be open for writing and not for reading
+                    _fsync(path.parent, folder=True)
+            if not stat.S_ISDIR(os.stat(folder).st_mode):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                os.rmdir(path)
+        raise
     return made
 
 

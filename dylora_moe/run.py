@@ -78,9 +78,8 @@ def claimed(run_dir: Path) -> Iterator[ExitStack]:
             if ranks.is_first():
                 if run_dir.exists() and not run_dir.is_dir():
                     raise UsageError(f"--output-dir {run_dir}: expected a folder, found a file")
-                undo.callback(_remove_new, run_dir, _own_entries(run_dir), _missing_folders(run_dir))
-                with commit.explained("create", run_dir):
-                    run_dir.mkdir(parents=True, exist_ok=True)
+                found = _own_entries(run_dir)
+                undo.callback(_remove_new, run_dir, found, commit.make_run_dir(run_dir))
                 lock.enter_context(commit.writer_lock(run_dir))
                 commit.check_writable(run_dir)
         yield undo
@@ -89,10 +88,6 @@ def claimed(run_dir: Path) -> Iterator[ExitStack]:
 def _own_entries(run_dir: Path) -> set[str]:
     """What this run may leave there before it begins, and is there already."""
     return {name for name in (commit.LOCK, *demo.FILES) if (run_dir / name).exists()}
-
-
-def _missing_folders(run_dir: Path) -> list[Path]:
-    return [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
 
 
 def _remove_new(run_dir: Path, found: set[str], made: list[Path]) -> None:
@@ -249,6 +244,7 @@ def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, cla
     stop = training.StopSignals(early)
     add_skills(skills, model, blocks)
     saver = make_saver(skills=skills, run=run, interrupted=lambda: stop.received is not None)
+    settings.eval_on_start = not start.folder or start.weights_only  # what the experts start from
     trainer = training.MoETrainer(
         model=model,
         args=settings,
@@ -259,7 +255,8 @@ def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, cla
         start_step=start.step,
     )
     if ended:
-        trainer.state.global_step = training_state.read_trainer_state(start.folder)["global_step"]
+        there = training_state.read_trainer_state(start.folder)
+        trainer.state.global_step, trainer.state.log_history = there["global_step"], there.get("log_history") or []
         say(f"{start.folder} is the last checkpoint of a run that has ended: there is nothing left to train")
     else:
         if ranks.is_first():
@@ -314,17 +311,19 @@ def resume_command(argv: list[str] | None = None) -> str:
 
 
 def final_table(trainer: training.MoETrainer, metrics: dict) -> list[str]:
-    """Loss per data set and how its tokens were routed."""
+    """Loss per data set, before and after, and how its tokens were routed."""
     experts = trainer.mixture.num_experts
+    before = trainer.state.log_history[0] if trainer.state.log_history else {}  # see eval_on_start
     shown = min(experts, SHOWN_EXPERTS)
     width = max([len("data set"), *(len(name) for name in trainer.eval_dataset)])
     titles = "  ".join(f"{f'expert_{i}':>9}" for i in range(shown))
-    lines = [f"{'data set':<{width}}  {'held-out loss':>13}  {titles}"]
+    lines = [f"{'data set':<{width}}  {'at the start':>12}  {'held-out loss':>13}  {titles}"]
     for name in trainer.eval_dataset:
         usage = trainer.usage_by_data.get(name)
         shares = usage.shares() if usage else [1.0]
         cells = "  ".join(f"{100 * share:>7.1f} %" for share in shares[:shown])
-        lines.append(f"{name:<{width}}  {metrics[f'final_{name}_loss']:>13.4f}  {cells}")
+        start = f"{before[key]:.4f}" if (key := f"eval_{name}_loss") in before else "-"
+        lines.append(f"{name:<{width}}  {start:>12}  {metrics[f'final_{name}_loss']:>13.4f}  {cells}")
     if experts > shown:
         lines.append(f"... and {experts - shown} more experts")
     return lines

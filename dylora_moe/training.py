@@ -345,6 +345,7 @@ class StopSignals(TrainerCallback):
         self._received: signal.Signals | None = None
         self._heard = 0
         self._heard_at = 0.0
+        self._began = 0
         self._before: dict = {}
 
     @property
@@ -373,15 +374,18 @@ class StopSignals(TrainerCallback):
             self.__exit__()
             signal.raise_signal(number)
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began = state.global_step
+
     def on_step_end(self, args, state, control, **kwargs):
         self._stop(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """An evaluation may take long; the step that it belongs to is whole."""
+        """An evaluation may take long; the step that it belongs to is whole. That before the first belongs to none."""
         self._stop(args, state, control)
 
     def _stop(self, args, state, control) -> None:
         heard = ranks.largest(self._heard, args.device)
-        if heard and self._received is None and state.global_step < state.max_steps:
+        if heard and self._received is None and self._began < state.global_step < state.max_steps:
             self._received = signal.Signals(heard)
             control.should_save = control.should_training_stop = True

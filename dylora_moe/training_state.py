@@ -17,6 +17,7 @@ from . import formats, ranks
 from .errors import CheckpointError
 from .tensorfile import FileProblem, read_json
 
+MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
 CALLBACK = "PeftCheckpointCallback"  # under this name the run's settings stand in trainer_state.json
 
 
@@ -85,7 +86,7 @@ def rng_files(folder: Path) -> list[str]:
 
 def read_trainer_state(folder: Path) -> dict:
     try:
-        state = read_json(folder / formats.TRAINER_STATE)
+        state = read_json(folder / formats.TRAINER_STATE, MAX_STATE_BYTES)
     except FileProblem as error:
         raise CheckpointError(folder, [f"{formats.TRAINER_STATE}: {error}"]) from None
     if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):

@@ -83,7 +83,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
     had_lock = (folder / commit.LOCK).exists()
     try:
         with shielded():
-            made = _make_folders(folder)
+            made = commit.make_run_dir(folder)
         commit.check_writable(folder)
         yield folder
     finally:
@@ -92,29 +92,13 @@ def output_folder(folder: Path) -> Iterator[Path]:
                 _remove_traces(folder, made, had_lock)
 
 
-def _make_folders(folder: Path) -> list[Path]:
-    """Create a folder and its parents; the ones that were not there, innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        with commit.explained("create", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-    except UsageError:
-        _remove_empty(missing)
-        raise
-    return missing
-
-
 def _remove_traces(folder: Path, made: list[Path], had_lock: bool) -> None:
     with suppress(OSError, UsageError):
         commit.clean_leftovers(folder)
     if not had_lock:
         with suppress(OSError):
             (folder / commit.LOCK).unlink()
-    _remove_empty(made)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
+    for folder in made:
         with suppress(OSError):
             folder.rmdir()
 

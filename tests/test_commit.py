@@ -687,6 +687,7 @@ def test_a_run_folder_can_be_made_after_a_fault_at_every_operation(tmp_path):
         for k in itertools.count(1):
             outcome = run_with_fault(lambda ack, k=k, mode=mode: make_run_dir(tmp_path / f"{mode} {k}/run"), k, mode)
             assert not outcome.error or re.match(r"UsageError: cannot create .*\(EIO\)", outcome.error)
+            assert not (outcome.error and (tmp_path / f"{mode} {k}").exists())
             make_run_dir(tmp_path / f"{mode} {k}/run")
             assert (tmp_path / f"{mode} {k}/run").is_dir()
             if not outcome.fired:

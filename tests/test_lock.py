@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from dylora_moe.commit import check_writable, checkpoints, manifest_problems, rotate, staged
+from dylora_moe.commit import check_writable, checkpoints, rotate, staged
 from dylora_moe.errors import UsageError
 from dylora_moe.lock import LOCK, writer_lock
+from dylora_moe.manifest import manifest_problems
 
 from .saving import python, save, steps, write_files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ PLAIN = ()
 ACCUMULATED = ("--batch-size", "4", "--grad-accum", "3")  # 4 steps an epoch, the last of one micro-batch
 EVALUATED = ("--eval-steps", "3", "--label-smoothing", "0.1", "--top-k", "1", "--experts", "3")
 STOPPING = ("--eval-steps", "2", "--early-stopping", "2")
-LOSSES = {2: 4.0, 4: 4.5, 6: 4.6, 8: 3.0, 10: 2.0, 12: 1.0}  # with STOPPING the run ends at 6
+LOSSES = {0: 1.5, 2: 4.0, 4: 4.5, 6: 4.6, 8: 3.0, 10: 2.0, 12: 1.0}  # with STOPPING the run ends at 6
 
 
 @functools.cache
@@ -201,6 +202,7 @@ def test_a_finished_run_is_not_trained_on(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "checkpoint-12 is the last checkpoint of a run that has ended: there is nothing left to train" in out
     assert "held-out loss" in out
+    assert re.search(r"^one +\d\.\d{4} +\d\.\d{4} ", out, re.MULTILINE)  # before and after
     assert (steps(run_dir), newest(run_dir).stat().st_mtime_ns) == ([4, 8, 12], before)
 
 
@@ -522,8 +524,10 @@ def test_the_same_data_and_model_elsewhere_are_the_same(run_dir, tmp_path):
 
 def test_an_accepted_learning_rate_is_used(run_dir):
     assert train.main(arguments(run_dir, "--resume", "--learning-rate", "1e-4", "--accept-changes")) == 0
-    rates = {entry["step"]: entry["learning_rate"] for entry in trainer_state(newest(run_dir))["log_history"]}
-    old = {e["step"]: e["learning_rate"] for e in trainer_state(newest(uninterrupted()))["log_history"]}
+    rates, old = (
+        {e["step"]: e["learning_rate"] for e in trainer_state(newest(run))["log_history"] if "learning_rate" in e}
+        for run in (run_dir, uninterrupted())
+    )
     assert rates[5] == old[5]
     assert rates[10] == pytest.approx(old[10] * 1e-4 / 5e-3)
 

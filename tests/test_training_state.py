@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import numpy as np
@@ -122,6 +123,12 @@ def test_what_is_no_trainer_state(tmp_path, text):
     (tmp_path / "trainer_state.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"trainer_state\.json: "):
         training_state.read_trainer_state(tmp_path)
+
+
+def test_the_log_of_a_long_run_is_read(tmp_path):
+    entries = [{"step": step, "note": "x" * 1000} for step in range(20_000)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 7, "log_history": entries}))
+    assert training_state.read_trainer_state(tmp_path)["log_history"] == entries
 
 
 HISTORY = [{"step": s, "eval_loss": v} for s, v in ((2, 3.0), (4, 1.0), (6, 2.0), (8, 2.0))] + [
