@@ -10,8 +10,6 @@ Shapes: S tokens (batch times sequence), R the sum of the ranks of a mix's exper
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .dispatch import Dispatch, add_product
+from .dispatch import Dispatch, add_product, can_be_grouped
 from .errors import UsageError
 from .mix import Layout, Mix
 
-_version_of = operator.attrgetter("_version")
-_address_of = torch.Tensor.data_ptr
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1
 
@@ -42,17 +38,21 @@ class LayerSlot:
 
     What can be computed once for all layers that are given the same input tensor (q, k and v; gate and up) is kept
     here: the input in the experts' dtype after dropout, and its rows in the order of a dispatch.
+
+    Args:
+        scratch: where those rows are put; all slots of a model share it.
     """
 
-    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "settled", "source")
+    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "scratch", "settled", "source")
 
-    def __init__(self):
+    def __init__(self, scratch: Scratch):
+        self.scratch = scratch
         self.set()
 
     def set(
         self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None, settled: object | None = None
     ) -> None:
-        """settled: while it is the same object, no parameter changes; None where that is not known."""
+        """settled: while it is the same object, no parameter has changed; None where that is not known."""
         self.expert, self.mixes, self.settled = expert, mixes, settled
         self.source = self._dropped = self._gathered = None
 
@@ -66,23 +66,35 @@ class LayerSlot:
         return self._dropped
 
     def gathered(self, dispatch: Dispatch) -> torch.Tensor:
-        """The rows of the input, (S, d_in), at the places of a dispatch: (experts, places, d_in)."""
+        """The rows of the input, (S, d_in), in the order of a dispatch: (S * k, d_in)."""
         if self._gathered is None or self._gathered[0] is not dispatch:
-            self._gathered = (dispatch, dispatch.gather(self._dropped))
+            self._gathered = (dispatch, self.scratch.rows_of(self._dropped, dispatch.tokens))
         return self._gathered[1]
+
+
+class Scratch:
+    """Memory that every decoder layer of a forward pass uses again: fresh pages take longer to get than to fill."""
+
+    def __init__(self):
+        self.buffer: torch.Tensor | None = None
+
+    def rows_of(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """x (S, d), index (n,) -> (n, d), good until the next call."""
+        buffer, size = self.buffer, len(index) * x.shape[1]
+        if buffer is None or buffer.numel() < size or buffer.dtype != x.dtype or buffer.device != x.device:
+            self.buffer = buffer = x.new_empty(size)
+        return torch.index_select(x, 0, index, out=buffer[:size].view(-1, x.shape[1]))
+
+    def clear(self) -> None:
+        self.buffer = None
 
 
 @dataclass
 class Kept:
-    """The concatenations of an evaluation, and the parameters that they were made from, with their marks of then.
+    """The concatenations of an evaluation: those of the parameters as they were while `settled` stood for them."""
 
-    The parameters are held so that no other tensor can have their address.
-    """
-
-    parameters: list[nn.Parameter]
-    marks: tuple | None
+    settled: object
     stacks: tuple[torch.Tensor, torch.Tensor] | None = None
-    settled: object | None = None
 
 
 class RoutedLinear(lora.Linear):
@@ -90,9 +102,8 @@ class RoutedLinear(lora.Linear):
 
     PEFT builds it for every target through `MoELoraConfig`. Without a slot it behaves as its parent.
 
-    In evaluation the concatenated matrices are kept while the parameters stay what they are. A write that neither
-    PyTorch's version counter nor the address shows (through `.data`) is seen after the next `train()`, `eval()` or
-    forward pass with gradients.
+    In evaluation the concatenated matrices are kept while the parameters stay what they are (`watch.Watch`). A write
+    that it does not see (through `.data`) is seen after the next `train()`, `eval()` or forward pass with gradients.
     """
 
     slot: LayerSlot | None = None
@@ -128,7 +139,7 @@ class RoutedLinear(lora.Linear):
         rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
         x = self.slot.input(x, a.dtype, rate)
         dispatch = mix.dispatch(layout)
-        if dispatch is not None:
+        if dispatch is not None and can_be_grouped(a, b):
             return dispatch.add(total, x, self.slot, a, b)
         gate = mix.gate(layout)  # (S, R)
         if gate.shape[0] != x.shape[0]:
@@ -136,7 +147,14 @@ class RoutedLinear(lora.Linear):
                 f"a routed layer was given {x.shape[0]} tokens, the router saw {gate.shape[0]}: not supported"
             )
         hidden = F.linear(x, a)  # (S, R)
-        return add_product(total, hidden * gate.to(hidden.dtype), b)
+        return add_product(total, hidden * gate.to(hidden.dtype), b, in_place=self._owns_its_result())
+
+    def _owns_its_result(self) -> bool:
+        """Whether nobody but this layer has seen what the base layer has just computed, and no gradient needs it."""
+        base = self._modules["base_layer"]
+        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or base._forward_hooks) and isinstance(
+            base, (nn.Linear, Conv1D)
+        )
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""
@@ -160,64 +178,42 @@ class RoutedLinear(lora.Linear):
 
     def _stacks(self, experts: tuple[int, ...], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """The A (R, d_in) and the B, transposed, (R, d_out) of these experts, one below the other."""
-        varying = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        settled, kept = self.slot.settled, self._kept.get(experts)
-        if not varying and settled is not None and kept is not None and kept.settled is settled:
-            return kept.stacks
-        parameters = self._parameters_of("lora_A", names) + self._parameters_of("lora_B", names)
-        if varying:
-            self._forget()
-            return self._stack(parameters)
-        now = marks(parameters)
-        if kept is None or now is None or now != kept.marks:
-            self._kept[experts] = Kept(parameters, now)  # kept from the second time on: one pass needs no memory
-            return self._stack(parameters)
+        settled = self.slot.settled
+        if settled is None:
+            self._kept = {}
+            return self._stack(names)
+        kept = self._kept.get(experts)
+        if kept is None or kept.settled is not settled:
+            self._kept[experts] = Kept(settled)  # kept from the second time on: one pass needs no memory
+            return self._stack(names)
         if kept.stacks is None:
-            a, b = self._stack(parameters)
+            a, b = self._stack(names)
             kept.stacks = a, b.contiguous()
-        kept.settled = settled
         return kept.stacks
 
-    def _parameters_of(self, holder: str, names: list[str]) -> list[nn.Parameter]:
-        linear = self._modules[holder]._modules  # past nn.Module's __getattr__, which would take most of the time here
-        return [linear[name]._parameters["weight"] for name in names]
-
-    @staticmethod
-    def _stack(parameters: list[nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
-        n = len(parameters) // 2
-        if n == 1:
-            return parameters[0], parameters[1].t()
-        return torch.cat(parameters[:n]), torch.cat(parameters[n:], dim=1).t()
-
-    def _forget(self) -> None:
-        if self._kept:
-            self._kept = {}
+    def _stack(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = ([holder[name].weight for name in names] for holder in (self.lora_A, self.lora_B))
+        if len(names) == 1:
+            return a[0], b[0].t()
+        return torch.cat(a), torch.cat(b, dim=1).t()
 
     def train(self, mode: bool = True):
-        self._forget()
+        self._kept = {}
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):
-        self._forget()
+        self._kept = {}
         return super()._apply(*args, **kwargs)
 
     def update_layer(self, *args, **kwargs) -> None:
         self._members = {}
-        self._forget()
+        self._kept = {}
         super().update_layer(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._members = {}
-        self._forget()
+        self._kept = {}
         super().delete_adapter(adapter_name)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_kept": {}}
-
-
-def marks(tensors: Sequence[torch.Tensor]) -> tuple | None:
-    """What changes with the tensors: version counters and addresses. None where that cannot be told."""
-    try:
-        return list(map(_version_of, tensors)), list(map(_address_of, tensors))
-    except RuntimeError:  # inference tensors have no version
-        return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .dispatch import Dispatch, plan_dispatch
+from .dispatch import Dispatch, Fetch, plan_dispatch
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -31,7 +31,7 @@ class Mix:
         self._weights = weights
         self.top = top
         self._gates: dict[Layout, torch.Tensor] = {}
-        self._dispatches: dict[Layout, Dispatch | None] = {}
+        self._dispatches: dict[Layout, Dispatch | Fetch | None] = {}
 
     def fresh(self) -> Mix:
         """The same weights, with nothing derived from them yet."""
@@ -54,7 +54,7 @@ class Mix:
             return weights.unsqueeze(-1).expand(-1, -1, ranks[0]).flatten(1)  # (S, R)
         return weights.repeat_interleave(torch.tensor(ranks, device=weights.device), dim=1)
 
-    def dispatch(self, layout: Layout) -> Dispatch | None:
+    def dispatch(self, layout: Layout) -> Dispatch | Fetch | None:
         """Which tokens go to which experts, where working out only those pays; None where it does not."""
         if self.top is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
@@ -62,7 +62,7 @@ class Mix:
             self._dispatches[layout] = self._plan_dispatch(*layout)
         return self._dispatches[layout]
 
-    def _plan_dispatch(self, columns: tuple, ranks: tuple, scales: tuple) -> Dispatch | None:
+    def _plan_dispatch(self, columns: tuple, ranks: tuple, scales: tuple) -> Dispatch | Fetch | None:
         everywhere = len(columns) == len(self.experts)
         if not everywhere or len(set(ranks)) > 1 or len(set(scales)) > 1:
             return None

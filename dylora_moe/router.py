@@ -57,9 +57,9 @@ class Router(nn.Module):
 
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x = hidden.to(torch.float32)
-        squares = torch.linalg.vecdot(x, x).unsqueeze(-1)  # (..., 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
         # 1 / rms = sqrt(d) / sqrt(sum of squares + d * epsilon)
-        scale = torch.rsqrt(squares + x.shape[-1] * RMS_EPSILON) * (x.shape[-1] ** 0.5 / self.config.temperature)
+        scale = torch.rsqrt(norm.square() + x.shape[-1] * RMS_EPSILON) * (x.shape[-1] ** 0.5 / self.config.temperature)
         return F.linear(x, weight.to(x.device, torch.float32)) * scale  # (..., N)
 
     def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .layers import LayerSlot, RoutedLinear
+from .layers import LayerSlot, RoutedLinear, Scratch
 from .mix import Mix
 from .router import Router
+from .watch import Watch
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,12 @@ class Routing:
     def __init__(self, router: Router, layers: nn.ModuleList, make_plan: Callable[[], Plan]):
         self.router = router
         self.make_plan = make_plan
-        self.slots = [LayerSlot() for _ in layers]
+        self.scratch = Scratch()
+        self.slots = [LayerSlot(self.scratch) for _ in layers]
         self.forced: int | None = None
         self.recorded: list[torch.Tensor] | None = None
         self.settled: object | None = None
+        self.still = False
         self.plan: Plan | None = None
         for index, layer in enumerate(layers):
             layer.register_forward_pre_hook(EnterLayer(self, index), with_kwargs=True)
@@ -61,10 +64,13 @@ class Routing:
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Give each decoder layer's slot to its routed layers; again after an expert has brought new ones."""
+        watched = []
         for layer, slot in zip(layers, self.slots, strict=True):
             for module in layer.modules():
                 if isinstance(module, RoutedLinear):
                     module.slot = slot
+                    watched += [*module.lora_A.values(), *module.lora_B.values()]
+        self.watch = Watch(watched)
 
     @contextmanager
     def force(self, expert: int | None) -> Iterator[None]:
@@ -87,16 +93,18 @@ class Routing:
     @contextmanager
     def settle(self) -> Iterator[None]:
         """Inside, no parameter changes, so that none need be looked at again for every token."""
-        before, self.settled = self.settled, object()
+        before, self.still, self.settled = self.still, True, None
         try:
             yield
         finally:
-            self.settled = before
+            self.still = before
 
     def enter_layer(self, index: int, hidden: torch.Tensor) -> None:
         """Set the slot of decoder layer `index`, whose input is `hidden` (B, T, hidden_size)."""
         if index == 0 or self.plan is None:
             self.plan = self.make_plan()
+            if self.settled is None or not self.still:
+                self.settled = self.watch.look()
         expert = self.forced
         if expert is None and self.router.num_experts == 1:
             expert = 0
@@ -106,6 +114,8 @@ class Routing:
     def leave_layer(self, index: int) -> None:
         """Let go of what the forward pass has left in the slot."""
         self.slots[index].set()
+        if index == len(self.slots) - 1:
+            self.scratch.clear()
 
     def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
         with_new = torch.is_grad_enabled() or self.recorded is not None  # otherwise their terms are zero

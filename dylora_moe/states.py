@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .layers import marks
+from .watch import marks
 
 NEW, IMMATURE, MATURE = "new", "immature", "mature"
 STATES = (NEW, IMMATURE, MATURE)

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, dispatch
 from dylora_moe.bases import decoder_layers
-from dylora_moe.dispatch import plan_dispatch, split_by_cost
+from dylora_moe.dispatch import Dispatch, Fetch, can_be_grouped, plan_dispatch
 
 from .tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
 
@@ -114,55 +114,104 @@ def test_experts_of_different_ranks_targets_and_scalings(kind, top_k):
     assert difference(model(ids).logits, loop_logits(kind, model, ids, top_k=top_k)) <= TOLERANCE
 
 
+@pytest.fixture
+def eager_dispatch(monkeypatch):
+    """Tokens are dispatched however few there are; the plans that were made."""
+    plans, plan = [], dispatch.plan_dispatch
+    for name in ("PLACE_COST", "DISPATCH_COST", "FETCHED_EXPERTS"):
+        monkeypatch.setattr(dispatch, name, 1)
+    monkeypatch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: plans.append(plan(*args)) or plans[-1])
+    return plans
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("skew", [0.0, 30.0])
-def test_dispatched_tokens_give_the_loop(top_k, skew, monkeypatch):
+@pytest.mark.parametrize("r", [3, 8])
+def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
     """Many experts, evenly and unevenly wanted: the dispatch is taken, and is the loop."""
-    seen = []
-    monkeypatch.setattr(dispatch, "PLACE_COST", 1)
-    plan = dispatch.plan_dispatch
-    monkeypatch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: seen.append(plan(*args)) or seen[-1])
-    model, ids = tiny_mixture("llama", 12, router=RouterConfig(top_k=top_k)), random_ids(2, 9)
+    lora = MoELoraConfig(r=r, lora_alpha=8, lora_dropout=0.0)
+    model = tiny_mixture("llama", 12, router=RouterConfig(top_k=top_k), lora=lora)
     model.mark_mature()
+    ids = random_ids(2, 9)
     with torch.no_grad():
         model.router.gate.weight[3] *= 1 + skew  # half of the tokens want it very much
-        for tokens in (ids, ids[:1, :1]):
-            seen.clear()
+        for tokens, kind in ((ids, Dispatch), (ids[:1, :1], Fetch)):
+            eager_dispatch.clear()
             for _ in range(3):
                 logits = model(tokens).logits
             assert difference(logits, loop_logits("llama", model, tokens, top_k=top_k)) <= TOLERANCE * (1 + skew)
-            assert len(seen) == 3 * 3 and all(seen), "one dispatch per decoder layer and pass"
-    assert not skew or any(found.hot is not None for found in seen)
+            assert [type(plan) for plan in eager_dispatch] == [kind] * 9, "one for each decoder layer and pass"
 
 
-def test_split_by_cost():
-    rank = 16
-    assert split_by_cost([10, 10, 10, 10], 20, rank) == ([0, 1, 2, 3], [])  # two of four: all work on all tokens
-    assert split_by_cost([0, 1, 0, 1], 1, rank) == ([1, 3], [])  # one token in generation: just its two
-    assert split_by_cost([8] * 64, 256, rank) == ([], list(range(64)))
-    assert split_by_cost([200, *[2] * 28], 128, rank) == ([0], list(range(1, 29)))
-    assert split_by_cost([0, 0], 0, rank) == ([], [])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dispatch_on_a_base_of_another_dtype(dtype, eager_dispatch):
+    model, ids = tiny_mixture("llama", 12, dtype=dtype), random_ids(2, 9)
+    with torch.no_grad():
+        dense = model(ids).logits
+        model.mark_mature()
+        sparse = model(ids).logits
+        eager_dispatch.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: None)
+            assert difference(sparse, model(ids).logits) <= 0.05
+    assert difference(sparse, dense) > 0.05
 
 
-@pytest.mark.parametrize("unwanted", [0, 12])
-def test_a_dispatch_covers_every_choice_once(unwanted):
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(50, 20, generator=generator)
+def test_what_is_dispatched():
+    def plan(tokens, experts, top_k=2, r=16):
+        weights, index = torch.rand(tokens, experts).topk(top_k)
+        return type(plan_dispatch(index, weights, experts, r)).__name__
+
+    assert plan(512, 64) == "Dispatch"
+    assert plan(512, 4) == plan(512, 16) == plan(4, 64) == "NoneType"  # the sum over all is as cheap
+    assert plan(1, 64) == "Fetch"
+    assert plan(1, 4) == "NoneType"
+    assert plan(512, 64, top_k=63) == "NoneType"
+
+
+def test_matrices_that_cannot_be_grouped_are_summed_over(eager_dispatch):
+    """A grouped matmul takes rows of whole 16 bytes only."""
+    assert not can_be_grouped(torch.ones(2, 8), torch.ones(2, 6))
+    assert not can_be_grouped(torch.ones(2, 8, dtype=torch.float64), torch.ones(2, 8, dtype=torch.float64))
+    model, ids = tiny_mixture("llama", 12).to(torch.float64), random_ids(2, 9)
+    model.mark_mature()
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert logits.dtype == torch.float64 and eager_dispatch
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: None)
+            assert difference(logits, model(ids).logits) <= TOLERANCE
+
+
+def test_a_dispatch_covers_every_choice_once():
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
     logits[:, 7] += 9
-    logits[:, 20 - unwanted :] -= 99
+    logits[:, 12:] -= 99
     weights, index = logits.topk(2)
-    found = plan_dispatch(index, weights, 20, 16)
-    assert 7 in found.hot
-    total = torch.zeros(50, 20)
-    total[:, found.hot] = found.hot_gate[:, ::16]
-    experts = list(range(20)) if found.cold is None else found.cold.tolist()
-    places = len(found.tokens) // len(experts)
-    for token in range(50):
-        for place, weight in zip(found.places[token].tolist(), found.weights[token].tolist(), strict=True):
-            if weight:
-                assert found.tokens[place] == token
-                total[token, experts[place // places]] += weight
-    assert torch.equal(total, torch.zeros(50, 20).scatter(1, index, weights))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "PLACE_COST", 1)
+        patch.setattr(dispatch, "DISPATCH_COST", 1)
+        found = plan_dispatch(index, weights, 20, 16)
+    total, begin = torch.zeros(50, 20), 0
+    for expert, end in enumerate(found.ends.tolist()):
+        for token in found.tokens[begin:end].tolist():
+            total[token, expert] += 1
+        begin = end
+    assert torch.equal(total, torch.zeros(50, 20).scatter(1, index, 1.0))
+    order = torch.arange(100) // 2
+    assert torch.equal(found.tokens[found.places], order)
+    assert torch.equal(found.rows[:, ::16], index * 16)
+    assert torch.equal(found.gate[:, ::16], weights)
+
+
+def test_what_a_hook_has_seen_of_the_base_layer_stays(eager_dispatch):
+    """The sum is added in place only where nobody else holds the base layer's result."""
+    model, ids, seen = tiny_mixture("llama", 2), random_ids(2, 9), []
+    layer = decoder_layers(model.base)[0].self_attn.q_proj
+    layer.base_layer.register_forward_hook(lambda module, args, out: seen.append((out, out.clone())))
+    with torch.no_grad():
+        model(ids)
+    assert torch.equal(*seen[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
