@@ -134,7 +134,10 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
 
 
 def _check_finite(model: DyLoRAMoE, step: int) -> None:
-    broken = [name for name, tensor in model.trained_parameters().items() if not torch.isfinite(tensor).all()]
+    extremes = {name: torch.stack(torch.aminmax(p.detach())) for name, p in model.trained_parameters().items()}
+    broken = [
+        name for name, least_and_most in extremes.items() if not least_and_most.isfinite().all()
+    ]  # NaN shows, too
     if broken:
         raise UsageError(
             f"training has diverged at step {step}, nothing was saved: NaN or infinity in\n{listed(broken)}\n"

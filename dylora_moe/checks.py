@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
-from . import formats, verify
+from . import formats, manifest, verify
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +55,20 @@ def fill_experts(model: DyLoRAMoE, seed: int) -> None:
     """Give every B and the gate seeded values that are not zero, as if trained: zeros would hide what is not saved."""
     import torch
 
-    generator = torch.Generator().manual_seed(seed + 1)
+    from .probe import expert_tensors
+
+    experts = expert_tensors(model)
+
+    @torch.no_grad()
+    def fill(index: int) -> None:
+        generator = torch.Generator().manual_seed(seed + 1 + index)
+        for name, tensor in experts[index].items():
+            if name.endswith(".lora_B.weight"):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(-NOISE, NOISE, generator=generator))
+
+    manifest.parallel(fill, range(len(experts)))
+    gate, generator = model.router.gate.weight, torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for index in range(model.num_experts):
-            for name, tensor in model.expert_tensors(index).items():
-                if name.endswith(".lora_B.weight"):
-                    tensor.copy_(torch.empty(tensor.shape).uniform_(-NOISE, NOISE, generator=generator))
-        gate = model.router.gate.weight
         gate.copy_(torch.randn(gate.shape, generator=generator).mul_(gate.shape[1] ** -0.5))
 
 
@@ -113,18 +120,22 @@ def compare_tensors(folder: Path, model: DyLoRAMoE) -> tuple[int, list[str]]:
     """How many tensors of the experts and the router were compared with their files, and each difference."""
     adapters = folder / formats.ADAPTERS
     files = {path.relative_to(folder).as_posix() for path in adapters.rglob("*")}
-    compared, problems = 0, []
-    for index in range(model.num_experts):
-        name = f"{verify.adapter_folder(files, f'expert_{index}')}/{formats.ADAPTER_WEIGHTS}"
-        compared += _compare_file(folder, name, model.expert_tensors(index), problems)
-    compared += _compare_file(folder, formats.ROUTER, dict(model.router.named_parameters()), problems)
-    return compared, problems
+    from .probe import expert_tensors
+
+    todo = [
+        (f"{verify.adapter_folder(files, f'expert_{index}')}/{formats.ADAPTER_WEIGHTS}", tensors)
+        for index, tensors in enumerate(expert_tensors(model))
+    ]
+    todo.append((formats.ROUTER, dict(model.router.named_parameters())))
+    found = manifest.parallel(lambda item: _compare_file(folder, *item), todo)
+    return sum(compared for compared, _ in found), [text for _, problems in found for text in problems]
 
 
-def _compare_file(folder: Path, name: str, tensors: dict[str, torch.Tensor], problems: list[str]) -> int:
+def _compare_file(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
     import torch
     from safetensors import SafetensorError, safe_open
 
+    problems = []
     try:
         with safe_open(folder / name, framework="pt") as file:
             names = set(file.keys())
@@ -136,10 +147,9 @@ def _compare_file(folder: Path, name: str, tensors: dict[str, torch.Tensor], pro
             for key in both:
                 if not torch.equal(file.get_tensor(key), tensors[key].detach().cpu()):
                     problems.append(f"{name}: tensor {key} on disk is not the one in memory")
-            return len(both)
+            return len(both), problems
     except (OSError, SafetensorError) as error:
-        problems.append(f"{name}: cannot be read back: {error}")
-        return 0
+        return 0, [f"{name}: cannot be read back: {error}"]
 
 
 def _fingerprint(model: DyLoRAMoE) -> tuple:
