@@ -4,6 +4,7 @@
     python train.py --model google/codegemma-2b --data code.jsonl=2 --data prose/ --experts 4 --output-dir runs/first
     python train.py ... --output-dir runs/first --resume
     torchrun --nproc_per_node 2 train.py ...
+    accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 train.py ...
 
 Stopped by SIGTERM or Ctrl-C it saves at the end of the step; --resume goes on as if it had never been stopped.
 """
@@ -98,6 +99,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
             model.mark_mature()
         _check_finite(model, state.global_step)
         rng_states = _agreed_rng_states(model)
+        outputs = checkpoint.probe_outputs(model) if model.sharded else None
 
         def training_files(folder: Path) -> None:
             training_state.write(
@@ -112,6 +114,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
                     step=state.global_step,
                     skills=self.skills,
                     training_files=training_files if optimizer is not None else None,
+                    outputs=outputs,
                 )
                 if getattr(args, "save_total_limit", None):
                     _rotate(args, state)

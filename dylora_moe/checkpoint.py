@@ -34,6 +34,7 @@ from .layers import expert_name
 from .model import DyLoRAMoE, untouched
 from .probe import (
     PROBE_TOLERANCE,
+    Outputs,
     ProbeDifference,
     as_arrays,
     dtype_name,
@@ -43,6 +44,7 @@ from .probe import (
     max_abs_difference,
     probe_difference,
     probe_facts,
+    probe_outputs,
     read_probe,
 )
 from .skills import SkillLibrary
@@ -61,6 +63,7 @@ __all__ = [
     "max_abs_difference",
     "probe_difference",
     "probe_facts",
+    "probe_outputs",
     "read_probe",
     "read_skills",
     "save",
@@ -85,11 +88,13 @@ def save(
     step: int = 0,
     skills: SkillLibrary | None = None,
     training_files: Callable[[Path], None] | None = None,
+    outputs: Outputs | None = None,
 ) -> bool:
     """Publish a checkpoint at `target`, whole or not at all.
 
     Args:
         training_files: writes what training needs to resume into the folder it is given.
+        outputs: of `probe_outputs`, where the base is sharded: one rank saves, and alone it could not compute them.
 
     Returns:
         False where a complete checkpoint stood there already: it is left as it is.
@@ -101,7 +106,7 @@ def save(
         if staging.path is None:
             return False
         with commit.explained("write the checkpoint", target):
-            written = write_files(staging.path, model, step=step, skills=skills or SkillLibrary())
+            written = write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
             staging.digests.update({name: file.digest for name, file in written.items()})
             if training_files is not None:
                 with _disk_errors():
@@ -127,7 +132,9 @@ def _disk_errors() -> Iterator[None]:
         raise OSError(code, text.splitlines()[0][:200]) from error
 
 
-def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary) -> dict[str, Written]:
+def write_files(
+    folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibrary, outputs: Outputs | None = None
+) -> dict[str, Written]:
     """Write everything but the training state and the manifest; few experts at a time."""
     experts = expert_tensors(model)
     folders = [formats.expert_folder(expert_name(index)) for index in range(len(experts))]
@@ -143,7 +150,7 @@ def write_files(folder: Path, model: DyLoRAMoE, *, step: int, skills: SkillLibra
     written[formats.ROUTER] = write_tensors(folder / formats.ROUTER, as_arrays(gate_tensors(model)))
     skills.save(folder / formats.SKILLS)
     parts = [*(f"{where}/{formats.ADAPTER_WEIGHTS}" for where in folders), formats.ROUTER]
-    probe = make_probe(model, [written[part].digest[1] for part in parts])
+    probe = make_probe(model, [written[part].digest[1] for part in parts], outputs)
     if probe is not None:
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}

@@ -175,6 +175,7 @@ class DyLoRAMoE(nn.Module):
     # ---- its parts ----
 
     base_revision: str | None = None
+    sharded = False  # by sharding.shard: a forward pass then needs every rank
 
     @property
     def base(self) -> PreTrainedModel:

@@ -43,8 +43,11 @@ class ProbeDifference:
         return max([self.routed, *self.experts])
 
 
+Outputs = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and facts
+
+
 def make_probe(
-    model: DyLoRAMoE, digests: Sequence[str] | None = None
+    model: DyLoRAMoE, digests: Sequence[str] | None = None, outputs: Outputs | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """What this model computes for a fixed input, and the facts under which that can be compared.
 
@@ -54,6 +57,22 @@ def make_probe(
 
     Args:
         digests: those SHA-256, where they are known already.
+        outputs: of `probe_outputs`, likewise.
+    """
+    outputs = outputs or probe_outputs(model)
+    if outputs is None:
+        return None
+    tensors, facts = outputs
+    if not (tensors["routed"].isfinite().all() and tensors["experts"].isfinite().all()):
+        return None
+    raw = b"".join(map(bytes.fromhex, digests or tensor_digests(model)))
+    return tensors | {"sha256": torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, 32)}, facts
+
+
+def probe_outputs(model: DyLoRAMoE) -> Outputs | None:
+    """The part of a probe that takes forward passes, finite or not; None where the base has no weights.
+
+    Of a sharded base every rank must ask for it, and the one that saves gives it to `checkpoint.save`.
     """
     if not model.has_base_weights:
         return None
@@ -62,12 +81,8 @@ def make_probe(
     input_ids = (torch.arange(PROBE_TOKENS).unsqueeze(0) * 7919 + 13) % size
     vocabulary = torch.arange(PROBE_ENTRIES) * size // PROBE_ENTRIES
     routed, experts = _probe_logits(model, input_ids, vocabulary)
-    if not (routed.isfinite().all() and experts.isfinite().all()):
-        return None
-    raw = b"".join(map(bytes.fromhex, digests or tensor_digests(model)))
-    sha256 = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, 32)
     tensors = {"input_ids": input_ids, "vocabulary": vocabulary, "routed": routed, "experts": experts}
-    return tensors | {"sha256": sha256}, probe_facts(model)
+    return tensors, probe_facts(model)
 
 
 def probe_facts(model: DyLoRAMoE) -> dict[str, str]:

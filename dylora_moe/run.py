@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from . import bases, checkpoint, cli, commit, data, demo, machine, ranks, resuming, training, training_state
+from . import bases, checkpoint, cli, commit, data, demo, machine, ranks, resuming, sharding, training, training_state
 from .config import MoELoraConfig, RouterConfig
 from .errors import UsageError
 from .model import DyLoRAMoE, seeded
@@ -38,6 +38,11 @@ def execute(args, make_saver: Callable, say: Callable[[str], None]) -> int:
     Raises:
         DyLoRAMoEError: for whatever the user can mend.
     """
+    with sharding.requested() as how:
+        return _execute(args, how, make_saver, say)
+
+
+def _execute(args, how: sharding.Sharding | None, make_saver: Callable, say: Callable[[str], None]) -> int:
     device = training_device(args)
     settings = training_arguments(args, device)
     _ = settings.world_size  # joins the processes of torchrun
@@ -54,11 +59,11 @@ def execute(args, make_saver: Callable, say: Callable[[str], None]) -> int:
                     demo.write(args)
             demo.fill_in(args)
         with ranks.together():
-            model, tokenizer = load_model(args, device)
+            model, tokenizer = load_model(args, torch.device("cpu") if how else device)  # the device gets a part
             blocks = load_data(args, model, tokenizer)
         for line in [*model.notes, *describe(model, blocks)]:
             say(line)
-        return _train(args, settings, model, tokenizer, blocks, start, make_saver, say, claim)
+        return _train(args, settings, model, tokenizer, blocks, start, how, make_saver, say, claim)
 
 
 # ---- the run folder ----
@@ -230,7 +235,7 @@ def training_arguments(args, device: torch.device) -> TrainingArguments:
     return settings
 
 
-def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, claim: ExitStack) -> int:
+def _train(args, settings, model, tokenizer, blocks, start, how, make_saver, say, claim: ExitStack) -> int:
     with ranks.together():
         run = resuming.settings(args, model, blocks)
     if any(other != run for other in ranks.gather(run)):
@@ -240,6 +245,8 @@ def _train(args, settings, model, tokenizer, blocks, start, make_saver, say, cla
         if start.weights_only or ended:
             checkpoint.load_into(start.folder, model, weights_only=start.weights_only)
         skills = checkpoint.read_skills(start.folder) if start.folder else SkillLibrary()
+    if how is not None:
+        say(sharding.shard(model, settings.device, how))
     early = training.EarlyStopping(early_stopping_patience=args.early_stopping) if args.early_stopping else None
     stop = training.StopSignals(early)
     add_skills(skills, model, blocks)

@@ -103,7 +103,8 @@ def weights_fingerprint(model: nn.Module) -> str:
     """ "dtype:sha256" over samples of every base parameter: whole if small, else 8 strided blocks of 32 numbers.
 
     The samples are hashed as float32, so the part after the colon is the same for the same values in any dtype that
-    holds them, on any device. Raises UsageError for a model without weights.
+    holds them, on any device. Of a sharded base every rank must ask for it. Raises UsageError for a model without
+    weights.
     """
     import torch
 
@@ -111,7 +112,10 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, parameter in _base_parameters(model):
         if parameter.is_meta:
             raise UsageError(f"There are no weights to fingerprint: {name} is on the meta device (--weights none).")
-        sample = _sample(parameter.detach()).to(torch.float32).cpu().contiguous()
+        tensor = parameter.detach()
+        if hasattr(tensor, "full_tensor"):  # a DTensor, of which this process may have a part only
+            tensor = tensor.full_tensor()
+        sample = _sample(tensor).to(torch.float32).cpu().contiguous()
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.numpy().tobytes())
     dtype = next(model.parameters()).dtype if not hasattr(model, "dtype") else model.dtype

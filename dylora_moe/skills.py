@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from .errors import CheckpointError, UsageError
 from .tensorfile import write_tensors
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .model import DyLoRAMoE
 
 EMBEDDING_DIM = 64
@@ -211,9 +214,21 @@ def _hidden_states(model: DyLoRAMoE, input_ids: torch.Tensor, keep: torch.Tensor
     input_ids = input_ids.to(model.get_input_embeddings().weight.device)
     keep = (torch.ones_like(input_ids) if keep is None else keep.to(input_ids.device)).bool()
     with untouched(model), model.disable_experts():
-        hidden = model.base.get_decoder()(input_ids, attention_mask=keep.long(), use_cache=False)[0]  # (B, T, d)
+        hidden = _last_hidden_states(model.base, input_ids, keep.long())  # (B, T, d)
     later = keep & (keep.cumsum(-1) > 1)
     return hidden[later if later.any() else keep].float().cpu()
+
+
+def _last_hidden_states(base: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What the decoder hands to the head, (B, T, d). Through the whole model: a sharded one is gathered by that."""
+    found = []
+    handle = base.get_decoder().register_forward_hook(lambda _, args, output: found.append(output[0]))
+    few = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    try:
+        base(input_ids, attention_mask=attention_mask, use_cache=False, **few)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _random_tokens(model: DyLoRAMoE) -> torch.Tensor:

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from . import checkpoint, formats, ranks, training_state
+from . import checkpoint, formats, ranks, sharding, training_state
 from .errors import UsageError
-from .model import DyLoRAMoE, Usage
+from .model import IGNORED_LABEL, DyLoRAMoE, Usage
 
 SHOWN_EXPERTS = 16  # more of them are not logged one by one
 SUMS = "MoETrainer"  # under this name trainer_state.json keeps what was summed up for the next log
@@ -38,15 +38,24 @@ class MoETrainer(Trainer):
     """A Trainer whose checkpoints are this project's.
 
     Give it a `PeftCheckpointCallback`, which writes them, and `save_strategy="steps"`. The learning-rate schedule must
-    be one of LambdaLR (all of Transformers' that depend on the step alone).
+    be one of LambdaLR (all of Transformers' that depend on the step alone). For FSDP2 give it a model that
+    `sharding.shard` has sharded; Accelerate's own sharding would take the experts too.
 
     Args:
         eval_dataset: a dict of data sets; each gets its loss, `eval_<name>_loss`, and their mean is `eval_loss`.
         start_step: with fresh training state, the step at which schedule and data begin.
+
+    Raises:
+        UsageError: where Accelerate is to shard the model.
     """
 
     def __init__(self, *args, start_step: int = 0, **kwargs):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled or sharding.is_requested():
+            raise UsageError(
+                "Accelerate would shard the experts with the base: leave TrainingArguments(fsdp=...) and "
+                f"{sharding.WANTED} out, and shard the mixture with dylora_moe.sharding.shard before"
+            )
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
         self.add_callback(_Sums(self))
@@ -71,6 +80,20 @@ class MoETrainer(Trainer):
             state = TrainerState(global_step=self.start_step, train_batch_size=self._train_batch_size)
             state.save_to_json(f"{folder}/{formats.TRAINER_STATE}")
             return super().train(folder, **kwargs)
+
+    # ---- several processes ----
+
+    def _move_model_to_device(self, model, device) -> None:
+        if not model.sharded:  # otherwise it is there, and torch cannot move every DTensor
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model, training: bool = True, dataloader=None):
+        """DDP around a sharded base, too: Accelerate refuses every model that holds DTensors."""
+        model = super()._wrap_model(model, training=training, dataloader=dataloader)
+        if not training or model is not self.mixture or not model.sharded:
+            return model
+        model = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast only
+        return sharding.replicated(model, self.args.device, **self.accelerator.ddp_handler.to_kwargs())
 
     # ---- optimizer ----
 
@@ -124,9 +147,10 @@ class MoETrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Publish experts and router as a checkpoint without training state; never a merged model."""
         target = Path(output_dir or Path(self.args.output_dir) / "checkpoint")
+        outputs = checkpoint.probe_outputs(self.mixture) if self.mixture.sharded else None
         with ranks.together():
             if self.args.should_save:
-                checkpoint.save(target, self.mixture, step=self.state.global_step)
+                checkpoint.save(target, self.mixture, step=self.state.global_step, outputs=outputs)
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         position = super()._init_training_state(max_steps, *args, **kwargs)
@@ -189,20 +213,29 @@ class MoETrainer(Trainer):
         return metrics
 
     def _evaluate_one(self, rows) -> tuple[float, Usage | None]:
-        rank, size = ranks.world()
         mixture = self.mixture
         mixture.reset_usage()
-        mine = Subset(rows, range(rank, len(rows), size))
-        loader = DataLoader(mine, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        self.callback_handler.eval_dataloader = loader
         total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-        for batch in loader:
+        for batch in self._own_batches(rows):
             batch = self._prepare_inputs(batch)
             tokens = int((batch["labels"][:, 1:] != -100).sum())
             total += torch.tensor([mixture(**batch).lm_loss.item() * tokens, tokens], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()
         return nats / max(tokens, 1), _over_ranks(mixture.usage())
+
+    def _own_batches(self, rows) -> Iterator[dict]:
+        """This rank's share of the rows. Of a sharded base each rank gets as many batches, some without a label."""
+        rank, size = ranks.world()
+        mine = Subset(rows, range(rank, len(rows), size))
+        loader = DataLoader(mine, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        self.callback_handler.eval_dataloader = loader
+        yield from loader
+        if self.mixture.sharded:
+            most = math.ceil(math.ceil(len(rows) / size) / self.args.per_device_eval_batch_size)  # of rank 0
+            for _ in range(most - len(loader)):
+                blank = self.data_collator([rows[0]])
+                yield blank | {"labels": torch.full_like(blank["labels"], IGNORED_LABEL)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """With the training loss, how the tokens since the last log were routed.

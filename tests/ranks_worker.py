@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 ranks_worker.py scenarios.json out/
 
-A scenario is {"argv": [...], "spoil": name or null}; out/<rank>.json gets a list of {"code", "out", "err"}.
+A scenario is {"argv": [...], "spoil": name or null, "environment": {}}; out/<rank>.json gets a list of {"code", "out",
+"err"}.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import train
 from dylora_moe import checkpoint, run
@@ -45,6 +47,21 @@ def drift(self, args, state, control, model=None, **kwargs):
             next(iter(model.expert_tensors(1).values()))[0, 0] += 1e-7
 
 
+def count_shards(self, args, state, control, model=None, **kwargs):
+    """Says in how many numbers each part of the mixture is here."""
+    if state.global_step == 6:
+        here = list(model.parameters())
+        parts = [parameter for parameter in here if isinstance(parameter, DTensor)]
+        counts = {
+            "sharded": sum(part.numel() for part in parts),
+            "held": sum(part.to_local().numel() for part in parts),
+            "whole": sum(parameter.numel() for parameter in here if not isinstance(parameter, DTensor)),
+            "base": model.parameter_counts()["base"],
+            "trained": sum(parameter.numel() for parameter in model.trained_parameters().values()),
+        }
+        print("counted:", json.dumps(counts))
+
+
 def full_disk(folder, *args, **kwargs):
     (folder / "router.safetensors").write_bytes(b"half")
     raise OSError(28, "No space left on device", str(folder / "router.safetensors"))
@@ -61,6 +78,7 @@ SPOILERS = {
     "stop": (train.PeftCheckpointCallback, "on_step_begin", stop_rank_1),
     "ctrl-c": (train.PeftCheckpointCallback, "on_step_begin", echoed_ctrl_c),
     "drift": (train.PeftCheckpointCallback, "on_step_begin", drift),
+    "count shards": (train.PeftCheckpointCallback, "on_step_begin", count_shards),
     "full disk": (checkpoint, "write_files", full_disk),
     "no data on rank 1": (run, "load_data", no_data),
 }
@@ -71,6 +89,7 @@ def main() -> None:
     results = []
     for scenario in scenarios:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.dict(os.environ, scenario.get("environment", {})))
             spoil = scenario.get("spoil")
             if spoil:
                 where, name, replacement = SPOILERS[spoil]

@@ -1,4 +1,4 @@
-"""Two gloo processes: one checkpoint, one writer; both stop, fail and resume together."""
+"""Two gloo processes: one checkpoint, one writer; both stop, fail and resume together, with a sharded base too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from .runs import arguments, assert_same, newest, states, steps
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code)
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` says it
+# One tensor for all layers, and in evaluation two batches for the first rank and one for the other.
+COMBINED = "--weights random --dtype bfloat16 --gradient-checkpointing --grad-accum 2 --batch-size 1 --max-steps 3"
+SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code); FSDP2 where "sharded" is in the name
     "whole": ("whole", ["--eval-steps", "6"], None, 0),
     "stopped": ("run", ["--eval-steps", "6"], "stop", 143),
     "resumed": ("run", ["--eval-steps", "6", "--resume"], None, 0),
@@ -29,6 +32,11 @@ SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code)
     "full disk": ("full", [], "full disk", 2),
     "no data": ("nothing", [], "no data on rank 1", 2),
     "not a model": ("nowhere", ["--model", "./nowhere"], None, 2),
+    "sharded": ("sharded", ["--eval-steps", "6"], "count shards", 0),
+    "sharded, stopped": ("sharded-run", ["--eval-steps", "6"], "stop", 143),
+    "sharded, resumed": ("sharded-run", ["--eval-steps", "6", "--resume"], None, 0),
+    "combined": ("combined", COMBINED.split(), None, 0),
+    "combined, sharded": ("combined-sharded", COMBINED.split(), None, 0),
 }
 
 
@@ -37,8 +45,12 @@ def two(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
     """The folder of the runs, and what each rank got out of each scenario; all in one launch of two processes."""
     folder = tmp_path_factory.mktemp("two")
     todo = [
-        {"argv": arguments(folder / run, *more, "--batch-size", "4"), "spoil": spoil}
-        for run, more, spoil, _ in SCENARIOS.values()
+        {
+            "argv": arguments(folder / run, "--batch-size", "4", *more),
+            "spoil": spoil,
+            "environment": FSDP2 if "sharded" in name else {},
+        }
+        for name, (run, more, spoil, _) in SCENARIOS.items()
     ]
     (folder / "scenarios.json").write_text(json.dumps(todo))
     worker = [str(Path(__file__).with_name("ranks_worker.py")), str(folder / "scenarios.json"), str(folder)]
@@ -102,6 +114,27 @@ def test_a_failure_on_one_rank_is_told_on_both(two):
     assert not (folder / "nowhere").exists()
 
 
+def test_a_sharded_base_is_held_in_parts(two):
+    for rank in two[1]["sharded"]:
+        counts = json.loads(rank["out"].partition("counted: ")[2].partition("\n")[0])
+        assert counts["base"] == counts["sharded"]
+        assert counts["held"] == counts["base"] // 2  # every first dimension is even
+        assert counts["whole"] == counts["trained"]
+
+
+@pytest.mark.parametrize("run", ["sharded", "sharded-run"])
+def test_a_sharded_base_gives_the_same_checkpoints(two, run):
+    """And stopped and resumed as well; so what validates the one validates the other."""
+    folder, _ = two
+    for step in (4, 8, 12):
+        assert_same(folder / "whole" / f"checkpoint-{step}", folder / run / f"checkpoint-{step}")
+
+
+def test_sharding_goes_with_checkpointing_accumulation_and_random_weights(two):
+    folder, _ = two
+    assert_same(newest(folder / "combined"), newest(folder / "combined-sharded"))
+
+
 def test_another_number_of_processes(two, tmp_path, capsys):
     folder, _ = two
     words = ["--eval-steps", "6", "--batch-size", "4", "--resume", str(folder / "whole" / "checkpoint-8")]
@@ -131,8 +164,9 @@ def test_torchrun_hands_a_signal_on(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_accelerate_launch(tmp_path):
-    words = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+@pytest.mark.parametrize("kind", ["--multi_gpu", "--use_fsdp --fsdp_version 2"])
+def test_accelerate_launch(tmp_path, kind):
+    words = f"{kind} --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = [sys.executable, "-m", "accelerate.commands.launch", *words.split()]
     words = ["train.py", *arguments(tmp_path / "run")]  # says --device cpu
     done = subprocess.run(
@@ -140,5 +174,6 @@ def test_accelerate_launch(tmp_path):
         env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert ("FSDP2: each of 2 processes keeps" in done.stdout) == ("fsdp" in kind)
     assert steps(tmp_path / "run") == [4, 8, 12]
     assert (newest(tmp_path / "run") / "rng_state_1.pth").exists()
