@@ -24,13 +24,14 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dylora_moe import bases, checkpoint, cli, commit, demo, interrupts, ranks, training_state
-from dylora_moe.config import MAX_EXPERTS
+from dylora_moe.config import MAX_EXPERTS, MAX_SEED
 from dylora_moe.errors import CheckpointError, UsageError, listed
 from dylora_moe.model import DyLoRAMoE
 from dylora_moe.skills import SkillLibrary
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 WEIGHTS = ("auto", "pretrained", "random")
+LISTS = ("data", "targets")  # settings that a file may give several values
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
 RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # a flag wins over a file's or the demo's setting of the other
 
@@ -185,11 +186,11 @@ def build_parser() -> cli.Parser:
     model = parser.add_argument_group("model")
     model.add_argument("--model", help=f"hub id, folder, GGUF file or preset ({bases.DEFAULT_MODEL})")
     model.add_argument(
-        "--weights", choices=("auto", "pretrained", "random"), default="pretrained", help="of the base (%(default)s)"
+        "--weights", choices=("auto", "pretrained", "random"), default="pretrained", help="of the base (pretrained)"
     )
     model.add_argument("--hf-token", help="for gated models and data; default HF_TOKEN or the login")
     model.add_argument("--dtype", help="of the base: float32, bfloat16 or float16 (default: the config's)")
-    model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (%(default)s)")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     model.add_argument("--experts", type=cli.number(int, 1, MAX_EXPERTS), default=2, help="number of experts (2)")
     model.add_argument("--lora-r", type=whole(1), default=16, help="rank of each expert (16)")
     model.add_argument("--lora-alpha", type=cli.number(float, above=0), default=32, help="scales by alpha / r (32)")
@@ -214,7 +215,7 @@ def build_parser() -> cli.Parser:
     training.add_argument("--max-steps", type=whole(1), help="default: --epochs")
     training.add_argument("--epochs", type=cli.number(float, above=0), help="(1)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
-    training.add_argument("--seed", type=whole(0), default=0, help="(0)")
+    training.add_argument("--seed", type=cli.number(int, 0, MAX_SEED), default=0, help="(0)")
     training.add_argument(
         "--early-stopping", type=whole(1), metavar="N", help="stop after N evaluations without a better one"
     )
@@ -254,9 +255,11 @@ def parse_arguments(argv: Sequence[str] | None) -> object:
     return args
 
 
-def _given(argv: Sequence[str] | None) -> dict:
-    """What the command line itself says, without defaults."""
+def _given(argv: Sequence[str] | None, refuse: Callable[[str], None] | None = None) -> dict:
+    """What the command line itself says, without defaults. What is wrong with it goes to `refuse`, if given."""
     parser = build_parser()
+    if refuse:
+        parser.error = refuse
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     return vars(parser.parse_args(argv))
@@ -290,6 +293,10 @@ def _read_config(parser: cli.Parser, path: str) -> dict:
     """The settings of a --config file, checked as the flags are."""
     settings = _load_config(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
+
+    def refuse(message: str):
+        raise UsageError(f"--config {path}: {message}")
+
     found = {}
     for name, value in settings.items():
         action = actions.get(str(name).replace("-", "_"))
@@ -297,10 +304,9 @@ def _read_config(parser: cli.Parser, path: str) -> dict:
             raise UsageError(f"--config {path}: there is no setting {name!r}; see train.py --help")
         if value is None or value is False:
             continue
-        try:
-            found[action.dest] = _given(_as_words(action, value))[action.dest]
-        except SystemExit:
-            raise UsageError(f"--config {path}: {name}: {value!r} is not a value for it") from None
+        if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):
+            raise UsageError(f"--config {path}: {name}: expected a value, got {value!r}")
+        found[action.dest] = _given(_as_words(action, value), refuse)[action.dest]
     return found
 
 

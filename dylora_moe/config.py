@@ -17,6 +17,7 @@ from .errors import UsageError
 from .layers import RoutedLinear
 
 MAX_EXPERTS = 1024
+MAX_SEED = (1 << 32) - 1  # numpy's, which the Trainer seeds too
 # What a config may say. All else makes an adapter more than a plain LoRA on whole linear layers (DoRA, biases,
 # ranks by layer, initialisations that change the base); a routed sum of such adapters is not defined here.
 _FREE = {

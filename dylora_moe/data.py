@@ -70,7 +70,7 @@ class SourceStats:
     schema: str
     documents: int
     skipped_rows: int  # without text, or without an answer to learn
-    skipped_files: int  # of other splits, or not text
+    skipped_files: int  # of other splits, or not of the kind that is read
     unlabelled_turns: int  # answers in a chat that its template does not let us find
     held_out_documents: int
     withheld_documents: int  # not trained on because another data set holds them out

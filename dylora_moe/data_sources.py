@@ -36,6 +36,7 @@ DATA_SUFFIXES = (*LOADERS, ".txt")
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "evaluation"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
+NO_ROWS = "corresponds to no data"  # `datasets` of a file that can be read and is empty: [], a header alone
 HUB_PROBE_SECONDS = 3.0
 CAUSE_CHARACTERS = 300
 
@@ -88,7 +89,7 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source and how many files of it were left out (other splits, or not text)."""
+    """The rows of a source and how many files of it were left out (other splits, or not of the kind that is read)."""
 
     dataset: Dataset
     skipped_files: int = 0
@@ -173,6 +174,8 @@ def _load(paths: list[Path], loader: str, where: str) -> Dataset:
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # what each loader raises for bad content is not documented, and changes
+            if NO_ROWS in str(error):
+                return Dataset.from_dict({})
             raise UsageError(
                 f"{where}: cannot be read as {loader}: {_cause(error)}; check that the content is what the ending says"
             ) from error
@@ -227,7 +230,8 @@ def _read_folder(folder: Path) -> Rows:
     used = _training_files(folder, data)
     for file in used:
         _check_readable(file)
-    return Rows(_load(used, kinds[0], str(folder)), skipped_files=len(data) - len(used))
+    texts = [file for file in files if file.suffix.lower() == ".txt"]
+    return Rows(_load(used, kinds[0], str(folder)), skipped_files=len(data) - len(used) + len(texts))
 
 
 def _read_saved(folder: Path) -> Dataset:

@@ -175,6 +175,7 @@ def describe(model: DyLoRAMoE, blocks: data.TokenBlocks) -> list[str]:
     for source in blocks.sources:
         held_out = f"{source.held_out_documents:,} documents" if source.held_out_documents else "its last tokens"
         skipped = f", {source.skipped_rows:,} rows skipped" if source.skipped_rows else ""
+        skipped += f", {source.skipped_files:,} files left out" if source.skipped_files else ""
         lines.append(
             f"data: {source.name}: {source.documents:,} documents ({source.schema}{skipped}), {source.blocks:,} blocks "
             f"of {blocks.block_size} tokens, {source.sampled_blocks:,} drawn per epoch; held out: {held_out}"

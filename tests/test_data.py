@@ -185,9 +185,10 @@ def test_test_files_of_a_folder_are_not_trained_on(tmp_path):
     write_rows(tmp_path / "train-0.jsonl", texts(40))
     for name in ("test", "notes"):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "SECRET"}] * 9)
+    (tmp_path / "about.txt").write_text("SECRET")
     blocks = blocks_of(tmp_path)
     assert not any("SECRET" in text for text, _ in pieces_of(blocks.train))
-    assert blocks.sources[0].skipped_files == 2
+    assert blocks.sources[0].skipped_files == 3
 
 
 def test_folder_of_texts_is_a_document_per_file(tmp_path):
@@ -224,7 +225,9 @@ BAD_FILES = {
     "bad json": ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl: cannot be read as json: .*parse error"),
     "binary json": ("a.jsonl", bytes(range(256)) * 9, r"a\.jsonl: cannot be read as json"),
     "not parquet": ("a.parquet", b"text", r"a\.parquet: cannot be read as parquet: .*footer"),
-    "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl: cannot be read as json: .*no data"),
+    "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl: holds no rows"),
+    "empty list": ("a.json", b"[]", r"a\.json: holds no rows"),
+    "a header alone": ("a.csv", b"text\n", r"a\.csv: holds no rows"),
     "binary text": ("a.txt", b"a\0b", r"a\.txt: is not UTF-8 text"),
     "latin-1 text": ("a.txt", b"caf\xe9", r"a\.txt: is not UTF-8 text"),
     "ending": ("a.xyz", b"x", r"a\.xyz: a data file must end in \.jsonl.*found \.xyz"),

@@ -41,6 +41,13 @@ def without(words: list[str], flag: str) -> list[str]:
 # ---- arguments ----
 
 
+def test_help_lists_the_flags(capsys):
+    assert run(["--help"]) == 0
+    out = capsys.readouterr().out
+    for action in train.build_parser()._actions:
+        assert action.option_strings[0] in out
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
@@ -55,7 +62,8 @@ def without(words: list[str], flag: str) -> list[str]:
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got 0"),
         (["--block-size", "4"], "--block-size: expected a whole number of at least 8, got 4"),
         (["--max-steps", "0"], "--max-steps: expected a whole number of at least 1, got 0"),
-        (["--seed", "-1"], "--seed: expected a whole number of at least 0, got -1"),
+        (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
+        (["--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295, got 4294967296"),
         (["--lr-schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--weights", "none"], "invalid choice: 'none'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
@@ -217,7 +225,9 @@ def test_a_settings_file_and_flags_that_win(tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("experts: 0", "experts: 0 is not a value for it"),
+        ("experts: 0", "argument --experts: expected a whole number from 1 to 1024, got 0"),
+        ("experts: [2, 3]", "experts: expected a value, got [2, 3]"),
+        ("targets: {q_proj: 1}", "targets: expected a value, got {'q_proj': 1}"),
         ("expertz: 2", "there is no setting 'expertz'"),
         ("- experts", "expected settings by name, found list"),
         ("experts: [", "is not valid YAML"),
@@ -227,7 +237,8 @@ def test_a_settings_file_and_flags_that_win(tmp_path, name):
 def test_a_bad_settings_file(tmp_path, capsys, content, text):
     (tmp_path / "settings.yaml").write_text(content)
     assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "settings.yaml"))) == 2
-    assert text in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: --config ") and text in line
     assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "nothing.json"))) == 2
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
 
