@@ -73,7 +73,7 @@ def _execute(args, how: sharding.Sharding | None, make_saver: Callable, say: Cal
 def claimed(run_dir: Path) -> Iterator[ExitStack]:
     """Make the run folder, and be its only writer to the end. On every rank; the first one does it.
 
-    What was made is removed again, unless `pop_all()` of what this yields has been called: the run has begun.
+    What was made is removed again, unless `pop_all()` of what this yields has been called: there is a checkpoint.
 
     Raises:
         UsageError: where that is not possible, or another process writes there.
@@ -102,6 +102,19 @@ def _remove_new(run_dir: Path, found: set[str], made: list[Path]) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         for folder in made:  # those inside first
             folder.rmdir()
+
+
+def _save_tokenizer(tokenizer: transformers.PreTrainedTokenizerBase, run_dir: Path) -> list[Path]:
+    """The files that were not there before."""
+    before = set(run_dir.iterdir())
+    tokenizer.save_pretrained(run_dir)
+    return [path for path in run_dir.iterdir() if path not in before]
+
+
+def _remove_files(paths: list[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink()
 
 
 # ---- what is trained, on what ----
@@ -268,12 +281,15 @@ def _train(args, settings, model, tokenizer, blocks, start, how, make_saver, say
         say(f"{start.folder} is the last checkpoint of a run that has ended: there is nothing left to train")
     else:
         if ranks.is_first():
-            tokenizer.save_pretrained(args.output_dir)
-        claim.pop_all()
+            claim.callback(_remove_files, _save_tokenizer(tokenizer, Path(args.output_dir)))
         if start.folder:
             say(_resuming_line(start))
-        with stop:
-            trainer.train(None if start.weights_only or not start.folder else str(start.folder))
+        try:
+            with stop:
+                trainer.train(None if start.weights_only or not start.folder else str(start.folder))
+        finally:
+            if commit.checkpoints(args.output_dir):
+                claim.pop_all()
     newest = commit.latest(args.output_dir)
     if stop.received is not None:
         return _interrupted(stop.received, trainer.state.global_step, newest.path, say)

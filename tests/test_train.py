@@ -16,7 +16,7 @@ import yaml
 import test_checkpoint_minimal
 import test_checkpoint_save_load
 import train
-from dylora_moe import bases, commit, demo, formats, machine
+from dylora_moe import bases, checkpoint, commit, demo, formats, machine
 from dylora_moe.errors import UsageError
 from dylora_moe.training import MoETrainer
 
@@ -142,6 +142,23 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "mkdir", refuse)
     assert run(arguments(tmp_path / "run")) == 2
     assert f"cannot create {tmp_path / 'run'}: Permission denied" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_disk_that_is_full_at_the_first_save_leaves_nothing(tmp_path, capsys, monkeypatch, there):
+    def full(folder, *args, **kwargs):
+        (folder / "router.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(folder / "router.safetensors"))
+
+    if there:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/notes.txt").write_text("mine")
+    monkeypatch.setattr(checkpoint, "write_files", full)
+    assert run(arguments(tmp_path / "run", steps=2)) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    left = {path.name for path in tmp_path.glob("run/*")} - {commit.LOCK}
+    assert left == ({"notes.txt"} if there else set())
+    assert (tmp_path / "run").exists() == there
 
 
 def test_a_full_disk_is_known_before_the_first_step(tmp_path, capsys, monkeypatch):
