@@ -187,6 +187,7 @@ def describe(model: DyLoRAMoE, blocks: data.TokenBlocks) -> list[str]:
     ]
     for source in blocks.sources:
         held_out = f"{source.held_out_documents:,} documents" if source.held_out_documents else "its last tokens"
+        held_out += f" ({source.eval_blocks:,} blocks)"
         skipped = f", {source.skipped_rows:,} rows skipped" if source.skipped_rows else ""
         skipped += f", {source.skipped_files:,} files left out" if source.skipped_files else ""
         lines.append(
