@@ -107,6 +107,7 @@ class RoutedLinear(lora.Linear):
     """
 
     slot: LayerSlot | None = None
+    _is_adding = False
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, **kwargs):
         is_conv1d = isinstance(base_layer, Conv1D)
@@ -204,6 +205,18 @@ class RoutedLinear(lora.Linear):
     def _apply(self, *args, **kwargs):
         self._kept = {}
         return super()._apply(*args, **kwargs)
+
+    def add_adapter(self, adapter_name: str, config) -> None:
+        """One adapter more, not active yet. On its own `update_layer` goes through all that are there."""
+        self._is_adding = True
+        try:
+            self.update_layer(adapter_name, config.r, lora_alpha=config.lora_alpha, config=config)
+        finally:
+            self._is_adding = False
+
+    def set_adapter(self, *args, **kwargs) -> None:
+        if not self._is_adding:
+            super().set_adapter(*args, **kwargs)
 
     def update_layer(self, *args, **kwargs) -> None:
         self._members = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -104,6 +105,7 @@ class DyLoRAMoE(nn.Module):
         base.requires_grad_(False)
         self._states = ExpertStates()
         self.peft_model: PeftModelForCausalLM | None = None
+        self._layers_of: dict[str, list[RoutedLinear]] = {}
         for config in configs:
             self._inject(base, config)
         hidden_size = self.base.config.get_text_config().hidden_size
@@ -326,15 +328,29 @@ class DyLoRAMoE(nn.Module):
     # ---- building ----
 
     def _inject(self, base: PreTrainedModel, config: MoELoraConfig) -> None:
-        """Add one expert through PEFT, and make its parameters: float32, on the base's device (CPU for meta)."""
-        name = expert_name(self.num_experts)
+        """Add one expert, and make its parameters: float32, on the base's device (CPU for meta)."""
+        name, twin = expert_name(self.num_experts), self._twin(config)
+        layers = self._inject_beside(twin, config, name) if twin else self._inject_by_peft(base, config, name)
+        b = []
+        for layer in layers:
+            device = layer.get_base_layer().weight.device
+            device = torch.device("cpu") if device.type == "meta" else device
+            for linear in (layer.lora_A[name], layer.lora_B[name]):
+                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.float32, device=device))
+            layer.reset_lora_parameters(name, config.init_lora_weights)
+            b.append(layer.lora_B[name])
+        self._states.add(b)
+        self._layers_of[name] = layers
+
+    def _inject_by_peft(self, base: PreTrainedModel, config: MoELoraConfig, name: str) -> list[RoutedLinear]:
+        """The layers that PEFT finds for the config's targets, with an expert of that name in them."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
             if self.peft_model is None:
                 self.peft_model = PeftModelForCausalLM(base, config, adapter_name=name, low_cpu_mem_usage=True)
             else:
                 self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
-        b = []
+        layers = []
         for path, module in self.base.named_modules():
             if not isinstance(module, LoraLayer) or name not in module.lora_A:
                 continue
@@ -343,15 +359,27 @@ class DyLoRAMoE(nn.Module):
                     f"{path} ({type(module.get_base_layer()).__name__}) cannot be routed: experts go on nn.Linear and "
                     "Conv1D layers only; leave it out of the targets"
                 )
-            device = module.get_base_layer().weight.device
-            device = torch.device("cpu") if device.type == "meta" else device
-            for linear in (module.lora_A[name], module.lora_B[name]):
-                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.float32, device=device))
-            module.reset_lora_parameters(name, config.init_lora_weights)
-            b.append(module.lora_B[name])
-        if not b:
+            layers.append(module)
+        if not layers:
             raise UsageError(f"no linear layer of {type(base).__name__} matches the targets {config.target_modules}")
-        self._states.add(b)
+        return layers
+
+    def _inject_beside(self, twin: str, config: MoELoraConfig, name: str) -> list[RoutedLinear]:
+        """What PEFT does for an adapter whose layers are wrapped already. It would first walk over all modules several
+        times, of which every expert brings more: a thousand experts would take hours."""
+        layers = self._layers_of[twin]
+        self.peft_model.peft_config[name] = config
+        with init_empty_weights():
+            for layer in layers:
+                layer.add_adapter(name, config)
+        return layers
+
+    def _twin(self, config: MoELoraConfig) -> str | None:
+        """An expert that is on the layers which this config targets."""
+        for index, other in enumerate(self.expert_configs if self.peft_model is not None else []):
+            if (other.target_modules, other.exclude_modules) == (config.target_modules, config.exclude_modules):
+                return expert_name(index)
+        return None
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
         config, outside = resolve_targets(base, config)

@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError, bases
-from dylora_moe.model import fresh_base, seeded, untouched
+from dylora_moe.model import fresh_base, replace_config, seeded, untouched
 
 from .tiny import ARCHITECTURES, VOCABULARY, random_ids, randomise, tiny_base, tiny_mixture
 
@@ -411,3 +411,25 @@ def test_real_training_lowers_the_loss_and_moves_every_part(smollm):
         losses.append(out.lm_loss.item())
     assert losses[-1] < losses[0] - 0.5
     assert all(not torch.equal(p, before[name]) for name, p in model.trained_parameters().items())
+
+
+def test_an_expert_beside_another_is_what_peft_would_have_made(monkeypatch):
+    configs = [MoELoraConfig(r=4), MoELoraConfig(r=2, lora_alpha=8), MoELoraConfig(r=4, use_rslora=True)]
+
+    def build():
+        with seeded(3):
+            return DyLoRAMoE(tiny_base(), [replace_config(config) for config in configs])
+
+    ours = build()
+    with monkeypatch.context() as patch:
+        patch.setattr(DyLoRAMoE, "_twin", lambda self, config: None)
+        theirs = build()
+    for mine, other in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        assert mine[0] == other[0]
+        assert torch.equal(mine[1], other[1]) and mine[1].requires_grad == other[1].requires_grad, mine[0]
+    assert [str(module) for module in ours.modules()] == [str(module) for module in theirs.modules()]
+    assert ours.peft_model.peft_config == theirs.peft_model.peft_config
+    assert ours.peft_model.active_adapters == theirs.peft_model.active_adapters
+    for (_, mine), (_, other) in zip(ours.routed_layers(), theirs.routed_layers(), strict=True):
+        for name in ("r", "lora_alpha", "scaling", "use_rslora", "use_dora", "lora_bias", "active_adapters"):
+            assert getattr(mine, name) == getattr(other, name), name
