@@ -207,7 +207,8 @@ class RoutedLinear(lora.Linear):
         return super()._apply(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config) -> None:
-        """One adapter more, not active yet. On its own `update_layer` goes through all that are there."""
+        """One adapter more, not active yet, and its parameters where they were made: `update_layer` alone would
+        activate and move all that are there, again and again."""
         self._is_adding = True
         try:
             self.update_layer(adapter_name, config.r, lora_alpha=config.lora_alpha, config=config)
@@ -217,6 +218,10 @@ class RoutedLinear(lora.Linear):
     def set_adapter(self, *args, **kwargs) -> None:
         if not self._is_adding:
             super().set_adapter(*args, **kwargs)
+
+    def _move_adapter_to_device_of_base_layer(self, *args, **kwargs) -> None:
+        if not self._is_adding:
+            super()._move_adapter_to_device_of_base_layer(*args, **kwargs)
 
     def update_layer(self, *args, **kwargs) -> None:
         self._members = {}
