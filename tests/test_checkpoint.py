@@ -496,20 +496,31 @@ def test_a_mixture_of_another_shape_is_refused_with_every_difference(tmp_path):
     assert equal(tensors(model), before)
 
 
-def test_a_file_that_goes_while_it_is_read_is_a_checkpoint_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "error", "text"),
+    [
+        (ADAPTER_1, CheckpointError, f"{ADAPTER_1}: expected to read it, found"),
+        (".", manifest.FolderGone, "was removed meanwhile"),
+    ],
+)
+def test_row_10_what_goes_while_it_is_read_is_an_error_that_touches_nothing(tmp_path, monkeypatch, what, error, text):
     folder = save_sound(tmp_path / "a")
-    model = tiny_mixture(seed=1)
-    before = tensors(model)
+    model, base = tiny_mixture(seed=1), tiny_base()
+    before, base_before = tensors(model), describe_base(base)
     real = checkpoint.load_file
 
     def gone(path):
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / what).rename(tmp_path / "gone")
         return real(path)
 
     monkeypatch.setattr(checkpoint, "load_file", gone)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(error, match=text):
         checkpoint.load_into(folder, model)
     assert equal(tensors(model), before)
+    (tmp_path / "gone").rename(folder / what)
+    with pytest.raises(error, match=text):
+        checkpoint.load(folder, base)
+    assert describe_base(base) == base_before
 
 
 # ---- from before manifests ----

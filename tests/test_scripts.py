@@ -370,6 +370,25 @@ def test_legacy_checkpoint(capsys, saved, tmp_path):
     assert re.search(r"✗ router.safetensors: .*found nothing", outcome.out)
 
 
+@pytest.mark.parametrize("late", ["load_file", "stock_peft_logits"])
+def test_a_checkpoint_that_is_rotated_away_meanwhile(capsys, saved, tmp_path, monkeypatch, late):
+    """Whatever was found in it by then is no verdict on it."""
+    folder, real = copy_of(saved, tmp_path), getattr(checkpoint, late)
+
+    def rotated_meanwhile(*args, **kwargs):
+        if folder.exists():
+            folder.rename(tmp_path / ".dylora-trash-1-0000000a")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, late, rotated_meanwhile)
+    outcome = run(full, capsys, "--checkpoint", folder)
+    assert outcome.code == 2
+    assert (
+        outcome.err == f"✗ {folder} is not there, or was removed meanwhile (by rotation?): list the run folder again\n"
+    )
+    assert outcome.failed() == []
+
+
 def test_incomplete_checkpoint(capsys, tmp_path):
     for script in (minimal, full):
         outcome = run(script, capsys, "--checkpoint", tmp_path)
