@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import formats, ranks
 from .errors import CheckpointError
+from .safefiles import explained
 from .tensorfile import FileProblem, read_json
 
 MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
@@ -56,14 +57,29 @@ def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list
 
     Args:
         rng_states: of each rank.
+
+    Raises:
+        UsageError: where one of them cannot be written.
     """
-    torch.save(optimizer.state_dict(), folder / formats.OPTIMIZER)
+    _save(optimizer.state_dict(), folder / formats.OPTIMIZER)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-        torch.save(scheduler.state_dict(), folder / formats.SCHEDULER)
+        _save(scheduler.state_dict(), folder / formats.SCHEDULER)
     for rank, state in enumerate(rng_states):
-        torch.save(state, folder / _rng_name(rank, len(rng_states)))
-    trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
+        _save(state, folder / _rng_name(rank, len(rng_states)))
+    with explained("write", folder / formats.TRAINER_STATE):
+        trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
+
+
+def _save(value: object, path: Path) -> None:
+    """As `torch.save`, but a full disk is called that: torch says that it found itself at an unexpected position."""
+    with explained("write", path), open(path, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of the write that failed
+                raise error.__context__ from None
+            raise
 
 
 def _rng_name(rank: int, size: int) -> str:

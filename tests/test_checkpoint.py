@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.model import DyLoRAMoE
 from dylora_moe.skills import SkillLibrary
 
-from .faults import run_with_fault
+from .faults import full_disk, run_with_fault
 from .mutations import (
     ADAPTER_0,
     ADAPTER_1,
@@ -233,6 +234,26 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
     with pytest.raises(UsageError, match=r"scheduler.pt: expected in this checkpoint"):
         checkpoint.save(tmp_path / "a", tiny_mixture(), training_files=lambda f: torch.save({}, f / formats.OPTIMIZER))
     assert {p.name for p in tmp_path.iterdir()} == {commit.LOCK}
+
+
+WRITTEN = [ADAPTER_0, ADAPTER_1, CONFIG_1, "router.safetensors", "skill_library.safetensors", "probe.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "config.json"])
+def test_rows_3_6_a_file_that_cannot_be_written_is_named_and_nothing_is_published(tmp_path, monkeypatch, name):
+    save_sound(tmp_path / "checkpoint-1")
+    before, model = files_of(tmp_path), tiny_mixture(seed=1)
+    values = tensors(model)
+    full_disk(monkeypatch, name)
+    with pytest.raises(UsageError) as caught:
+        checkpoint.save(tmp_path / "checkpoint-2", model)
+    assert re.fullmatch(
+        rf"cannot write {tmp_path}/\.dylora-staging-\S+/{re.escape(name)}: No space left on device \(ENOSPC\); "
+        "free space on that disk, or choose another output folder",
+        str(caught.value),
+    )
+    assert files_of(tmp_path) == before
+    assert equal(tensors(model), values)
 
 
 def test_native_writers_that_fail_are_usage_errors(tmp_path):

@@ -20,6 +20,7 @@ import train
 from dylora_moe import checkpoint, commit, run
 from dylora_moe.training import MoETrainer
 
+from .faults import full_disk
 from .runs import arguments, assert_same, material, newest, signal_at, states, steps, trainer_state
 
 ROOT = Path(__file__).parent.parent
@@ -287,6 +288,22 @@ def test_a_save_that_fails_stops_the_run(monkeypatch, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4"]
     assert train.main(arguments(tmp_path / "run", "--resume")) == 0
     assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "name", ["peft_adapters/expert_1/expert_1/adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+)
+def test_rows_3_6_one_file_that_cannot_be_saved_stops_the_run_and_is_named(monkeypatch, tmp_path, capsys, name):
+    whole = uninterrupted()
+    with monkeypatch.context() as patch:
+        full_disk(patch, name, after=1)  # the save at step 4 succeeds
+        assert train.main(arguments(tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"^train.py: cannot write \S+/{re.escape(name)}: No space left on device \(ENOSPC\); free", err)
+    assert "Traceback" not in err
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4"]
+    assert list((tmp_path / "run").glob(".dylora-staging-*")) == []
+    assert_same(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
 
 
 def test_nan_is_never_saved(monkeypatch, tmp_path, capsys):

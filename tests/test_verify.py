@@ -1,4 +1,4 @@
-"""Rows 10 and 21 to 34 of docs/reliability.md: what is wrong with a checkpoint is found, with and without a rewritten manifest.
+"""Rows 10 and 21 to 34 of docs/reliability.md: what is wrong with a checkpoint is found, manifest rewritten or not.
 
 Each case spoils a sound checkpoint and names the file, and words, that the problem must have.
 """
