@@ -62,7 +62,7 @@ class Outcome:
 
 
 def full_disk(monkeypatch, name: str, *, after: int = 0) -> None:
-    """What `open` opens for writing at this end of a path is on a disk that is full; the first `after` times it is not."""
+    """What `open` opens for writing under this name lies on a disk that is full, but for the first `after` times."""
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     real, seen = builtins.open, []
