@@ -140,6 +140,8 @@ class MoETrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if not self.start_step:
+            # Before the first tensor changes; the optimizer itself is filled later, when there is one.
+            training_state.read_moments(Path(resume_from_checkpoint), self.mixture.trained_parameters())
             checkpoint.load_into(resume_from_checkpoint, self.mixture)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
