@@ -496,6 +496,11 @@ def test_row_28_another_base_names_both(other, tmp_path):
         expected = "model_type: llama there, gemma here" if other == "gemma" else "intermediate_size: 48 there, 64 here"
         assert expected in str(caught.value)
     assert describe_base(base) == before
+    model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))
+    values = tensors(model)
+    with pytest.raises(CheckpointError, match=expected):
+        checkpoint.load_into(folder, model)
+    assert equal(tensors(model), values)
 
 
 def wider_base():
