@@ -643,4 +643,5 @@ def test_rows_1_3_4_a_full_save_with_a_fault_at_every_operation(mode, stride, sa
         shutil.rmtree(run / "checkpoint-2", ignore_errors=True)
         if not outcome.fired:
             break
+    print(f"{mode}: faults at {(k - 1) // stride} operations")
     assert k > 3 * stride
