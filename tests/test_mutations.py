@@ -91,6 +91,8 @@ def check_texts(problems: list[str], folder: Path, names: tuple[str, ...]) -> No
 
 
 def listed_in_manifest(folder: Path) -> list[str]:
+    if not (folder / formats.MANIFEST).is_file():  # a FIFO would be waited for
+        return []
     try:
         return [shown(name) for name in json.loads((folder / formats.MANIFEST).read_bytes())["files"]]
     except (OSError, ValueError, KeyError, TypeError):
