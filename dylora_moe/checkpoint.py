@@ -306,11 +306,18 @@ def _mixture(folder: Path, base: PreTrainedModel, adapters: list[MoELoraConfig],
         raise CheckpointError(folder, [problem]) from None
 
 
-def load_into(folder: str | Path, model: DyLoRAMoE, *, weights_only: bool = False) -> SkillLibrary:
+def load_into(
+    folder: str | Path,
+    model: DyLoRAMoE,
+    *,
+    weights_only: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> SkillLibrary:
     """Read experts, router and states of a checkpoint into a mixture of the same shape; its skill library is returned.
 
     Args:
         weights_only: as in `sound_config`.
+        check: called where experts and router fit, before they are copied; what it raises passes.
 
     Raises:
         CheckpointError: with every problem, before the first tensor of the model changes.
@@ -322,6 +329,7 @@ def load_into(folder: str | Path, model: DyLoRAMoE, *, weights_only: bool = Fals
         _check_architecture(folder, config, model.base)
         _check_same_mixture(folder, config, model)
         skills, files = read_skills(folder), _read_all(folder, model)
+        check()
     _copy(folder, files, model, _states(config))
     return skills
 
