@@ -98,9 +98,11 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         """
         if control.should_training_stop and not self.interrupted():
             model.mark_mature()
-        _check_finite(model, state.global_step)
-        rng_states = _agreed_rng_states(model)
-        outputs = checkpoint.probe_outputs(model) if model.sharded else None
+        with ranks.together():
+            _check_finite(model, state.global_step)
+            rng_state, digest = training_state.rng_state(), _digest(model)
+        rng_states = _agreed(rng_state, digest)
+        outputs = checkpoint.probe_outputs(model) if model.sharded else None  # every rank takes part
 
         def training_files(folder: Path) -> None:
             training_state.write(
@@ -149,9 +151,9 @@ def _check_finite(model: DyLoRAMoE, step: int) -> None:
         )
 
 
-def _agreed_rng_states(model: DyLoRAMoE) -> list[dict]:
+def _agreed(rng_state: dict, digest: str) -> list[dict]:
     """The random generators of every rank; an error where the ranks' experts or routers are not the same."""
-    states, digests = zip(*ranks.gather((training_state.rng_state(), _digest(model))), strict=True)
+    states, digests = zip(*ranks.gather((rng_state, digest)), strict=True)
     if len(set(digests)) > 1:
         found = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
         raise UsageError(f"the ranks have drifted apart, nothing was saved: experts or router differ ({found})")

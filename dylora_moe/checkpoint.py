@@ -264,7 +264,7 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
 
     Raises:
         CheckpointError: with every problem, before anything is built.
-        UsageError: where the base model cannot be had.
+        UsageError: where the base model cannot be had, or the folder is moved away meanwhile.
     """
     folder = Path(folder)
     if legacy.is_legacy(folder):
@@ -278,10 +278,10 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
             raise UsageError(f"{folder}/{formats.CONFIG} names no base model; pass base=")
         options.setdefault("dtype", config["base_model"]["dtype"])
         base = _load_base(name, revision=revision, **options)
-    with _as_found_on_error(base):
+    with _as_found_on_error(base), manifest.held_still(folder):
         model = _build(folder, config, base, smoothing)
         model.base_revision = revision
-        _copy_tensors(folder, config, model)
+        _copy(folder, _read_all(folder, model), model, _states(config))
     return model
 
 
@@ -291,7 +291,10 @@ def build(folder: str | Path, base: PreTrainedModel) -> DyLoRAMoE:
     Raises:
         CheckpointError: with every problem, before anything is built.
     """
-    return _build(Path(folder), sound_config(folder), base)
+    folder = Path(folder)
+    config = sound_config(folder)
+    with manifest.held_still(folder):
+        return _build(folder, config, base)
 
 
 def _build(folder: Path, config: dict, base: PreTrainedModel, label_smoothing: float = 0.0) -> DyLoRAMoE:
@@ -310,21 +313,31 @@ def _mixture(folder: Path, base: PreTrainedModel, adapters: list[MoELoraConfig],
         raise CheckpointError(folder, [problem]) from None
 
 
-def load_into(folder: str | Path, model: DyLoRAMoE, *, weights_only: bool = False) -> SkillLibrary:
+def load_into(
+    folder: str | Path,
+    model: DyLoRAMoE,
+    *,
+    weights_only: bool = False,
+    check: Callable[[], object] = lambda: None,
+) -> SkillLibrary:
     """Read experts, router and states of a checkpoint into a mixture of the same shape; its skill library is returned.
 
     Args:
         weights_only: as in `sound_config`.
+        check: called where experts and router fit, before they are copied; what it raises passes.
 
     Raises:
         CheckpointError: with every problem, before the first tensor of the model changes.
+        UsageError: where the folder is moved away meanwhile; nothing of the model changes then, either.
     """
     folder = Path(folder)
     config = sound_config(folder, weights_only=weights_only)
-    _check_architecture(folder, config, model.base)
-    _check_same_mixture(folder, config, model)
-    skills = read_skills(folder)
-    _copy_tensors(folder, config, model)
+    with manifest.held_still(folder):
+        _check_architecture(folder, config, model.base)
+        _check_same_mixture(folder, config, model)
+        skills, files = read_skills(folder), _read_all(folder, model)
+        check()
+    _copy(folder, files, model, _states(config))
     return skills
 
 
@@ -427,14 +440,18 @@ def _check_same_mixture(folder: Path, config: dict, model: DyLoRAMoE) -> None:
         )
 
 
-def _copy_tensors(folder: Path, config: dict, model: DyLoRAMoE) -> None:
-    """Read and compare everything, then copy."""
+def _states(config: dict) -> list[str]:
+    return [expert["state"] for expert in config["experts"]]
+
+
+def _read_all(folder: Path, model: DyLoRAMoE) -> list[tuple[str, dict, dict]]:
+    """(file, its tensors, the model's) of each expert and of the router."""
     files = []
     for index, mine in enumerate(expert_tensors(model)):
         name = f"{_adapter_folder(folder, expert_name(index))}/{formats.ADAPTER_WEIGHTS}"
         files.append((name, _read_tensors(folder, name), mine))
     files.append((formats.ROUTER, _read_tensors(folder, formats.ROUTER), gate_tensors(model)))
-    _copy(folder, files, model, [expert["state"] for expert in config["experts"]])
+    return files
 
 
 def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -445,7 +462,7 @@ def _read_tensors(folder: Path, name: str) -> dict[str, torch.Tensor]:
 
 
 def _copy(folder: Path, files: list[tuple[str, dict, dict]], model: DyLoRAMoE, states: list[str]) -> None:
-    """(file, its tensors, the model's) each: all of them or, where one does not fit, none."""
+    """Copy what `_read_all` found into the model: all of it or, where one tensor does not fit, none."""
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     problems: list[str] = []
     for name, there, here in files:

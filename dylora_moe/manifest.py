@@ -44,7 +44,7 @@ def manifest_problems(folder: os.PathLike | str) -> list[str]:
     Raises: FolderGone if the folder is not there, or was moved away meanwhile; UsageError if it is not a folder.
     """
     folder = Path(folder)
-    with _held_still(folder):
+    with held_still(folder):
         try:
             problems, extras, intact = survey(folder)
             problems += extras
@@ -59,7 +59,7 @@ def first_reason(folder: Path) -> str | None:
 
     None if it is complete. Nothing is hashed, files too many are allowed. Raises as `manifest_problems` does.
     """
-    with _held_still(folder):
+    with held_still(folder):
         try:
             return min(survey(folder)[0], default=None)
         except OSError as error:
@@ -204,8 +204,11 @@ def _unreadable(path: object, error: OSError) -> str:
 
 
 @contextmanager
-def _held_still(folder: Path) -> Iterator[None]:
-    """What is found inside the block counts only if the folder is the same one at the end of it."""
+def held_still(folder: Path) -> Iterator[None]:
+    """What is found inside the block, errors too, counts only if the folder is the same one at the end of it.
+
+    Raises: FolderGone where it is not, whatever else was raised; UsageError where it is not a folder.
+    """
 
     def identity() -> tuple[int, int] | None:
         with explained("read", folder):
@@ -217,8 +220,15 @@ def _held_still(folder: Path) -> Iterator[None]:
             raise UsageError(f"{folder} is not a folder: name a checkpoint folder")
         return found.st_dev, found.st_ino
 
+    gone = FolderGone(f"{folder} is not there, or was removed meanwhile (by rotation?): list the run folder again")
     before = identity()
-    if before is not None:
+    if before is None:
+        raise gone
+    try:
         yield
-    if before is None or identity() != before:
-        raise FolderGone(f"{folder} is not there, or was removed meanwhile (by rotation?): list the run folder again")
+    except Exception as error:
+        if identity() != before:
+            raise gone from error
+        raise
+    if identity() != before:
+        raise gone

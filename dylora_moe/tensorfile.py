@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from . import safefiles
-from .safefiles import FileProblem, is_hole, parse_json
+from .safefiles import FileProblem, explained, is_hole, parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,10 +63,13 @@ def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mappin
 
     Args:
         arrays: contiguous uint8, float32 or int64.
+
+    Raises:
+        UsageError: where it cannot be written.
     """
     digest, size = hashlib.sha256(), 0
     seen = {name: Extent() for name, array in arrays.items() if array.dtype.name == "float32"}
-    with open(path, "wb", buffering=0) as file:
+    with explained("write", path), open(path, "wb", buffering=0) as file:
         for name, chunk in _serialised(arrays, metadata):
             digest.update(chunk)
             if name in seen:
@@ -126,8 +129,12 @@ class Extent:
 
 
 def write_bytes(path: Path, data: bytes) -> Written:
-    """Write a file, and hash it."""
-    with open(path, "wb") as file:
+    """Write a file, and hash it.
+
+    Raises:
+        UsageError: where it cannot be written.
+    """
+    with explained("write", path), open(path, "wb") as file:
         file.write(data)
     return Written((len(data), hashlib.sha256(data).hexdigest()), [])
 

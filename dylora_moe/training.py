@@ -163,8 +163,12 @@ class MoETrainer(Trainer):
         return position
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        def check() -> None:
+            """The optimizer is filled later, when there is one; whether its moments fit is to be known now."""
+            training_state.read_moments(Path(resume_from_checkpoint), self.mixture.trained_parameters())
+
         if not self.start_step:
-            checkpoint.load_into(resume_from_checkpoint, self.mixture)
+            checkpoint.load_into(resume_from_checkpoint, self.mixture, check=check)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if self.start_step:

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from . import formats, ranks
 from .errors import CheckpointError
+from .safefiles import explained
 from .tensorfile import FileProblem, read_json
 
 MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
@@ -56,14 +57,29 @@ def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list
 
     Args:
         rng_states: of each rank.
+
+    Raises:
+        UsageError: where one of them cannot be written.
     """
-    torch.save(optimizer.state_dict(), folder / formats.OPTIMIZER)
+    _save(optimizer.state_dict(), folder / formats.OPTIMIZER)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
-        torch.save(scheduler.state_dict(), folder / formats.SCHEDULER)
+        _save(scheduler.state_dict(), folder / formats.SCHEDULER)
     for rank, state in enumerate(rng_states):
-        torch.save(state, folder / _rng_name(rank, len(rng_states)))
-    trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
+        _save(state, folder / _rng_name(rank, len(rng_states)))
+    with explained("write", folder / formats.TRAINER_STATE):
+        trainer_state.save_to_json(str(folder / formats.TRAINER_STATE))
+
+
+def _save(value: object, path: Path) -> None:
+    """As `torch.save`, but a full disk is called that: torch says that it found itself at an unexpected position."""
+    with explained("write", path), open(path, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # of the write that failed
+                raise error.__context__ from None
+            raise
 
 
 def _rng_name(rank: int, size: int) -> str:
@@ -156,7 +172,27 @@ def load_optimizer(folder: Path, optimizer) -> None:
     """Load the moments by the parameters' names.
 
     Raises:
-        CheckpointError: lists the parameters that are missing, unknown or of another shape, before anything changes.
+        CheckpointError: as `read_moments`, before anything changes.
+    """
+    moments = read_moments(folder, _parameters(optimizer), len(optimizer.param_groups))
+    own = optimizer.state_dict()  # its learning rate and the like stay: those of this run
+    index_of = {name: index for group in own["param_groups"] for name, index in _named(group)}
+    own["state"] = {index_of[name]: found for name, found in moments.items()}
+    optimizer.load_state_dict(own)
+
+
+def _parameters(optimizer) -> dict[str, torch.Tensor]:
+    return {name: parameter for group in optimizer.param_groups for name, parameter in _named(group)}
+
+
+def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int | None = None) -> dict[str, dict]:
+    """The saved moments of each of these parameters, by its name.
+
+    Args:
+        groups_here: the number of parameter groups, where there is an optimizer already.
+
+    Raises:
+        CheckpointError: lists the parameters that are missing, unknown or of another shape.
     """
     saved = read_tensors(folder, formats.OPTIMIZER)
     where = formats.OPTIMIZER
@@ -168,17 +204,12 @@ def load_optimizer(folder: Path, optimizer) -> None:
         raise CheckpointError(
             folder, [f"{where}: is not the state of an optimizer with named parameters ({error})"]
         ) from None
-    here = {
-        name: parameter
-        for group in optimizer.param_groups
-        for name, parameter in zip(group["param_names"], group["params"], strict=True)
-    }
     problems = [f"{where}: has no moments for {n}" for n in sorted(here) if there.get(n) not in moments]
     problems += [
         f"{where}: has moments for {name}, which is not trained here" for name in sorted(set(there) - set(here))
     ]
-    if len(groups) != len(optimizer.param_groups):
-        problems.append(f"{where}: has {len(groups)} parameter groups, the optimizer has {len(optimizer.param_groups)}")
+    if groups_here is not None and len(groups) != groups_here:
+        problems.append(f"{where}: has {len(groups)} parameter groups, the optimizer has {groups_here}")
     for name in sorted(set(here) & set(there)):
         for key, value in moments.get(there[name], {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != here[name].shape:
@@ -187,13 +218,11 @@ def load_optimizer(folder: Path, optimizer) -> None:
     if problems:
         remedy = "build the experts as they were, or use --resume-weights-only"
         raise CheckpointError(folder, [f"{p}; {remedy}" for p in problems])
-    own = optimizer.state_dict()  # its learning rate and the like stay: those of this run
-    index_of = {name: index for group in own["param_groups"] for name, index in _named(group)}
-    own["state"] = {index_of[name]: moments[there[name]] for name in here}
-    optimizer.load_state_dict(own)
+    return {name: moments[there[name]] for name in here}
 
 
 def _named(group: dict):
+    """(name, parameter) in an optimizer's own groups, (name, number) in those of its state."""
     return zip(group["param_names"], group["params"], strict=True)
 
 

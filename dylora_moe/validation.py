@@ -16,6 +16,7 @@ from . import cli, formats, interrupts, machine, verify, workspace
 from . import validation_subject as subject
 from .checks import CheckResult, check_save, check_size, check_structure, file_sizes, save_with, timed
 from .errors import UsageError
+from .manifest import held_still
 from .reporting import Printer, Report, annotate, write_json
 from .validation_flags import (
     FULL,
@@ -216,6 +217,10 @@ class Run:
 
     def validate(self) -> None:
         folder = subject.existing_checkpoint(Path(self.args.checkpoint).expanduser())
+        with held_still(folder):  # training may rotate it away
+            self.validate_folder(folder)
+
+    def validate_folder(self, folder: Path) -> None:
         self.report.checkpoint = str(folder)
         self.report.total_bytes = sum(file_sizes(folder).values())
         config = verify.inspect_config(folder)

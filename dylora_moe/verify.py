@@ -29,7 +29,7 @@ def verify(folder: str | Path) -> list[str]:
     """Every problem of a checkpoint folder, sorted; empty where it is complete and sound.
 
     Raises:
-        UsageError: where there is no folder of that name.
+        UsageError: where there is no folder of that name, or it is moved away meanwhile.
     """
     return inspect(folder).problems
 
@@ -37,8 +37,9 @@ def verify(folder: str | Path) -> list[str]:
 def inspect(folder: str | Path) -> Contents:
     """As `verify`, with the file sizes and the config."""
     contents = Contents(_folder(folder))
-    contents.take(manifest.manifest_problems(contents.folder))
-    return _inspect(contents, {formats.MANIFEST}, values=True)
+    with manifest.held_still(contents.folder):
+        contents.take(manifest.manifest_problems(contents.folder))
+        return _inspect(contents, {formats.MANIFEST}, values=True)
 
 
 def inspect_files(folder: str | Path, scanned: dict[str, list] | None = None) -> Contents:

@@ -32,6 +32,8 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import pytest
+
 from dylora_moe.errors import UsageError
 
 READS = {"scandir", "listdir", "stat", "lstat", "fstat", "read"}
@@ -57,6 +59,22 @@ class Outcome:
     acks: list[str] = field(default_factory=list)  # what the function acknowledged
     error: str | None = None  # the name of the exception's class and its text
     calls: list[str] = field(default_factory=list)  # "fsync /path/of/file": every call and "ack ...", in order
+
+
+def full_disk(monkeypatch, name: str, *, after: int = 0) -> None:
+    """What `open` opens for writing under this name lies on a disk that is full, but for the first `after` times."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs /dev/full")
+    real, seen = builtins.open, []
+
+    def opened(path, mode="r", *args, **kwargs):
+        if set(mode) & set("wax+") and not isinstance(path, int) and os.fsdecode(path).endswith(f"/{name}"):
+            seen.append(path)
+            if len(seen) > after:
+                return real("/dev/full", mode, *args, **kwargs)
+        return real(path, mode, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "open", opened)
 
 
 def run_with_fault(

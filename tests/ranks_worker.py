@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 ranks_worker.py scenarios.json out/
 
 A scenario is {"argv": [...], "spoil": name or null, "environment": {}}; out/<rank>.json gets a list of {"code", "out",
-"err"}.
+"err", "saves"}.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import train
-from dylora_moe import checkpoint, run
+from dylora_moe import checkpoint, run, training_state
 from dylora_moe.errors import UsageError
 
 RANK = int(os.environ["RANK"])
@@ -62,6 +62,25 @@ def count_shards(self, args, state, control, model=None, **kwargs):
         print("counted:", json.dumps(counts))
 
 
+def router_drift(self, args, state, control, model=None, **kwargs):
+    if state.global_step == 5 and RANK == 1:
+        with torch.no_grad():
+            model.router.gate.weight[0, 0] += 1e-7
+
+
+def nan_on_rank_1(self, args, state, control, model=None, **kwargs):
+    """Just before it is saved."""
+    if state.global_step == 8 and RANK == 1:
+        with torch.no_grad():
+            model.router.gate.weight[0, 0] = float("nan")
+
+
+def no_rng_state():
+    if RANK == 1:
+        raise UsageError("the generators cannot be read here")
+    return rng_state()
+
+
 def full_disk(folder, *args, **kwargs):
     (folder / "router.safetensors").write_bytes(b"half")
     raise OSError(28, "No space left on device", str(folder / "router.safetensors"))
@@ -73,12 +92,15 @@ def no_data(*args):
     return load_data(*args)
 
 
-load_data = run.load_data
+load_data, rng_state, save = run.load_data, training_state.rng_state, checkpoint.save
 SPOILERS = {
     "stop": (train.PeftCheckpointCallback, "on_step_begin", stop_rank_1),
     "ctrl-c": (train.PeftCheckpointCallback, "on_step_begin", echoed_ctrl_c),
     "drift": (train.PeftCheckpointCallback, "on_step_begin", drift),
     "count shards": (train.PeftCheckpointCallback, "on_step_begin", count_shards),
+    "router drift": (train.PeftCheckpointCallback, "on_step_begin", router_drift),
+    "NaN on rank 1": (train.PeftCheckpointCallback, "on_step_end", nan_on_rank_1),
+    "no generators on rank 1": (training_state, "rng_state", no_rng_state),
     "full disk": (checkpoint, "write_files", full_disk),
     "no data on rank 1": (run, "load_data", no_data),
 }
@@ -94,11 +116,13 @@ def main() -> None:
             if spoil:
                 where, name, replacement = SPOILERS[spoil]
                 stack.enter_context(mock.patch.object(where, name, replacement))
+            counted = stack.enter_context(mock.patch.object(checkpoint, "save", wraps=save))
             said, complained = io.StringIO(), io.StringIO()
             stack.enter_context(contextlib.redirect_stdout(said))
             stack.enter_context(contextlib.redirect_stderr(complained))
             code = train.main(scenario["argv"])
-        results.append({"code": code, "out": said.getvalue(), "err": complained.getvalue()})
+        texts = {"out": said.getvalue(), "err": complained.getvalue()}
+        results.append({"code": code, "saves": counted.call_count, **texts})
     (out / f"{RANK}.json").write_text(json.dumps(results))
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.model import DyLoRAMoE
 from dylora_moe.skills import SkillLibrary
 
-from .faults import run_with_fault
+from .faults import full_disk, run_with_fault
 from .mutations import (
     ADAPTER_0,
     ADAPTER_1,
@@ -233,6 +234,26 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
     with pytest.raises(UsageError, match=r"scheduler.pt: expected in this checkpoint"):
         checkpoint.save(tmp_path / "a", tiny_mixture(), training_files=lambda f: torch.save({}, f / formats.OPTIMIZER))
     assert {p.name for p in tmp_path.iterdir()} == {commit.LOCK}
+
+
+WRITTEN = [ADAPTER_0, ADAPTER_1, CONFIG_1, "router.safetensors", "skill_library.safetensors", "probe.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*WRITTEN, "config.json"])
+def test_rows_3_6_a_file_that_cannot_be_written_is_named_and_nothing_is_published(tmp_path, monkeypatch, name):
+    save_sound(tmp_path / "checkpoint-1")
+    before, model = files_of(tmp_path), tiny_mixture(seed=1)
+    values = tensors(model)
+    full_disk(monkeypatch, name)
+    with pytest.raises(UsageError) as caught:
+        checkpoint.save(tmp_path / "checkpoint-2", model)
+    assert re.fullmatch(
+        rf"cannot write {tmp_path}/\.dylora-staging-\S+/{re.escape(name)}: No space left on device \(ENOSPC\); "
+        "free space on that disk, or choose another output folder",
+        str(caught.value),
+    )
+    assert files_of(tmp_path) == before
+    assert equal(tensors(model), values)
 
 
 def test_native_writers_that_fail_are_usage_errors(tmp_path):
@@ -475,6 +496,11 @@ def test_row_28_another_base_names_both(other, tmp_path):
         expected = "model_type: llama there, gemma here" if other == "gemma" else "intermediate_size: 48 there, 64 here"
         assert expected in str(caught.value)
     assert describe_base(base) == before
+    model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))
+    values = tensors(model)
+    with pytest.raises(CheckpointError, match=expected):
+        checkpoint.load_into(folder, model)
+    assert equal(tensors(model), values)
 
 
 def wider_base():
@@ -496,20 +522,31 @@ def test_a_mixture_of_another_shape_is_refused_with_every_difference(tmp_path):
     assert equal(tensors(model), before)
 
 
-def test_a_file_that_goes_while_it_is_read_is_a_checkpoint_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("what", "error", "text"),
+    [
+        (ADAPTER_1, CheckpointError, f"{ADAPTER_1}: expected to read it, found"),
+        (".", manifest.FolderGone, "was removed meanwhile"),
+    ],
+)
+def test_row_10_what_goes_while_it_is_read_is_an_error_that_touches_nothing(tmp_path, monkeypatch, what, error, text):
     folder = save_sound(tmp_path / "a")
-    model = tiny_mixture(seed=1)
-    before = tensors(model)
+    model, base = tiny_mixture(seed=1), tiny_base()
+    before, base_before = tensors(model), describe_base(base)
     real = checkpoint.load_file
 
     def gone(path):
-        shutil.rmtree(folder, ignore_errors=True)
+        (folder / what).rename(tmp_path / "gone")
         return real(path)
 
     monkeypatch.setattr(checkpoint, "load_file", gone)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(error, match=text):
         checkpoint.load_into(folder, model)
     assert equal(tensors(model), before)
+    (tmp_path / "gone").rename(folder / what)
+    with pytest.raises(error, match=text):
+        checkpoint.load(folder, base)
+    assert describe_base(base) == base_before
 
 
 # ---- from before manifests ----
@@ -606,4 +643,5 @@ def test_rows_1_3_4_a_full_save_with_a_fault_at_every_operation(mode, stride, sa
         shutil.rmtree(run / "checkpoint-2", ignore_errors=True)
         if not outcome.fired:
             break
+    print(f"{mode}: faults at {(k - 1) // stride} operations")
     assert k > 3 * stride

@@ -34,7 +34,7 @@ from dylora_moe.errors import UsageError
 from dylora_moe.formats import MANIFEST
 from dylora_moe.manifest import FolderGone, manifest_problems
 
-from .faults import run_with_fault
+from .faults import CHANGES, MODES, run_with_fault
 from .saving import FILES, NESTED, content, python, save, steps, tree, write_files
 
 ROOT = Path(__file__).parents[1]
@@ -406,6 +406,7 @@ def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
             assert outcome.acks == ["saved", "rotated"]
             break
         assert outcome.killed == mode.endswith("kill")
+    print(f"{scenario}, {mode}: faults at {k - 1} operations")
     assert k - 1 >= AT_LEAST[mode] or scenario == "the same step again"  # that there is something to see
 
 
@@ -439,19 +440,31 @@ def test_the_faults_reach_native_writers_and_open(run):
 
 
 @pytest.mark.small_process
-def test_a_failed_save_leaves_nothing_and_names_the_file_the_cause_and_the_remedy(run):
+@pytest.mark.parametrize(
+    ("mode", "cause", "kinds"),
+    [
+        ("ENOSPC", r": No space left on device \(ENOSPC\); free space on that disk", {"write", "fsync", "rename"}),
+        ("EIO", r": Input/output error \(EIO\); the disk reports an error", {"write", "fsync", "close", "rename"}),
+    ],
+)
+def test_a_failed_save_leaves_nothing_and_names_the_file_the_cause_and_the_remedy(run, mode, cause, kinds):
     save(run, 1)
-    before, errors = tree(run).keys(), set()
+    before, failures = tree(run), set()
     for k in itertools.count(1):
-        outcome = run_with_fault(lambda ack: save(run, 10), k, "ENOSPC")
+        outcome = run_with_fault(lambda ack: save(run, 10), k, mode)
         if not outcome.fired:
             break
+        failed = [call for call in outcome.calls if call.split(" ")[0] in MODES[mode]][k - 1]
         if outcome.error:
-            assert tree(run).keys() == before
-            errors.add(outcome.error.partition("\n")[0].replace(str(run), "RUN"))
+            assert tree(run) | {commit.LOCK: b""} == before | {commit.LOCK: b""}
+            failures.add((failed.split(" ")[0], outcome.error.partition("\n")[0].replace(str(run), "RUN")))
         else:  # the text in the lock file is for people, and may be missing
+            assert failed.split(" ")[0] not in CHANGES or failed.endswith(f"/{commit.LOCK}"), failed
             shutil.rmtree(run / "checkpoint-10")
-    cause = r".*: No space left on device \(ENOSPC\); free space on that disk"
+    errors = {error for _, error in failures}
+    for error in errors:
+        assert re.match(rf"UsageError: cannot [a-z ]+ RUN\S*{cause}", error), error
+    assert kinds <= {name for name, _ in failures}
     for what in (r"flush RUN/\S+/router\.safetensors", r"write RUN/\S+/manifest\.json", r"publish RUN/checkpoint-10"):
         assert any(re.search(f"UsageError: cannot {what}{cause}", error) for error in errors), errors
 

@@ -29,6 +29,9 @@ SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code); F
     "resumed": ("run", ["--eval-steps", "6", "--resume"], None, 0),
     "interrupted": ("ctrl-c", [], "ctrl-c", 130),
     "drifted": ("drift", [], "drift", 2),
+    "router drifted": ("router", [], "router drift", 2),
+    "NaN": ("nan", [], "NaN on rank 1", 2),
+    "no generators": ("generators", [], "no generators on rank 1", 2),
     "full disk": ("full", [], "full disk", 2),
     "no data": ("nothing", [], "no data on rank 1", 2),
     "not a model": ("nowhere", ["--model", "./nowhere"], None, 2),
@@ -68,6 +71,7 @@ def test_both_ranks_end_alike(two, name):
 def test_one_rank_writes_and_speaks(two):
     folder, results = two
     assert steps(folder / "whole") == [4, 8, 12]
+    assert [rank["saves"] for rank in results["whole"]] == [3, 0]
     names = {path.name for path in newest(folder / "whole").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt", "manifest.json"} <= names
     assert states(newest(folder / "whole")) == ["mature", "mature"]
@@ -98,6 +102,9 @@ def test_a_failure_on_one_rank_is_told_on_both(two):
     folder, results = two
     for name, text in (
         ("drifted", "the ranks have drifted apart, nothing was saved"),
+        ("router drifted", "the ranks have drifted apart, nothing was saved"),
+        ("NaN", "training has diverged at step 8, nothing was saved"),
+        ("no generators", "the generators cannot be read here"),
         ("full disk", "No space left on device"),
         ("no data", "the data cannot be read here"),
         ("not a model", "There is no file or folder './nowhere'"),
@@ -107,8 +114,10 @@ def test_a_failure_on_one_rank_is_told_on_both(two):
             assert "Traceback" not in rank["err"]
     assert "rank 0: " in results["full disk"][1]["err"]
     assert "rank 1: " in results["no data"][0]["err"]
-    assert steps(folder / "drift") == [4]
-    assert steps(folder / "full") == []
+    assert "rank 1: " in results["NaN"][0]["err"]
+    for run in ("drift", "router", "nan"):
+        assert steps(folder / run) == [4]
+    assert steps(folder / "full") == steps(folder / "generators") == []
     assert list((folder / "full").glob("*checkpoint*")) == []
     assert not (folder / "nothing").exists()
     assert not (folder / "nowhere").exists()

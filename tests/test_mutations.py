@@ -79,9 +79,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def check_texts(problems: list[str], folder: Path, names: tuple[str, ...]) -> None:
-    """Each names a file that was or is there, in text that any terminal shows; none is an accident."""
-    known = {".", *names, formats.MANIFEST, *(p.relative_to(folder).as_posix() for p in folder.rglob("*"))}
-    known |= set(listed_in_manifest(folder))
+    """Each names a file that was, is or ought to be there, in text that any terminal shows; none is an accident."""
+    known = {".", *names, formats.MANIFEST, formats.PROBE, *listed_in_manifest(folder)}
+    known |= {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
     for problem in problems:
         name = problem.removeprefix("Found merged model file: ")
         assert name.partition(": ")[0] in known or name.partition("; ")[0] in known, problem
@@ -91,6 +91,8 @@ def check_texts(problems: list[str], folder: Path, names: tuple[str, ...]) -> No
 
 
 def listed_in_manifest(folder: Path) -> list[str]:
+    if not (folder / formats.MANIFEST).is_file():  # a FIFO would be waited for
+        return []
     try:
         return [shown(name) for name in json.loads((folder / formats.MANIFEST).read_bytes())["files"]]
     except (OSError, ValueError, KeyError, TypeError):

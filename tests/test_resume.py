@@ -20,7 +20,8 @@ import train
 from dylora_moe import checkpoint, commit, run
 from dylora_moe.training import MoETrainer
 
-from .runs import arguments, assert_same, material, newest, signal_at, states, steps, trainer_state
+from .faults import full_disk
+from .runs import arguments, assert_same, contents, material, newest, signal_at, states, steps, trainer_state
 
 ROOT = Path(__file__).parent.parent
 PLAIN = ()
@@ -243,31 +244,48 @@ def test_epochs_end_with_one_mature_checkpoint(monkeypatch, tmp_path, epochs, la
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import train
-from dylora_moe import checkpoint
-write = checkpoint.write_files
-def die(folder, model, *, step, **options):
+from dylora_moe import checkpoint, commit
+write, remove = checkpoint.write_files, commit._remove
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+def write_files(folder, model, *, step, **options):
     written = write(folder, model, step=step, **options)
-    if step == 8:
-        os.kill(os.getpid(), signal.SIGKILL)
+    step == 8 and die()
     return written
-checkpoint.write_files = die
-train.main(sys.argv[2:])
+def half_removed(path):
+    if ".dylora-trash-" in path.name:
+        (path / "manifest.json").unlink()
+        die()
+    remove(path)
+if sys.argv[2] == "within the save":
+    checkpoint.write_files = write_files
+else:
+    commit._remove = half_removed
+train.main(sys.argv[3:])
 """
 
 
-def test_killed_within_a_save(tmp_path):
-    words = arguments(tmp_path / "run")
-    done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), *words], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("when", "left", "hidden"),
+    [
+        ("within the save", [4], ".dylora-staging-*"),
+        ("within the rotation", [8], ".dylora-trash-*"),
+    ],
+)
+def test_rows_1_2_killed_and_resumed_is_uninterrupted(tmp_path, when, left, hidden):
+    run_dir = tmp_path / "run"
+    words = arguments(run_dir, "--save-total-limit", "1")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(ROOT), when, *words], capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert steps(tmp_path / "run") == [4]
-    assert [p.name for p in (tmp_path / "run").glob(".dylora-staging-*")] != []
-    assert train.main(arguments(tmp_path / "run", "--resume")) == 0
-    for step in (8, 12):
-        assert_same(uninterrupted() / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
-    assert [p.name for p in (tmp_path / "run").glob(".dylora-staging-*")] == []
+    assert steps(run_dir) == left
+    assert_same(uninterrupted() / f"checkpoint-{left[-1]}", newest(run_dir))
+    assert list(run_dir.glob(hidden)) != []
+    assert train.main(arguments(run_dir, "--resume", "--save-total-limit", "1")) == 0
+    assert steps(run_dir) == [12]
+    assert_same(newest(uninterrupted()), newest(run_dir))
+    assert list(run_dir.glob(".dylora-[st]*")) == []
 
 
 def test_a_save_that_fails_stops_the_run(monkeypatch, tmp_path, capsys):
@@ -287,6 +305,22 @@ def test_a_save_that_fails_stops_the_run(monkeypatch, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4"]
     assert train.main(arguments(tmp_path / "run", "--resume")) == 0
     assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    "name", ["peft_adapters/expert_1/expert_1/adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+)
+def test_rows_3_6_one_file_that_cannot_be_saved_stops_the_run_and_is_named(monkeypatch, tmp_path, capsys, name):
+    whole = uninterrupted()
+    with monkeypatch.context() as patch:
+        full_disk(patch, name, after=1)  # the save at step 4 succeeds
+        assert train.main(arguments(tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"^train.py: cannot write \S+/{re.escape(name)}: No space left on device \(ENOSPC\); free", err)
+    assert "Traceback" not in err
+    assert sorted(p.name for p in (tmp_path / "run").glob("*checkpoint*")) == ["checkpoint-4"]
+    assert list((tmp_path / "run").glob(".dylora-staging-*")) == []
+    assert_same(whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4")
 
 
 def test_nan_is_never_saved(monkeypatch, tmp_path, capsys):
@@ -364,6 +398,22 @@ def test_only_incomplete_checkpoints_are_an_error(run_dir, capsys):
     assert "  - checkpoint-8: " in err
 
 
+@pytest.mark.parametrize("damage", ["manifest.json", "router.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("more", [(), ("--accept-changes",), ("--resume-weights-only",)])
+def test_row_13_an_incomplete_checkpoint_that_is_named_is_an_error(run_dir, capsys, damage, more):
+    (run_dir / "checkpoint-8" / damage).unlink()
+    weights_do = damage == "optimizer.pt" and more == ("--resume-weights-only",)
+    before = contents(run_dir / "checkpoint-8")
+    words = arguments(run_dir, "--resume", str(run_dir / "checkpoint-8"), *more)
+    assert train.main(words) == (0 if weights_do else 2)
+    if not weights_do:
+        err = capsys.readouterr().err
+        assert f"{run_dir / 'checkpoint-8'} is not a sound checkpoint" in err
+        assert f"  - {damage}: expected" in err
+        assert steps(run_dir) == [4]
+    assert contents(run_dir / "checkpoint-8") == before
+
+
 def test_what_is_only_named_like_a_checkpoint_is_left_alone(run_dir):
     others = ["checkpoint-10.tmp", "checkpoint-best", "old-checkpoint-30", "checkpoint-011"]
     for name in others:
@@ -410,12 +460,13 @@ def test_training_state_missing_or_truncated(run_dir, capsys, name, content):
     err = capsys.readouterr().err
     assert name in err
     assert str(latest) in err
+    assert "--resume-weights-only" in err
     assert steps(run_dir) == [4, 8]
-    if content == "missing":
-        assert "--resume-weights-only" in err
-        assert train.main(arguments(run_dir, "--resume", "--resume-weights-only")) == 0
-        assert "all else fresh, from step 8" in capsys.readouterr().out
-        assert steps(run_dir) == [4, 8, 12]
+    assert train.main(arguments(run_dir, "--resume", "--resume-weights-only")) == 0
+    assert "all else fresh, from step 8" in capsys.readouterr().out
+    assert steps(run_dir) == [4, 8, 12]
+    with pytest.raises(AssertionError):  # what was left out does count
+        assert_same(newest(uninterrupted()), newest(run_dir))
 
 
 def test_weights_only_into_a_new_folder_begins_at_step_0(run_dir, tmp_path, capsys):
@@ -459,6 +510,52 @@ def test_optimizer_in_another_order_is_put_right(run_dir):
     assert_same(newest(uninterrupted()), newest(run_dir))
 
 
+def other_shapes(folder: Path) -> None:
+    state = torch.load(folder / "optimizer.pt", weights_only=True)
+    state["state"][1]["exp_avg"] = torch.zeros(3, 3)
+    torch.save(state, folder / "optimizer.pt")
+    rewrite(folder)
+
+
+def flip_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+REFUSED = {  # row -> what is wrong with the checkpoint, more flags
+    "13 incomplete": (lambda folder: (folder / "manifest.json").unlink(), ["--resume", "{}"]),
+    "16 a file missing": (lambda folder: rewrite(folder, "scheduler.pt"), ["--resume"]),
+    "16 a file truncated": (lambda folder: rewrite(folder, optimizer__pt=b"PK"), ["--resume"]),
+    "17 moments of other shapes": (other_shapes, ["--resume"]),
+    "18 another seed": (lambda folder: None, ["--resume", "--seed", "1"]),
+    "18 another rank": (lambda folder: None, ["--resume", "--accept-changes", "--lora-r", "2"]),
+    "21 a bit flipped": (lambda folder: flip_bit(folder / "router.safetensors"), ["--resume"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_resumption_that_is_refused_touches_nothing_in_the_model(run_dir, capsys, monkeypatch, case):
+    """The model is looked at as it was made and as it is left."""
+    spoil, flags = REFUSED[case]
+    spoil(run_dir / "checkpoint-8")
+    load, seen = run.load_model, []
+
+    def load_model(*args):
+        model, tokenizer = load(*args)
+        seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
+        return model, tokenizer
+
+    monkeypatch.setattr(run, "load_model", load_model)
+    words = [word.format(run_dir / "checkpoint-8") for word in flags]
+    assert train.main(arguments(run_dir, *words)) == 2
+    assert len(capsys.readouterr().err.splitlines()) > 1
+    ((model, before),) = seen
+    after = model.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+    assert set(model.expert_states) == {"new"}
+
+
 # ---- changed settings ----
 
 CHANGES = {
@@ -476,6 +573,10 @@ CHANGES = {
     "top-k": "1",
     "balance-coefficient": "0",
     "lora-dropout": "0",
+    "lora-alpha": "8",
+    "lora-r": "2",
+    "experts": "3",
+    "targets": "q_proj",
 }
 
 
@@ -558,10 +659,7 @@ def test_another_base_is_refused(run_dir, tmp_path, capsys):
 
 
 def test_a_changed_checkpoint_is_named(run_dir, capsys):
-    path = run_dir / "checkpoint-8" / "router.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
+    flip_bit(run_dir / "checkpoint-8" / "router.safetensors")
     assert train.main(arguments(run_dir, "--resume")) == 2
     err = capsys.readouterr().err
     assert "router.safetensors" in err

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -368,6 +369,51 @@ def test_legacy_checkpoint(capsys, saved, tmp_path):
     assert outcome.failed() == ["structure", "load", "consistency"]
     assert re.search(r"✗ .*manifest", outcome.out)
     assert re.search(r"✗ router.safetensors: .*found nothing", outcome.out)
+
+
+@pytest.mark.parametrize("late", ["load_file", "stock_peft_logits"])
+def test_a_checkpoint_that_is_rotated_away_meanwhile(capsys, saved, tmp_path, monkeypatch, late):
+    """Whatever was found in it by then is no verdict on it."""
+    folder, real = copy_of(saved, tmp_path), getattr(checkpoint, late)
+
+    def rotated_meanwhile(*args, **kwargs):
+        if folder.exists():
+            folder.rename(tmp_path / ".dylora-trash-1-0000000a")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, late, rotated_meanwhile)
+    outcome = run(full, capsys, "--checkpoint", folder)
+    assert outcome.code == 2
+    assert (
+        outcome.err == f"✗ {folder} is not there, or was removed meanwhile (by rotation?): list the run folder again\n"
+    )
+    assert outcome.failed() == []
+
+
+@pytest.mark.parametrize("name", [EXPERT_0, "router.safetensors", "skill_library.safetensors", "probe.safetensors"])
+def test_a_pickle_in_the_place_of_a_file_is_not_unpickled(capsys, saved, tmp_path, name):
+    folder = copy_of(saved, tmp_path)
+    (folder / name).write_bytes(b"cposix\nsystem\n(S'touch %s'\ntR." % os.fsencode(tmp_path / "PWNED"))
+    scripts.rewrite_manifest(folder)
+    for script in (minimal, full):
+        outcome = run(script, capsys, "--checkpoint", folder)
+        assert outcome.code == 1
+        assert outcome.failed()[0] == "structure"
+        assert re.search(rf"✗ {re.escape(name)}: ", outcome.out)
+    assert not (tmp_path / "PWNED").exists()
+
+
+def test_a_base_model_that_is_no_longer_there_is_not_looked_for_elsewhere(capsys, tmp_path, monkeypatch):
+    base = tmp_path / "tiny"
+    tiny_base("llama").save_pretrained(base)
+    assert run(full, capsys, "--model", base, "--output-dir", tmp_path / "out").code == 0
+    base.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("reached for the network"))
+    outcome = run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint")
+    assert outcome.code == 2
+    assert f"There is no file or folder '{base}'" in outcome.err
+    assert run(minimal, capsys, "--checkpoint", tmp_path / "out" / "checkpoint").code == 0  # which needs none
 
 
 def test_incomplete_checkpoint(capsys, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -159,6 +160,26 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_nothing(tmp_path, capsys, 
     left = {path.name for path in tmp_path.glob("run/*")} - {commit.LOCK}
     assert left == ({"notes.txt"} if there else set())
     assert (tmp_path / "run").exists() == there
+
+
+@pytest.mark.parametrize("code", ["EROFS", "EACCES"])
+def test_row_5_a_read_only_run_folder_is_known_before_anything_is_loaded(tmp_path, capsys, monkeypatch, code):
+    """Injected, since root may write anywhere."""
+    (tmp_path / "run").mkdir()
+    number, real = getattr(errno, code), os.open
+
+    def refusing(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT and tmp_path / "run" in Path(os.fsdecode(path)).parents:
+            raise OSError(number, os.strerror(number), path)
+        return real(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refusing)
+    monkeypatch.setattr("dylora_moe.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    assert run(arguments(tmp_path / "run")) == 2
+    err = capsys.readouterr().err
+    assert f"cannot write in {tmp_path / 'run'}: {os.strerror(number)} ({code}); " in err
+    assert "choose another output folder" in err
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_a_full_disk_is_known_before_the_first_step(tmp_path, capsys, monkeypatch):

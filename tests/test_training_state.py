@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerState
 
 from dylora_moe import training_state
-from dylora_moe.errors import CheckpointError
+from dylora_moe.errors import CheckpointError, UsageError
+
+from .faults import full_disk
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"])
+def test_a_disk_that_is_full_at_one_of_the_files_is_an_error_that_names_it(tmp_path, monkeypatch, name):
+    """torch.save itself says `unexpected pos 704 vs 598`."""
+    full_disk(monkeypatch, name)
+    made = stepped()
+    schedule = LambdaLR(made, lambda step: 1.0)
+    state = {"optimizer": made, "scheduler": schedule, "trainer_state": TrainerState(), "rng_states": [{"cpu": 1}]}
+    where = re.escape(str(tmp_path / name))
+    with pytest.raises(UsageError, match=rf"cannot write {where}: No space left on device \(ENOSPC\); free space"):
+        training_state.write(tmp_path, **state)
 
 
 def draw() -> tuple:

@@ -1,4 +1,4 @@
-"""Rows 21 to 35 of the fault list: what is wrong with a checkpoint is found, with and without a rewritten manifest.
+"""Rows 10 and 21 to 34 of docs/reliability.md: what is wrong with a checkpoint is found, manifest rewritten or not.
 
 Each case spoils a sound checkpoint and names the file, and words, that the problem must have.
 """
@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dylora_moe import checkpoint, formats, verify
+from dylora_moe import __main__ as main
+from dylora_moe import checkpoint, commit, formats, training_state, verify
 from dylora_moe.errors import CheckpointError, UsageError
 
 from .mutations import (
@@ -67,6 +68,67 @@ def found(folder: Path, *words: str) -> list[str]:
         assert problem.count("; ") >= 1, f"no remedy: {problem}"
         assert "report this as a bug" not in problem
     return problems
+
+
+# ---- row 10: while training goes on ----
+
+
+@pytest.mark.parametrize("check", ["_check_config", "_check_file_set", "_check_training"])
+def test_row_10_one_that_is_rotated_away_meanwhile_has_no_problems_but_is_gone(sound, monkeypatch, check, capsys):
+    """Neither its loss nor what is in its place by then says anything of the checkpoint that was named."""
+    real = getattr(verify, check)
+
+    def late(contents, *args):
+        if sound.is_dir():
+            sound.rename(sound.with_name(".dylora-trash-1-0000000a"))
+        return real(contents, *args)
+
+    monkeypatch.setattr(verify, check, late)
+    assert main.main(["verify", str(sound)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert f"{sound} is not there, or was removed meanwhile (by rotation?): list the run folder again" in err
+
+
+ROTATING = """
+import os, shutil, sys, time
+sys.path.insert(0, sys.argv[1])
+from dylora_moe.commit import rotate, staged
+from pathlib import Path
+os.fsync = lambda descriptor: None
+run, sources = Path(sys.argv[2]), [Path(path) for path in sys.argv[3:]]
+for step in range(2, 32):
+    time.sleep(0.05)
+    with staged(run / f"checkpoint-{step}") as staging:
+        shutil.copytree(sources[step % 2], staging.path, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
+    rotate(run, 1)
+"""
+
+
+def test_row_10_what_verify_and_load_see_while_another_process_saves_and_rotates(tmp_path):
+    models = [tiny_mixture(seed=seed) for seed in (0, 1)]
+    sources = [save_sound(tmp_path / f"source-{i}", model) for i, model in enumerate(models)]
+    run = tmp_path / "run"
+    shutil.copytree(sources[1], run / "checkpoint-1")
+    command = [sys.executable, "-c", ROTATING, str(ROOT), str(run), *map(str, sources)]
+    writer = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    verified, loaded = set(), set()
+    while writer.poll() is None:
+        newest = commit.latest(run)
+        assert newest is not None
+        try:
+            assert verify.verify(newest.path) == []
+            verified.add(newest.step)
+            model = checkpoint.load(newest.path, tiny_base())
+        except UsageError:  # that it is gone, and nothing else
+            assert not newest.path.exists()
+            continue
+        expected = models[newest.step % 2].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+        loaded.add(newest.step)
+    assert writer.wait() == 0, writer.communicate()[1]
+    assert commit.latest(run).step == 31
+    assert len(verified) > 3 and len(loaded) > 3, "too little was seen"
 
 
 # ---- row 21: damage ----
@@ -363,8 +425,15 @@ def test_row_24_ten_experts_and_more_are_not_mixed(tmp_path):
     assert problem.startswith(f"{ADAPTER_1}: ")
 
 
+def other_save(folder: Path) -> Path:
+    """A checkpoint of the same run, as it might be: the same shapes, other values."""
+    return save_sound(folder.with_name("checkpoint-9"), tiny_mixture(seed=1))
+
+
 SUBSTITUTIONS = {
     "experts swapped": (lambda f: swap(f / ADAPTER_0, f / ADAPTER_1), ["expert_0", "expert_1"]),
+    "an expert left from another save": (lambda f: shutil.copy(other_save(f) / ADAPTER_1, f / ADAPTER_1), ["expert_1"]),
+    "a router left from another save": (lambda f: shutil.copy(other_save(f) / ROUTER, f / ROUTER), ["router"]),
     "an expert duplicated": (lambda f: shutil.copy(f / ADAPTER_0, f / ADAPTER_1), ["expert_1"]),
     "one value changed": (at(ADAPTER_0, A, 3, 0.5), ["expert_0"]),
     "one value changed by a rounding": (tensors(ADAPTER_1, lambda t: t[A].view(-1)[:1].mul_(1 + 1e-7)), ["expert_1"]),
@@ -383,7 +452,7 @@ SUBSTITUTIONS = {
 
 @pytest.mark.parametrize("case", SUBSTITUTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_row_25_a_substitution_behind_a_rewritten_manifest_is_found_by_the_probe(case, dtype, tmp_path):
+def test_rows_22_25_a_substitution_behind_a_rewritten_manifest_is_found_by_the_probe(case, dtype, tmp_path):
     folder = save_sound(tmp_path / "checkpoint-5", tiny_mixture(dtype=dtype))
     change, changed = SUBSTITUTIONS[case]
     change(folder)
@@ -426,6 +495,30 @@ def test_row_31_a_pickle_in_the_place_of_any_file_is_never_run(sound, original, 
         shutil.copy(original / name, sound / name)
         shutil.copy(original / formats.MANIFEST, sound / formats.MANIFEST)
     assert not (tmp_path / "PWNED").exists()
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_row_31_a_pickle_inside_a_file_of_torch_is_not_run_either(sound, tmp_path, name):
+    """The archive is as it should be, and so is the manifest: only who unpickles it finds out."""
+    torch.save(Bomb(tmp_path / "PWNED"), sound / name)
+    rewrite_manifest(sound)
+    assert verify.verify(sound) == []
+    checkpoint.load(sound, tiny_base())
+    with pytest.raises(CheckpointError, match=rf"{name}: cannot be read as tensors only"):
+        training_state.read_tensors(sound, name)
+    assert not (tmp_path / "PWNED").exists()
+    torch.load(sound / name, weights_only=False)
+    assert (tmp_path / "PWNED").exists()  # a bomb it is
 
 
 # ---- row 33: what is no file ----
