@@ -207,7 +207,7 @@ def build_parser() -> cli.Parser:
     data.add_argument("--block-size", type=whole(8), default=512, help="tokens per block (512)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--learning-rate", type=cli.number(float, above=0), default=5e-4, help="(5e-4)")
+    training.add_argument("--learning-rate", type=cli.number(float, above=0), default=1e-3, help="(1e-3)")
     training.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="(cosine)")
     training.add_argument("--warmup", type=real(0), default=0.03, help="steps, or a fraction below 1 (0.03)")
     training.add_argument("--weight-decay", type=real(0), default=0.0, help="(0)")
