@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 import train
 from dylora_moe.data import BlockCollator
 from dylora_moe.errors import UsageError
-from dylora_moe.model import DyLoRAMoE
+from dylora_moe.model import DyLoRAMoE, seeded
 from dylora_moe.training import MoETrainer, StopSignals, log_line
 from train import PeftCheckpointCallback
 
@@ -27,11 +27,16 @@ def rows(number: int = 8, seed: int = 0) -> list[dict]:
     return [{"input_ids": row, "labels": row, "position_ids": list(range(16))} for row in ids]
 
 
+def seeded_mixture() -> DyLoRAMoE:
+    with seeded(0):
+        return DyLoRAMoE(tiny_base(), 2)
+
+
 def trainer(folder, kind=MoETrainer, callbacks=None, optimizers=(None, None), mixture=None, **settings) -> Trainer:
     options = {"max_steps": 5, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 4} | settings
     quiet = {"use_cpu": True, "remove_unused_columns": False, "label_names": ["labels"], "report_to": "none"}
     return kind(
-        model=mixture or DyLoRAMoE(tiny_base(), 2),
+        model=mixture or seeded_mixture(),
         args=TrainingArguments(output_dir=str(folder), **quiet, **options),
         train_dataset=rows(),
         eval_dataset={"a": rows(seed=1), "b": rows(seed=2)},
@@ -120,11 +125,12 @@ def test_the_loss_of_a_data_set_is_per_token(tmp_path):
     assert found == pytest.approx(whole.lm_loss.item(), rel=1e-5)
 
 
-def test_the_best_model_is_loaded_and_the_last_one_stays(tmp_path):
+def test_the_best_model_is_loaded_and_the_last_one_stays(tmp_path, monkeypatch):
+    losses = {2: 1.0, 4: 2.0}
+    monkeypatch.setattr(MoETrainer, "_evaluate_one", lambda self, rows: (losses[self.state.global_step], None))
     settings = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
     made = trainer(
-        tmp_path / "run", eval_strategy="steps", eval_steps=2, save_total_limit=1, max_steps=4,
-        learning_rate=5.0, warmup_steps=2, **settings,
+        tmp_path / "run", eval_strategy="steps", eval_steps=2, save_total_limit=1, max_steps=4, **settings
     )  # fmt: skip
     made.train()
     assert made.state.best_global_step == 2
