@@ -47,7 +47,8 @@ def _routing(series: dict):
         _bars(axis, found["x"], {name: line for name, line in found["lines"].items() if name != PLAIN})
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=kind, xlabel="experts", ylabel="time, by one plain LoRA's")
-    axes[-1].legend(fontsize=8, frameon=False)
+    axes[-1].margins(y=0.4)  # room for the legend above the bars
+    axes[-1].legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     return figure
 
 
