@@ -126,11 +126,13 @@ class RoutedLinear(lora.Linear):
         result = self._modules["base_layer"](x, *args, **kwargs)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
-        total = result.flatten(0, -2)  # (S, d_out)
+        flat = total = result.flatten(0, -2)  # (S, d_out)
         for mix in slot.mixes:
             names, layout = self._experts_of(mix)
             if names:
                 total = self._add(total, x, mix, names, layout)
+        if total is flat and flat.data_ptr() == result.data_ptr():  # nothing was added, or all of it in place
+            return result
         return total.view(result.shape).to(result.dtype)
 
     def _add(self, total: torch.Tensor, x: torch.Tensor, mix: Mix, names: list[str], layout: Layout) -> torch.Tensor:
@@ -153,9 +155,7 @@ class RoutedLinear(lora.Linear):
     def _owns_its_result(self) -> bool:
         """Whether nobody but this layer has seen what the base layer has just computed, and no gradient needs it."""
         base = self._modules["base_layer"]
-        return not (torch.is_grad_enabled() or torch.compiler.is_compiling() or base._forward_hooks) and isinstance(
-            base, (nn.Linear, Conv1D)
-        )
+        return self.slot.settled is not None and not base._forward_hooks and isinstance(base, (nn.Linear, Conv1D))
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""

@@ -56,13 +56,15 @@ class Mix:
 
     def dispatch(self, layout: Layout) -> Dispatch | Fetch | None:
         """Which tokens go to which experts, where working out only those pays; None where it does not."""
-        if self.top is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.top is None:
             return None
         if layout not in self._dispatches:
             self._dispatches[layout] = self._plan_dispatch(*layout)
         return self._dispatches[layout]
 
     def _plan_dispatch(self, columns: tuple, ranks: tuple, scales: tuple) -> Dispatch | Fetch | None:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
         everywhere = len(columns) == len(self.experts)
         if not everywhere or len(set(ranks)) > 1 or len(set(scales)) > 1:
             return None
