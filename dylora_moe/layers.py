@@ -75,15 +75,26 @@ class LayerSlot:
 class Scratch:
     """Memory that every decoder layer of a forward pass uses again: fresh pages take longer to get than to fill."""
 
+    SMALLEST = 1 << 17  # bytes; below, an allocator has them at hand
+
     def __init__(self):
         self.buffer: torch.Tensor | None = None
 
     def rows_of(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
         """x (S, d), index (n,) -> (n, d), good until the next call."""
-        buffer, size = self.buffer, len(index) * x.shape[1]
-        if buffer is None or buffer.numel() < size or buffer.dtype != x.dtype or buffer.device != x.device:
-            self.buffer = buffer = x.new_empty(size)
-        return torch.index_select(x, 0, index, out=buffer[:size].view(-1, x.shape[1]))
+        return torch.index_select(x, 0, index, out=self._take(x, len(index), x.shape[1]))
+
+    def product(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        """x (S, d), a (R, d) -> x a^T (S, R), good until the next call."""
+        if len(x) * len(a) * x.element_size() < self.SMALLEST:
+            return F.linear(x, a)
+        return torch.mm(x, a.t(), out=self._take(x, len(x), len(a)))
+
+    def _take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        buffer, size = self.buffer, rows * columns
+        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
+            self.buffer = buffer = like.new_empty(size)
+        return buffer[:size].view(rows, columns)
 
     def clear(self) -> None:
         self.buffer = None
@@ -149,13 +160,15 @@ class RoutedLinear(lora.Linear):
             raise UsageError(
                 f"a routed layer was given {x.shape[0]} tokens, the router saw {gate.shape[0]}: not supported"
             )
-        hidden = F.linear(x, a)  # (S, R)
-        return add_product(total, hidden * gate.to(hidden.dtype), b, in_place=self._owns_its_result())
+        if self.slot.settled is None:
+            return add_product(total, F.linear(x, a) * gate.to(x.dtype), b)
+        hidden = self.slot.scratch.product(x, a).mul_(gate)  # (S, R)
+        return add_product(total, hidden, b, in_place=self._owns_its_result())
 
     def _owns_its_result(self) -> bool:
-        """Whether nobody but this layer has seen what the base layer has just computed, and no gradient needs it."""
+        """Whether nobody but this layer has seen what the base layer has just computed."""
         base = self._modules["base_layer"]
-        return self.slot.settled is not None and not base._forward_hooks and isinstance(base, (nn.Linear, Conv1D))
+        return not base._forward_hooks and isinstance(base, (nn.Linear, Conv1D))
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""
