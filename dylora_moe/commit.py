@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UsageError, listed
-from .formats import MANIFEST
+from .formats import CHECKPOINT, MANIFEST
 from .lock import LOCK as LOCK
 from .lock import guard, is_leftover, private_name, writer_lock
 from .manifest import Digests, FolderGone, encode, file_digest, first_reason, list_entries, parallel, parents, survey
@@ -271,6 +271,32 @@ def latest(run_dir: os.PathLike | str) -> Checkpoint | None:
 def incomplete(run_dir: os.PathLike | str) -> list[tuple[Path, str]]:
     """The folders that are named like checkpoints and are none, by step number, with the first reason."""
     return [(path, reason) for _, path, reason in _scan(run_dir) if reason is not None]
+
+
+def checkpoint_folder(folder: os.PathLike | str) -> Path:
+    """The folder that a user names as a checkpoint.
+
+    Raises:
+        UsageError: where it is missing or a file; or a folder around checkpoints: then it names the one to give.
+    """
+    folder = Path(folder)
+    try:
+        found = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    if found != "a folder":
+        raise UsageError(
+            f"{folder}: expected a checkpoint folder, found {found}; name a folder like RUN/checkpoint-100"
+        )
+    if _lstat(folder / MANIFEST) is None:
+        if newest := latest(folder):
+            raise UsageError(f"{folder} is a run folder: name its newest checkpoint,\n    {newest.path}")
+        if broken := incomplete(folder):
+            reasons = listed([f"{path.name}: {reason}" for path, reason in broken])
+            raise UsageError(f"{folder} is a run folder without a complete checkpoint:\n{reasons}")
+        if _lstat(folder / CHECKPOINT / MANIFEST) is not None:
+            raise UsageError(f"{folder}: the checkpoint is in it,\n    {folder / CHECKPOINT}")
+    return folder
 
 
 def _scan(run_dir: os.PathLike | str) -> list[tuple[int, Path, str | None]]:

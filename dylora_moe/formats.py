@@ -8,6 +8,8 @@ from collections.abc import Container
 FORMAT_VERSION = 1
 MODEL_TYPE = "dylora-moe"
 
+CHECKPOINT = "checkpoint"  # what a script names the one that it writes
+
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
 ROUTER = "router.safetensors"

@@ -71,10 +71,10 @@ def _newest(run_dir: Path, complete: list, broken: list, weights_only: bool) -> 
 
 
 def _named(run_dir: Path, chosen: Path, complete: list, weights_only: bool) -> Start:
-    if not chosen.is_dir():
-        raise UsageError(
-            f"--resume {chosen}: there is no such folder; --resume alone takes the newest checkpoint of the run"
-        )
+    try:
+        chosen = commit.checkpoint_folder(chosen)
+    except UsageError as error:
+        raise UsageError(f"--resume {error}\n--resume alone takes the newest checkpoint of the run folder") from None
     own = chosen.resolve().parent == run_dir.resolve()
     step = _step(chosen)
     newer = [c.path.name for c in complete if not own or step is None or c.step > step]

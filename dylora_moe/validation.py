@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import cli, formats, interrupts, machine, verify, workspace
+from . import cli, commit, formats, interrupts, machine, verify, workspace
 from . import validation_subject as subject
 from .checks import CheckResult, check_save, check_size, check_structure, file_sizes, save_with, timed
 from .errors import UsageError
@@ -171,7 +171,7 @@ class Run:
         target = None
         try:
             with place as folder:
-                target = folder / workspace.CHECKPOINT
+                target = folder / formats.CHECKPOINT
                 yield target
         finally:
             if target is not None and target.exists():
@@ -216,7 +216,10 @@ class Run:
     # ---- a checkpoint that is there already ----
 
     def validate(self) -> None:
-        folder = subject.existing_checkpoint(Path(self.args.checkpoint).expanduser())
+        try:
+            folder = commit.checkpoint_folder(Path(self.args.checkpoint).expanduser())
+        except UsageError as error:
+            raise UsageError(f"--checkpoint {error}") from None
         with held_still(folder):  # training may rotate it away
             self.validate_folder(folder)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import commit, formats, machine, workspace
+from . import machine, workspace
 from .errors import UsageError
 from .validation_flags import DEFAULTS, QUICK, Script, cheaper
 
@@ -102,30 +102,6 @@ def base_bytes(source: Base, weights: str, dtype: str | None) -> int:
 
 
 # ---- a checkpoint that is there already ----
-
-
-def existing_checkpoint(path: Path) -> Path:
-    """The folder of --checkpoint.
-
-    Raises:
-        UsageError: where it is missing, a file, or the run folder around checkpoints.
-    """
-    if not path.exists():
-        raise UsageError(f"--checkpoint {path}: there is no such folder.")
-    if not path.is_dir():
-        raise UsageError(f"--checkpoint {path}: expected a checkpoint folder, found a file.")
-    if (path / formats.MANIFEST).exists():
-        return path
-    newest = commit.latest(path)
-    if newest is not None:
-        raise UsageError(f"--checkpoint {path} is a run folder: name its newest checkpoint,\n    {newest.path}")
-    incomplete = commit.incomplete(path)
-    if incomplete:
-        reasons = "".join(f"\n    {folder.name}: {reason}" for folder, reason in incomplete[:10])
-        raise UsageError(f"--checkpoint {path} is a run folder without a complete checkpoint:{reasons}")
-    if (path / workspace.CHECKPOINT / formats.MANIFEST).exists():
-        raise UsageError(f"--checkpoint {path}: the checkpoint is in it,\n    {path / workspace.CHECKPOINT}")
-    return path
 
 
 def check_architecture(source: Base, config: dict, name: str) -> None:

@@ -10,8 +10,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from . import formats, manifest, verify_tensors
-from .errors import UsageError
+from . import commit, formats, manifest, verify_tensors
 from .formats import adapter_folder, is_training_file
 from .inspection import SAVE_AGAIN, Contents, Rules, get, natural, nothing_or, number, short, text, texts
 from .safefiles import shown
@@ -29,14 +28,14 @@ def verify(folder: str | Path) -> list[str]:
     """Every problem of a checkpoint folder, sorted; empty where it is complete and sound.
 
     Raises:
-        UsageError: where there is no folder of that name, or it is moved away meanwhile.
+        UsageError: where there is no folder of that name, it is a run folder, or it is moved away meanwhile.
     """
     return inspect(folder).problems
 
 
 def inspect(folder: str | Path) -> Contents:
     """As `verify`, with the file sizes and the config."""
-    contents = Contents(_folder(folder))
+    contents = Contents(commit.checkpoint_folder(folder))
     with manifest.held_still(contents.folder):
         contents.take(manifest.manifest_problems(contents.folder))
         return _inspect(contents, {formats.MANIFEST}, values=True)
@@ -49,7 +48,7 @@ def inspect_files(folder: str | Path, scanned: dict[str, list] | None = None) ->
         scanned: what the writer of a file has seen of its values; they are not read again, nor are those in the files
             of `torch.save`.
     """
-    return _inspect(Contents(_folder(folder), scanned=scanned or {}), set(), values=False)
+    return _inspect(Contents(Path(folder), scanned=scanned or {}), set(), values=False)
 
 
 def inspect_config(folder: str | Path) -> dict:
@@ -57,19 +56,6 @@ def inspect_config(folder: str | Path) -> dict:
     contents = Contents(Path(folder))
     contents.walk()
     return _check_config(contents)
-
-
-def _folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    try:
-        found = "a folder" if folder.is_dir() else "a file" if folder.exists() else "nothing"
-    except (OSError, ValueError) as error:
-        found = str(error)
-    if found != "a folder":
-        raise UsageError(
-            f"{folder}: expected a checkpoint folder, found {found}; name a folder like RUN/checkpoint-100"
-        )
-    return folder
 
 
 def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents:

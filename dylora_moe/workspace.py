@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from . import commit
+from . import commit, formats
 from .errors import UsageError
 from .interrupts import shielded
-
-CHECKPOINT = "checkpoint"
 
 _temporary: set[Path] = set()
 
@@ -66,7 +64,7 @@ def check_output_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir {folder}: expected a folder, found a file.")
-    target = folder / CHECKPOINT
+    target = folder / formats.CHECKPOINT
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target} exists already; a checkpoint is never replaced: choose another --output-dir.")
 
@@ -88,7 +86,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         with shielded():
-            if not (folder / CHECKPOINT).exists():
+            if not (folder / formats.CHECKPOINT).exists():
                 _remove_traces(folder, made, had_lock)
 
 

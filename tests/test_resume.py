@@ -312,6 +312,7 @@ def test_a_save_that_fails_stops_the_run(monkeypatch, tmp_path, capsys):
 )
 def test_rows_3_6_one_file_that_cannot_be_saved_stops_the_run_and_is_named(monkeypatch, tmp_path, capsys, name):
     whole = uninterrupted()
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         full_disk(patch, name, after=1)  # the save at step 4 succeeds
         assert train.main(arguments(tmp_path / "run")) == 2
@@ -438,7 +439,9 @@ def test_a_named_checkpoint(run_dir, tmp_path, capsys):
     assert train.main(arguments(run_dir, "--resume", str(run_dir / "checkpoint-4"))) == 2
     assert "holds newer checkpoints (checkpoint-8, checkpoint-12)" in capsys.readouterr().err
     assert train.main(arguments(run_dir, "--resume", str(run_dir / "checkpoint-5"))) == 2
-    assert "there is no such folder" in capsys.readouterr().err
+    assert "expected a checkpoint folder, found nothing" in capsys.readouterr().err
+    assert train.main(arguments(tmp_path / "none", "--resume", str(run_dir))) == 2
+    assert f"is a run folder: name its newest checkpoint,\n    {run_dir / 'checkpoint-12'}" in capsys.readouterr().err
     other = tmp_path / "other"
     assert train.main(arguments(other, "--resume", str(run_dir / "checkpoint-4"))) == 0
     assert_same(newest(uninterrupted()), newest(other))

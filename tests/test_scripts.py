@@ -184,7 +184,7 @@ def test_same_seed_same_bytes(capsys, tiny, tmp_path):
         (["--nosuch"], "unrecognized arguments: --nosuch"),
         (["rubbish"], "unrecognized arguments: rubbish"),
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that can be written to"),
-        (["--checkpoint", "/no/such/folder"], "there is no such folder"),
+        (["--checkpoint", "/no/such/folder"], "expected a checkpoint folder, found nothing"),
         (["--checkpoint", __file__], "expected a checkpoint folder, found a file"),
         (["--checkpoint", ".", "--keep-checkpoint"], "do not go with it"),
         (["--output-dir", __file__], "expected a folder, found a file"),

@@ -738,10 +738,21 @@ def test_only_a_folder_is_verified(tmp_path):
             verify.verify(tmp_path / name)
 
 
-def test_an_empty_folder_and_a_run_folder_are_no_checkpoints(tmp_path, original):
+def test_an_empty_folder_is_no_checkpoint(tmp_path):
     (tmp_path / "empty").mkdir()
     found(tmp_path / "empty", formats.MANIFEST)
-    found(original.parent, formats.MANIFEST)
+
+
+def test_a_folder_around_checkpoints_names_the_one_to_give(tmp_path, original):
+    newest = shutil.copytree(original, tmp_path / "checkpoint-7")
+    with pytest.raises(UsageError, match=f"is a run folder: name its newest checkpoint,\\s+{newest}$"):
+        verify.verify(tmp_path)
+    (newest / formats.MANIFEST).unlink()
+    with pytest.raises(UsageError, match=f"is a run folder without a complete checkpoint:\\s+- {newest.name}: "):
+        verify.verify(tmp_path)
+    alone = shutil.copytree(original, tmp_path / "out" / formats.CHECKPOINT)
+    with pytest.raises(UsageError, match=f"the checkpoint is in it,\\s+{alone}$"):
+        verify.verify(alone.parent)
 
 
 def test_a_link_to_a_checkpoint_may_be_named(original, tmp_path):
