@@ -84,13 +84,15 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, in
     return total + left @ right
 
 
-def plan_dispatch(index: torch.Tensor, weights: torch.Tensor, num_experts: int, rank: int) -> Dispatch | Fetch | None:
+def plan_dispatch(
+    index: torch.Tensor, weights: torch.Tensor, num_experts: int, rank: int, scaling: float = 1.0
+) -> Dispatch | Fetch | None:
     """index (S, k) int64 and weights (S, k) -> what is cheaper than the sum over all experts; None where nothing is."""
     tokens, k = index.shape
     if tokens == 1:
         if num_experts < FETCHED_EXPERTS * k:
             return None
-        return Fetch(rank, index[0], weights.repeat_interleave(rank, dim=1))
+        return Fetch(rank, index[0], (weights * scaling).repeat_interleave(rank, dim=1))
     spared = num_experts * rank - k * (rank + PLACE_COST)  # hidden units per token
     if tokens * spared < DISPATCH_COST or index.device.type not in ("cpu", "cuda"):
         return None
@@ -99,7 +101,7 @@ def plan_dispatch(index: torch.Tensor, weights: torch.Tensor, num_experts: int, 
     ends = torch.searchsorted(chosen, _count_to(num_experts, device), right=True, out_int32=True)
     places = torch.empty_like(order).scatter_(0, order, _count_to(len(order), device))
     rows = (index.unsqueeze(-1) * rank + _count_to(rank, device)).flatten(1)
-    return Dispatch(rank, order // k, ends, places, rows, weights.repeat_interleave(rank, dim=1))
+    return Dispatch(rank, order // k, ends, places, rows, (weights * scaling).repeat_interleave(rank, dim=1))
 
 
 @lru_cache(maxsize=16)

@@ -46,7 +46,7 @@ class Mix:
     def _expand(self, columns: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]) -> torch.Tensor:
         weights = self._weights
         if self.top is not None:
-            weights = torch.zeros_like(weights).scatter(-1, *self.top)
+            weights = torch.zeros_like(weights).scatter_(-1, *self.top)
         if columns != tuple(range(len(self.experts))):
             weights = weights[:, list(columns)]  # (S, experts here)
         weights = weights * (scales[0] if len(set(scales)) == 1 else weights.new_tensor(scales))
@@ -69,4 +69,4 @@ class Mix:
         if not everywhere or len(set(ranks)) > 1 or len(set(scales)) > 1:
             return None
         index, weights = self.top
-        return plan_dispatch(index, weights * scales[0], len(self.experts), ranks[0])
+        return plan_dispatch(index, weights, len(self.experts), ranks[0], scales[0])
