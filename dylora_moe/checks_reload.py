@@ -281,7 +281,7 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
             cause = "a tensor was changed after the save, or belongs to another checkpoint"
             result.problems.append(f"{text} {tolerance:g}: {cause}")
     for name in found.changed:
-        result.problems.append(f"probe: the tensors of {name} are not those that were saved; {SAVE_AGAIN}")
+        result.problems.append(f"probe: the tensors of {name} are not to the bit those that were saved; {SAVE_AGAIN}")
     return differences
 
 

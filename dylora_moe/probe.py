@@ -30,8 +30,8 @@ PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16"
 class ProbeDifference:
     """The largest absolute difference of logits between a model and the probe of a checkpoint.
 
-    `changed` names the experts, and the router, whose tensors are not to the bit those that were saved. Their
-    difference is infinite where the logits do not show it: in bfloat16 a small change of one weight is rounded away.
+    `changed` names the experts, and the router, whose tensors are not to the bit those that were saved. The logits need
+    not show it: in bfloat16 a small change of one weight is rounded away.
     """
 
     routed: float
@@ -125,12 +125,8 @@ def probe_difference(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> ProbeD
     differences = [max_abs_difference(a, b) for a, b in zip(experts, probe["experts"], strict=True)]
     differences.append(max_abs_difference(routed, probe["routed"]))
     names = [*map(expert_name, range(model.num_experts)), "router"]
-    changed = []
-    for index, (there, here) in enumerate(zip(probe["sha256"], tensor_digests(model), strict=True)):
-        if bytes(there.tolist()).hex() != here:
-            changed.append(names[index])
-            if differences[index] <= PROBE_TOLERANCE.get(dtype_name(model), 0.25):
-                differences[index] = float("inf")
+    digests = zip(names, probe["sha256"], tensor_digests(model), strict=True)
+    changed = [name for name, there, here in digests if bytes(there.tolist()).hex() != here]
     return ProbeDifference(routed=differences[-1], experts=differences[:-1], changed=changed)
 
 

@@ -504,7 +504,7 @@ def test_experts_swapped_and_doubled(capsys, saved, tmp_path):
         outcome = run(full, capsys, "--checkpoint", folder)
         assert outcome.code == 1
         assert outcome.failed() == ["consistency"]
-        assert "✗ probe: the tensors of expert_1 are not those that were saved" in outcome.out
+        assert "✗ probe: the tensors of expert_1 are not to the bit those that were saved" in outcome.out
 
 
 # ---- the code below is broken: each check must see it ----
