@@ -1,12 +1,13 @@
 """What training needs to go on as if it had never stopped: optimizer, scheduler, random generators, trainer state.
 
-The optimizer's moments are bound to the parameters' names, not to their order. Nothing here imports the Trainer.
+The optimizer's moments are bound to the parameters' names. Nothing here imports the Trainer.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,7 @@ def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int |
         groups_here: the number of parameter groups, where there is an optimizer already.
 
     Raises:
-        CheckpointError: lists the parameters that are missing, unknown or of another shape.
+        CheckpointError: lists the parameters that are missing, unknown, of another shape or out of order.
     """
     saved = read_tensors(folder, formats.OPTIMIZER)
     where = formats.OPTIMIZER
@@ -210,6 +211,8 @@ def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int |
     ]
     if groups_here is not None and len(groups) != groups_here:
         problems.append(f"{where}: has {len(groups)} parameter groups, the optimizer has {groups_here}")
+    if not problems:
+        problems = [line for group in groups for line in _out_of_order(where, group["param_names"], here)]
     for name in sorted(set(here) & set(there)):
         for key, value in moments.get(there[name], {}).items():
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != here[name].shape:
@@ -219,6 +222,16 @@ def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int |
         remedy = "build the experts as they were, or use --resume-weights-only"
         raise CheckpointError(folder, [f"{p}; {remedy}" for p in problems])
     return {name: moments[there[name]] for name in here}
+
+
+def _out_of_order(where: str, there: list[str], here: Iterable[str]) -> list[str]:
+    """Where a group's names are not in the order of the parameters, its moments need not be theirs any more."""
+    members = set(there)
+    expected_names = [name for name in here if name in members]
+    for place, (expected, found) in enumerate(zip(expected_names, there, strict=False)):  # longer where one is twice
+        if expected != found:
+            return [f"{where}: another order: expected {expected} as parameter {place}, found {found}"]
+    return []
 
 
 def _named(group: dict):

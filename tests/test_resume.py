@@ -501,16 +501,22 @@ def test_optimizer_of_other_parameters(run_dir, capsys):
     assert f"exp_avg of {names[1]}: expected shape" in err
 
 
-def test_optimizer_in_another_order_is_put_right(run_dir):
-    """Moments are bound to names, not to places."""
+@pytest.mark.parametrize("moments_too", [False, True])
+def test_optimizer_in_another_order(run_dir, capsys, moments_too):
+    """Two of the same shape: without their moments, each would go on with the other's."""
     latest = run_dir / "checkpoint-8"
     state = torch.load(latest / "optimizer.pt", weights_only=True)
-    state["param_groups"][0]["param_names"].reverse()
-    state["state"] = {len(state["state"]) - 1 - index: moments for index, moments in state["state"].items()}
+    names, moments = state["param_groups"][0]["param_names"], state["state"]
+    one = 0
+    two = next(i for i in range(1, len(names)) if moments[i]["exp_avg"].shape == moments[one]["exp_avg"].shape)
+    names[one], names[two] = names[two], names[one]
+    if moments_too:
+        moments[one], moments[two] = moments[two], moments[one]
     torch.save(state, latest / "optimizer.pt")
     rewrite(latest)
-    assert train.main(arguments(run_dir, "--resume")) == 0
-    assert_same(newest(uninterrupted()), newest(run_dir))
+    assert train.main(arguments(run_dir, "--resume")) == 2
+    expected = f"optimizer.pt: another order: expected {names[two]} as parameter 0, found {names[one]}"
+    assert expected in capsys.readouterr().err
 
 
 def other_shapes(folder: Path) -> None:
