@@ -25,7 +25,7 @@ from .child import GB
 from .common import Result
 from .routing import evaluation_case, training_case
 
-ROUNDS, QUICK_ROUNDS = 5, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 PARTS = ("experts", "sequence", "model", "largest")
 LAYERS, VOCABULARY = 6, 8192
 EXPERTS = (1, 2, 4, 8, 16, 32, 64)

@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from .errors import CheckpointError, DyLoRAMoEError
+from .errors import CheckpointError, DyLoRAMoEError, is_out_of_memory
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 PASS_MARK, FAIL_MARK = "✓", "✗"
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
 
 
 class Parser(argparse.ArgumentParser):
@@ -102,7 +101,7 @@ def explain(error: BaseException) -> tuple[int, str | None]:
         return FAILED, str(error)
     if isinstance(error, DyLoRAMoEError):
         return CANNOT_RUN, str(error)
-    if isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY):
+    if is_out_of_memory(error):
         return CANNOT_RUN, "not enough memory; use a smaller model, or --weights none with test_checkpoint_minimal.py"
     if isinstance(error, OSError):
         return CANNOT_RUN, _explain_os(error)

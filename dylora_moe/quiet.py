@@ -7,17 +7,19 @@ import functools
 import warnings
 from collections.abc import Iterator
 
-from dylora_moe.errors import UsageError
+from dylora_moe.errors import UsageError, is_out_of_memory
 
 
 @contextlib.contextmanager
 def refused(what: str, remedy: str) -> Iterator[None]:
-    """Whatever goes wrong inside, as one UsageError that keeps the first line of the cause."""
+    """Whatever goes wrong inside, but a lack of memory, as one UsageError that keeps the first line of the cause."""
     try:
         yield
     except UsageError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UsageError(f"{what}: {type(error).__name__}: {cause[:300]} {remedy}") from error
 

@@ -52,3 +52,18 @@ def test_mask_buffers_that_would_exhaust_the_machine(tmp_path):
     config = {"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global"], 2]]}
     folder = config_only(tmp_path / "base", {**config, "max_position_embeddings": 1 << 20})
     assert "max_position_embeddings" in error_of(lambda: bases.load_base(*bases.find_base(folder, weights="none")))
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_config(tmp_path, monkeypatch):
+    def fails(text):
+        def from_config(*args, **kwargs):
+            raise RuntimeError(text)
+
+        return from_config
+
+    base, _ = bases.find_base(tiny_folder(tmp_path), weights="none")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fails("heads do not divide"))
+    assert "cannot build this llama architecture" in error_of(bases.load_base, base, "none")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", fails("DefaultCPUAllocator: can't allocate memory"))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        bases.load_base(base, "none")
