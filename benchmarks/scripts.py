@@ -22,7 +22,7 @@ from . import child, common
 from .child import GB, PYTHON, Child
 from .common import Case, Result, Timing
 
-ROUNDS, QUICK_ROUNDS = 5, 1
+ROUNDS, QUICK_ROUNDS = 3, 1
 IMPORTS = "imports"
 IMPORT_LINE = "import torch, transformers, peft"
 QUICK, MINIMAL, FULL, FULL_RANDOM, FULL_REAL = (
