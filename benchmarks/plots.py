@@ -56,9 +56,8 @@ def _bars(axis, places: list, lines: dict[str, list]) -> None:
     width = 0.8 / max(1, len(lines))
     muted, strong = iter(MUTED), iter(STRONG)
     for index, (name, values) in enumerate(lines.items()):
-        at = [
-            place + (index - (len(lines) - 1) / 2) * width for place in range(len(values))
-        ]  # of the largest, some may be left out
+        shift = (index - (len(lines) - 1) / 2) * width
+        at = [place + shift for place in range(len(values))]  # the last places may have no value
         axis.bar(at, values, width, label=name, color=next(strong) if name.startswith(OURS) else next(muted))
     axis.set_xticks(range(len(places)), [str(place) for place in places])
 

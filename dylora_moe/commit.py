@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import UsageError, listed
-from .formats import CHECKPOINT, MANIFEST
+from .formats import ADAPTERS, CHECKPOINT, MANIFEST, ROUTER
 from .lock import LOCK as LOCK
 from .lock import guard, is_leftover, private_name, writer_lock
 from .manifest import Digests, FolderGone, encode, file_digest, first_reason, list_entries, parallel, parents, survey
@@ -288,13 +288,15 @@ def checkpoint_folder(folder: os.PathLike | str) -> Path:
         raise UsageError(
             f"{folder}: expected a checkpoint folder, found {found}; name a folder like RUN/checkpoint-100"
         )
-    if _lstat(folder / MANIFEST) is None:
+    # A damaged checkpoint has some of these left; what cannot be listed is for verify.py to say.
+    can_list = os.access(folder, os.R_OK | os.X_OK)
+    if can_list and not any(os.path.lexists(folder / name) for name in (MANIFEST, ROUTER, ADAPTERS)):
         if newest := latest(folder):
             raise UsageError(f"{folder} is a run folder: name its newest checkpoint,\n    {newest.path}")
         if broken := incomplete(folder):
             reasons = listed([f"{path.name}: {reason}" for path, reason in broken])
             raise UsageError(f"{folder} is a run folder without a complete checkpoint:\n{reasons}")
-        if _lstat(folder / CHECKPOINT / MANIFEST) is not None:
+        if os.path.lexists(folder / CHECKPOINT / MANIFEST):
             raise UsageError(f"{folder}: the checkpoint is in it,\n    {folder / CHECKPOINT}")
     return folder
 

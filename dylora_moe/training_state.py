@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -224,13 +224,13 @@ def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int |
     return {name: moments[there[name]] for name in here}
 
 
-def _out_of_order(where: str, there: list[str], here: Iterable[str]) -> list[str]:
+def _out_of_order(where: str, there: list[str], here: dict[str, torch.Tensor]) -> list[str]:
     """Where a group's names are not in the order of the parameters, its moments need not be theirs any more."""
     members = set(there)
-    expected_names = [name for name in here if name in members]
-    for place, (expected, found) in enumerate(zip(expected_names, there, strict=False)):  # longer where one is twice
+    in_order = [name for name in here if name in members]
+    for place, (expected, found) in enumerate(zip_longest(in_order, there)):  # of other lengths where one is twice
         if expected != found:
-            return [f"{where}: another order: expected {expected} as parameter {place}, found {found}"]
+            return [f"{where}: another order: expected {expected or 'no more'} as parameter {place}, found {found}"]
     return []
 
 

@@ -91,6 +91,11 @@ def test_an_optimizer_goes_on_with_this_runs_rate(tmp_path):
     assert other.param_groups[0]["lr"] == 0.7
 
 
+def named_twice(group: dict, name: str) -> None:
+    group["param_names"].append(name)
+    group["params"].append(group["params"][-1])
+
+
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -98,6 +103,7 @@ def test_an_optimizer_goes_on_with_this_runs_rate(tmp_path):
         (lambda state: state["param_groups"][0]["param_names"].__setitem__(0, "c"), "has moments for c, which is not"),
         (lambda state: state["state"].pop(1), "has no moments for b"),
         (lambda state: state["param_groups"][0]["param_names"].reverse(), "expected a as parameter 0, found b"),
+        (lambda state: named_twice(state["param_groups"][0], "b"), "expected no more as parameter 2, found b"),
         (lambda state: state["state"][0].update(exp_avg=torch.zeros(3, 2)), r"exp_avg of a: expected shape \(2, 3\)"),
         (lambda state: state["param_groups"].append({"params": [], "param_names": []}), "has 2 parameter groups"),
         (lambda state: state["param_groups"][0].pop("param_names"), "optimizer with named parameters"),
