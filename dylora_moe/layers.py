@@ -10,17 +10,17 @@ Shapes: S tokens (batch times sequence), R the sum of the ranks of a mix's exper
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from peft.tuners import lora
 from torch import nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from .dispatch import Dispatch, add_product, can_be_grouped
 from .errors import UsageError
-from .mix import Layout, Mix
+from .mix import Layout, Mix, Way
+from .ways import Scratch, can_be_grouped
 
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1
@@ -36,14 +36,11 @@ class LayerSlot:
     Either one expert alone (`expert` is its index; NO_EXPERT: the base layer alone), or the sum of `mixes`. With
     neither, a routed layer is PEFT's own layer with its active adapters.
 
-    What can be computed once for all layers that are given the same input tensor (q, k and v; gate and up) is kept
-    here: the input in the experts' dtype after dropout, and its rows in the order of a dispatch.
-
     Args:
-        scratch: where those rows are put; all slots of a model share it.
+        scratch: where hidden units are put; all slots of a model share it.
     """
 
-    __slots__ = ("_dropped", "_gathered", "expert", "mixes", "scratch", "settled", "source")
+    __slots__ = ("_shared", "_terms", "expert", "mixes", "scratch", "settled", "source")
 
     def __init__(self, scratch: Scratch):
         self.scratch = scratch
@@ -54,58 +51,123 @@ class LayerSlot:
     ) -> None:
         """settled: while it is the same object, no parameter has changed; None where that is not known."""
         self.expert, self.mixes, self.settled = expert, mixes, settled
-        self.source = self._dropped = self._gathered = None
+        self.source = self._shared = None
+        self._terms: list[Term] = []
 
-    def input(self, x: torch.Tensor, dtype: torch.dtype, rate: float) -> torch.Tensor:
-        """x (..., d_in) -> (S, d_in) in the experts' dtype, with dropout."""
-        key = (x, dtype, rate)
-        if self.source is None or self.source[0] is not x or self.source[1:] != key[1:]:
-            flat = x.flatten(0, -2).to(dtype)
-            self.source, self._gathered = key, None
-            self._dropped = F.dropout(flat, rate) if rate else flat
-        return self._dropped
-
-    def gathered(self, dispatch: Dispatch) -> torch.Tensor:
-        """The rows of the input, (S, d_in), in the order of a dispatch: (S * k, d_in)."""
-        if self._gathered is None or self._gathered[0] is not dispatch:
-            self._gathered = (dispatch, self.scratch.rows_of(self._dropped, dispatch.tokens))
-        return self._gathered[1]
+    def terms(self, layer: RoutedLinear, x: torch.Tensor) -> list[Term]:
+        """The terms of a layer's sum, one for each mix, worked out once for all layers that share the input x."""
+        if self.source is not x or self._shared is not layer.shared:
+            self.source, self._shared, self._terms = x, layer.shared, []
+        found = [term for term in self._terms if layer in term.parts]
+        if not found:
+            found = [layer.shared.term(layer, x, mix, self) for mix in self.mixes]
+            self._terms += found
+        return found
 
 
-class Scratch:
-    """Memory that every decoder layer of a forward pass uses again: fresh pages take longer to get than to fill."""
+@dataclass(frozen=True)
+class Term:
+    """One mix's term in the sums of some layers: by layer, what its A has made of the input, and its B (R, d_out)."""
 
-    SMALLEST = 1 << 17  # bytes; below, an allocator has them at hand
+    way: Way | None  # None without experts
+    parts: dict[RoutedLinear, tuple[torch.Tensor, torch.Tensor] | None]
+    in_place: bool
 
-    def __init__(self):
-        self.buffer: torch.Tensor | None = None
-
-    def rows_of(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """x (S, d), index (n,) -> (n, d), good until the next call."""
-        return torch.index_select(x, 0, index, out=self._take(x, len(index), x.shape[1]))
-
-    def product(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """x (S, d), a (R, d) -> x a^T (S, R), good until the next call."""
-        if len(x) * len(a) * x.element_size() < self.SMALLEST:
-            return F.linear(x, a)
-        return torch.mm(x, a.t(), out=self._take(x, len(x), len(a)))
-
-    def _take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        buffer, size = self.buffer, rows * columns
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
-            self.buffer = buffer = like.new_empty(size)
-        return buffer[:size].view(rows, columns)
-
-    def clear(self) -> None:
-        self.buffer = None
+    def add(self, total: torch.Tensor, layer: RoutedLinear) -> torch.Tensor:
+        """total (S, d_out) of a layer -> (S, d_out)."""
+        if self.way is None:
+            return total
+        part, b = self.parts[layer]
+        return self.way.add(total, part, b, self.in_place and layer.owns_its_result())
 
 
-@dataclass
-class Kept:
-    """The concatenations of an evaluation: those of the parameters as they were while `settled` stood for them."""
+class SharedInput:
+    """Routed layers of a decoder layer that read the same input: the A of all are one matrix.
 
-    settled: object
-    stacks: tuple[torch.Tensor, torch.Tensor] | None = None
+    Whether they do is not found out while running: what is computed must not depend on how often a model was asked.
+    A member that is given another input than the member before it has the A of all work on that, and is right.
+
+    In evaluation the matrices are kept, while the parameters stay what they are, from the second forward pass on: one
+    pass needs no memory for them.
+    """
+
+    def __init__(self, members: Sequence[RoutedLinear]):
+        self.members = tuple(members)
+        self.kept: dict[tuple, Matrices] = {}
+
+    def term(self, layer: RoutedLinear, x: torch.Tensor, mix: Mix, slot: LayerSlot) -> Term:
+        """The term of the layer, and with it those of the members that have the same experts; x (..., d_in)."""
+        found = self._matrices(layer, mix.experts, slot.settled)
+        if not found.names:
+            return Term(None, {layer: None}, False)
+        x = x.flatten(0, -2).to(found.dtype)  # (S, d_in)
+        if len(mix) != len(x):
+            raise UsageError(f"a routed layer was given {len(x)} tokens, the router saw {len(mix)}: not supported")
+        if found.dropout.training:
+            x = found.dropout(x)
+        way = mix.way(found.layout, found.can_be_grouped)
+        settled = slot.settled is not None
+        # What lies in the scratch is good until the next call: only where no other is made for these layers.
+        alone = len(slot.mixes) == 1 and len(found.members) == len(self.members)
+        parts = way.hidden(x, found.a(way.arrange), slot.scratch if settled and alone else None)
+        return Term(way, dict(zip(found.members, zip(parts, found.b(), strict=True), strict=True)), settled)
+
+    def _matrices(self, layer: RoutedLinear, experts: tuple[int, ...], settled: object | None) -> Matrices:
+        if settled is None:
+            self.kept = {}
+            return Matrices(layer, experts)
+        found = self.kept.get((layer, experts))
+        if found is None or found.settled is not settled:
+            found = self.kept[layer, experts] = Matrices(layer, experts, settled)
+        else:
+            found.are_kept = True
+        return found
+
+    def __getstate__(self) -> dict:
+        return {"members": self.members, "kept": {}}
+
+
+class Matrices:
+    """The matrices of some experts in a layer, and in those that share its input and have the same of them.
+
+    Args:
+        settled: while it is the same object, no parameter has changed; None where that is not known.
+    """
+
+    def __init__(self, layer: RoutedLinear, experts: tuple[int, ...], settled: object | None = None):
+        self.settled, self.are_kept = settled, False
+        self.names, self.layout = found = layer.experts_of(experts)
+        self.members = [m for m in layer.shared.members if m is layer or m.experts_of(experts) == found]
+        if self.names:
+            a = layer.lora_A[self.names[0]].weight
+            self.dtype = a.dtype
+            self.dropout = layer.lora_dropout[self.names[0]]
+            rank = self.layout[1][0]
+            self.can_be_grouped = can_be_grouped(a.dtype, a.shape[1], rank * len(self.members))
+        self._a: dict[Callable, torch.Tensor] = {}
+        self._b: list[torch.Tensor] | None = None
+
+    def a(self, arrange: Callable[[list], torch.Tensor]) -> torch.Tensor:
+        """Of all members, arranged as a way wants it."""
+        if arrange in self._a:
+            return self._a[arrange]
+        made = arrange([self._weights(member.lora_A) for member in self.members])
+        if self.are_kept:
+            self._a[arrange] = made = made.contiguous()
+        return made
+
+    def b(self) -> list[torch.Tensor]:
+        """Of each member, transposed, one below the other: (R, d_out)."""
+        if self._b is not None:
+            return self._b
+        stacks = [self._weights(member.lora_B) for member in self.members]
+        made = [(torch.cat(b, dim=1) if len(b) > 1 else b[0]).t() for b in stacks]
+        if self.are_kept:
+            self._b = made = [b.contiguous() for b in made]
+        return made
+
+    def _weights(self, holder: nn.ModuleDict) -> list[torch.Tensor]:
+        return [holder[name].weight for name in self.names]
 
 
 class RoutedLinear(lora.Linear):
@@ -124,7 +186,7 @@ class RoutedLinear(lora.Linear):
         is_conv1d = isinstance(base_layer, Conv1D)
         kwargs.pop("device_map", None)
         self._members: dict[tuple, tuple] = {}
-        self._kept: dict[tuple, Kept] = {}
+        self.shared = SharedInput([])
         super().__init__(base_layer, adapter_name, config=config, is_target_conv_1d_layer=is_conv1d, **kwargs)
         self.fan_in_fan_out = is_conv1d  # of the base weight; one config may serve layers of both kinds
 
@@ -138,34 +200,13 @@ class RoutedLinear(lora.Linear):
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
         flat = total = result.flatten(0, -2)  # (S, d_out)
-        for mix in slot.mixes:
-            names, layout = self._experts_of(mix)
-            if names:
-                total = self._add(total, x, mix, names, layout)
+        for term in slot.terms(self, x):
+            total = term.add(total, self)
         if total is flat and flat.data_ptr() == result.data_ptr():  # nothing was added, or all of it in place
             return result
         return total.view(result.shape).to(result.dtype)
 
-    def _add(self, total: torch.Tensor, x: torch.Tensor, mix: Mix, names: list[str], layout: Layout) -> torch.Tensor:
-        """total (S, d_out), x (..., d_in) -> (S, d_out)."""
-        a, b = self._stacks(mix.experts, names)  # (R, d_in), (R, d_out)
-        dropout = self._modules["lora_dropout"]._modules[names[0]]
-        rate = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-        x = self.slot.input(x, a.dtype, rate)
-        dispatch = mix.dispatch(layout)
-        if dispatch is not None and can_be_grouped(a, b):
-            return dispatch.add(total, x, self.slot, a, b)
-        gate = mix.gate(layout)  # (S, R)
-        if gate.shape[0] != x.shape[0]:
-            raise UsageError(
-                f"a routed layer was given {x.shape[0]} tokens, the router saw {gate.shape[0]}: not supported"
-            )
-        if self.slot.settled is None:
-            return add_product(total, F.linear(x, a) * gate.to(x.dtype), b)
-        hidden = self.slot.scratch.product(x, a).mul_(gate)  # (S, R)
-        return add_product(total, hidden, b, in_place=self._owns_its_result())
-
-    def _owns_its_result(self) -> bool:
+    def owns_its_result(self) -> bool:
         """Whether nobody but this layer has seen what the base layer has just computed."""
         base = self._modules["base_layer"]
         return not base._forward_hooks and isinstance(base, (nn.Linear, Conv1D))
@@ -180,43 +221,22 @@ class RoutedLinear(lora.Linear):
 
     # ---- the experts' matrices ----
 
-    def _experts_of(self, mix: Mix) -> tuple[list[str], Layout]:
-        """The names of a mix's experts that this layer has (targets may differ), and their layout."""
-        found = self._members.get(mix.experts)
+    def experts_of(self, experts: tuple[int, ...]) -> tuple[list[str], Layout]:
+        """The names of those of a mix's experts that this layer has (targets may differ), and their layout."""
+        found = self._members.get(experts)
         if found is None:
-            here = [(i, expert_name(e)) for i, e in enumerate(mix.experts) if expert_name(e) in self.lora_A]
+            here = [(i, expert_name(e)) for i, e in enumerate(experts) if expert_name(e) in self.lora_A]
             columns, names = tuple(i for i, _ in here), [name for _, name in here]
-            found = self._members[mix.experts] = (names, columns, tuple(self.r[name] for name in names))
+            found = self._members[experts] = (names, columns, tuple(self.r[name] for name in names))
         names, columns, ranks = found
         return names, (columns, ranks, tuple(map(self.scaling.__getitem__, names)))
 
-    def _stacks(self, experts: tuple[int, ...], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The A (R, d_in) and the B, transposed, (R, d_out) of these experts, one below the other."""
-        settled = self.slot.settled
-        if settled is None:
-            self._kept = {}
-            return self._stack(names)
-        kept = self._kept.get(experts)
-        if kept is None or kept.settled is not settled:
-            self._kept[experts] = Kept(settled)  # kept from the second time on: one pass needs no memory
-            return self._stack(names)
-        if kept.stacks is None:
-            a, b = self._stack(names)
-            kept.stacks = a, b.contiguous()
-        return kept.stacks
-
-    def _stack(self, names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        a, b = ([holder[name].weight for name in names] for holder in (self.lora_A, self.lora_B))
-        if len(names) == 1:
-            return a[0], b[0].t()
-        return torch.cat(a), torch.cat(b, dim=1).t()
-
     def train(self, mode: bool = True):
-        self._kept = {}
+        self.shared.kept = {}
         return super().train(mode)
 
     def _apply(self, *args, **kwargs):
-        self._kept = {}
+        self.shared.kept = {}
         return super()._apply(*args, **kwargs)
 
     def add_adapter(self, adapter_name: str, config) -> None:
@@ -238,13 +258,10 @@ class RoutedLinear(lora.Linear):
 
     def update_layer(self, *args, **kwargs) -> None:
         self._members = {}
-        self._kept = {}
+        self.shared.kept = {}
         super().update_layer(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         self._members = {}
-        self._kept = {}
+        self.shared.kept = {}
         super().delete_adapter(adapter_name)
-
-    def __getstate__(self) -> dict:
-        return {**self.__dict__, "_kept": {}}

@@ -5,12 +5,16 @@ Shapes: S tokens, N experts of a mix, k experts per token, R the sum of the expe
 
 from __future__ import annotations
 
-import torch
+from functools import lru_cache
 
-from .dispatch import Dispatch, Fetch, plan_dispatch
+import torch
+from torch.nn import functional as F
+
+from .ways import Dense, Dispatch, Fetch, sparse_way
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
+Way = Dense | Dispatch | Fetch
 
 
 class Mix:
@@ -24,29 +28,36 @@ class Mix:
         top: of a sparse mix, which experts each token uses, (S, k), and their weights, (S, k).
     """
 
-    __slots__ = ("_dispatches", "_gates", "_weights", "experts", "top")
+    __slots__ = ("_ways", "_weights", "experts", "top")
 
     def __init__(self, experts: tuple[int, ...], weights: torch.Tensor, top: tuple | None = None):
         self.experts = experts
         self._weights = weights
         self.top = top
-        self._gates: dict[Layout, torch.Tensor] = {}
-        self._dispatches: dict[Layout, Dispatch | Fetch | None] = {}
+        self._ways: dict[tuple[Layout, bool], Way] = {}
+
+    def __len__(self) -> int:
+        """S, the number of tokens."""
+        return len(self._weights)
 
     def fresh(self) -> Mix:
         """The same weights, with nothing derived from them yet."""
         return Mix(self.experts, self._weights, self.top)
 
-    def gate(self, layout: Layout) -> torch.Tensor:
-        """The weight of each hidden unit, scaling included: (S, R)."""
-        if layout not in self._gates:
-            self._gates[layout] = self._expand(*layout)
-        return self._gates[layout]
+    def way(self, layout: Layout, groupable: bool) -> Way:
+        """How to add up these experts in layers of that layout; groupable: whether a grouped matmul takes their A."""
+        key = layout, groupable
+        if key not in self._ways:
+            self._ways[key] = (self._sparse_way(*layout) if groupable else None) or Dense(self._gate(*layout))
+        return self._ways[key]
 
-    def _expand(self, columns: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]) -> torch.Tensor:
-        weights = self._weights
+    def _gate(self, columns: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]) -> torch.Tensor:
+        """The weight of each hidden unit, scaling included: (S, R)."""
         if self.top is not None:
-            weights = torch.zeros_like(weights).scatter_(-1, *self.top)
+            index, weights = self.top
+            table = _units_of(len(self.experts), columns, ranks, scales, weights.device)
+            return F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
+        weights = self._weights
         if columns != tuple(range(len(self.experts))):
             weights = weights[:, list(columns)]  # (S, experts here)
         weights = weights * (scales[0] if len(set(scales)) == 1 else weights.new_tensor(scales))
@@ -54,19 +65,23 @@ class Mix:
             return weights.unsqueeze(-1).expand(-1, -1, ranks[0]).flatten(1)  # (S, R)
         return weights.repeat_interleave(torch.tensor(ranks, device=weights.device), dim=1)
 
-    def dispatch(self, layout: Layout) -> Dispatch | Fetch | None:
-        """Which tokens go to which experts, where working out only those pays; None where it does not."""
-        if self.top is None:
-            return None
-        if layout not in self._dispatches:
-            self._dispatches[layout] = self._plan_dispatch(*layout)
-        return self._dispatches[layout]
-
-    def _plan_dispatch(self, columns: tuple, ranks: tuple, scales: tuple) -> Dispatch | Fetch | None:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    def _sparse_way(self, columns: tuple, ranks: tuple, scales: tuple) -> Way | None:
+        if self.top is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         everywhere = len(columns) == len(self.experts)
         if not everywhere or len(set(ranks)) > 1 or len(set(scales)) > 1:
             return None
         index, weights = self.top
-        return plan_dispatch(index, weights, len(self.experts), ranks[0], scales[0])
+        return sparse_way(index, weights, len(self.experts), ranks[0], scales[0])
+
+
+@lru_cache(maxsize=64)
+def _units_of(num_experts: int, columns: tuple, ranks: tuple, scales: tuple, device: torch.device) -> torch.Tensor:
+    """(N, R) float32: at an expert's hidden units its scaling, elsewhere zero."""
+    with torch.inference_mode(False):
+        table = torch.zeros(num_experts, sum(ranks), device=device)
+        begin = 0
+        for column, rank, scale in zip(columns, ranks, scales, strict=True):
+            table[column, begin : begin + rank] = scale
+            begin += rank
+        return table

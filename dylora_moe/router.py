@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, N experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,8 +59,10 @@ class Router(nn.Module):
     def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x = hidden.to(torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
-        # 1 / rms = sqrt(d) / sqrt(sum of squares + d * epsilon)
-        scale = torch.rsqrt(norm.square() + x.shape[-1] * RMS_EPSILON) * (x.shape[-1] ** 0.5 / self.config.temperature)
+        # 1 / (rms * temperature) = 1 / sqrt(temperature^2 * (sum of squares / d + epsilon))
+        square = self.config.temperature**2
+        epsilon = _constant(square * RMS_EPSILON, x.device)
+        scale = torch.addcmul(epsilon, norm, norm, value=square / x.shape[-1]).rsqrt()
         return F.linear(x, weight.to(x.device, torch.float32)) * scale  # (..., N)
 
     def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -72,6 +75,12 @@ class Router(nn.Module):
             return None
         best, index = logits.topk(k, dim=-1)
         return index, best.softmax(-1)
+
+
+@lru_cache(maxsize=16)
+def _constant(value: float, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device)
 
 
 @dataclass

@@ -18,10 +18,16 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .layers import LayerSlot, RoutedLinear, Scratch
+from .layers import LayerSlot, RoutedLinear, SharedInput
 from .mix import Mix
 from .router import Router
 from .watch import Watch
+from .ways import Scratch
+
+SAME_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+)  # linear layers of one module that read the same
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,22 @@ class Routing:
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Give each decoder layer's slot to its routed layers; again after an expert has brought new ones."""
-        watched = []
+        watched, scalings = [], []
         for layer, slot in zip(layers, self.slots, strict=True):
-            for module in layer.modules():
+            sharing: dict[tuple, list[RoutedLinear]] = {}
+            for name, module in layer.named_modules():
                 if isinstance(module, RoutedLinear):
                     module.slot = slot
                     watched += [*module.lora_A.values(), *module.lora_B.values()]
-        self.watch = Watch(watched)
+                    scalings.append(module.scaling)
+                    parent, _, leaf = name.rpartition(".")
+                    family = next((family for family in SAME_INPUT if leaf in family), leaf)
+                    sharing.setdefault((parent, family, module.in_features), []).append(module)
+            for members in sharing.values():
+                shared = SharedInput(members)
+                for module in members:
+                    module.shared = shared
+        self.watch = Watch(watched, scalings)
 
     @contextmanager
     def force(self, expert: int | None) -> Iterator[None]:

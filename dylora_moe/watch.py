@@ -25,23 +25,26 @@ class Watch:
 
     Args:
         modules: those whose `weight` is watched.
+        scalings: of experts, watched as well.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], scalings: Sequence[dict[str, float]] = ()):
+        self._scalings = scalings
         self._parameters = [module._parameters for module in modules]  # nn.Module's __getattr__ takes ten times as long
         self._weights: list[torch.Tensor] = []  # held, so that no other tensor can have their address
         self._marks: tuple | None = None
         self._token: object | None = None
 
     def look(self) -> object | None:
-        """The same object as the last time if every weight is what it was then, otherwise another.
+        """The same object as the last time if all is what it was then, otherwise another.
 
         None where weights may change between now and the end of the forward pass, or it cannot be told.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         weights = [parameters["weight"] for parameters in self._parameters]
-        now = marks(weights)
+        found = marks(weights)
+        now = None if found is None else (*found, [list(scaling.values()) for scaling in self._scalings])
         if now is None or now != self._marks:
             self._weights, self._marks, self._token = weights, now, None if now is None else object()
         return self._token

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from dylora_moe import MoELoraConfig, RouterConfig, UsageError, dispatch
+from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
-from dylora_moe.dispatch import Dispatch, Fetch, can_be_grouped, plan_dispatch
+from dylora_moe.layers import SharedInput
+from dylora_moe.ways import Dispatch, Fetch, can_be_grouped, sparse_way
 
 from .tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
 
@@ -117,16 +118,16 @@ def test_experts_of_different_ranks_targets_and_scalings(kind, top_k):
 @pytest.fixture
 def eager_dispatch(monkeypatch):
     """Tokens are dispatched however few there are; the plans that were made."""
-    plans, plan = [], dispatch.plan_dispatch
+    plans, plan = [], ways.sparse_way
     for name in ("PLACE_COST", "DISPATCH_COST", "FETCHED_EXPERTS"):
-        monkeypatch.setattr(dispatch, name, 1)
-    monkeypatch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: plans.append(plan(*args)) or plans[-1])
+        monkeypatch.setattr(ways, name, 1)
+    monkeypatch.setattr("dylora_moe.mix.sparse_way", lambda *args: plans.append(plan(*args)) or plans[-1])
     return plans
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("skew", [0.0, 30.0])
-@pytest.mark.parametrize("r", [3, 8])
+@pytest.mark.parametrize("r", [4, 8])
 def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
     """Many experts, evenly and unevenly wanted: the dispatch is taken, and is the loop."""
     lora = MoELoraConfig(r=r, lora_alpha=8, lora_dropout=0.0)
@@ -137,9 +138,10 @@ def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
         model.router.gate.weight[3] *= 1 + skew  # half of the tokens want it very much
         for tokens, kind in ((ids, Dispatch), (ids[:1, :1], Fetch)):
             eager_dispatch.clear()
-            for _ in range(3):
-                logits = model(tokens).logits
-            assert difference(logits, loop_logits("llama", model, tokens, top_k=top_k)) <= TOLERANCE * (1 + skew)
+            logits = [model(tokens).logits for _ in range(3)]
+            assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2]), "what is kept has no say"
+            expected = loop_logits("llama", model, tokens, top_k=top_k)
+            assert difference(logits[0], expected) <= TOLERANCE * (1 + skew)
             assert [type(plan) for plan in eager_dispatch] == [kind] * 9, "one for each decoder layer and pass"
 
 
@@ -152,7 +154,7 @@ def test_dispatch_on_a_base_of_another_dtype(dtype, eager_dispatch):
         sparse = model(ids).logits
         eager_dispatch.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: None)
+            patch.setattr("dylora_moe.mix.sparse_way", lambda *args: None)
             assert difference(sparse, model(ids).logits) <= 0.05
     assert difference(sparse, dense) > 0.05
 
@@ -160,10 +162,10 @@ def test_dispatch_on_a_base_of_another_dtype(dtype, eager_dispatch):
 def test_what_is_dispatched():
     def plan(tokens, experts, top_k=2, r=16):
         weights, index = torch.rand(tokens, experts).topk(top_k)
-        return type(plan_dispatch(index, weights, experts, r)).__name__
+        return type(sparse_way(index, weights, experts, r)).__name__
 
-    assert plan(512, 64) == "Dispatch"
-    assert plan(512, 4) == plan(512, 16) == plan(4, 64) == "NoneType"  # the sum over all is as cheap
+    assert plan(512, 64) == plan(256, 16) == "Dispatch"
+    assert plan(512, 4) == plan(64, 16) == plan(4, 64) == "NoneType"  # the sum over all is as cheap
     assert plan(1, 64) == "Fetch"
     assert plan(1, 4) == "NoneType"
     assert plan(512, 64, top_k=63) == "NoneType"
@@ -171,16 +173,19 @@ def test_what_is_dispatched():
 
 def test_matrices_that_cannot_be_grouped_are_summed_over(eager_dispatch):
     """A grouped matmul takes rows of whole 16 bytes only."""
-    assert not can_be_grouped(torch.ones(2, 8), torch.ones(2, 6))
-    assert not can_be_grouped(torch.ones(2, 8, dtype=torch.float64), torch.ones(2, 8, dtype=torch.float64))
-    model, ids = tiny_mixture("llama", 12).to(torch.float64), random_ids(2, 9)
-    model.mark_mature()
-    with torch.no_grad():
-        logits = model(ids).logits
-        assert logits.dtype == torch.float64 and eager_dispatch
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dylora_moe.mix.plan_dispatch", lambda *args: None)
-            assert difference(logits, model(ids).logits) <= TOLERANCE
+    assert can_be_grouped(torch.float32, 8, 4)
+    assert not can_be_grouped(torch.float32, 8, 6)
+    assert not can_be_grouped(torch.float64, 8, 8)
+    ids = random_ids(2, 9)
+    for r, dtype, grouped in ((4, torch.float32, 9), (3, torch.float32, 0), (4, torch.float64, 0)):
+        eager_dispatch.clear()
+        lora = MoELoraConfig(r=r, lora_alpha=8, lora_dropout=0.0)
+        model = tiny_mixture("llama", 12, lora=lora).to(dtype)
+        model.mark_mature()
+        with torch.no_grad():
+            logits = [model(ids).logits for _ in range(3)][-1]
+        assert logits.dtype == dtype and len(eager_dispatch) == grouped
+        assert difference(logits, loop_logits("llama", model, ids, top_k=2)) <= TOLERANCE
 
 
 def test_a_dispatch_covers_every_choice_once():
@@ -189,9 +194,9 @@ def test_a_dispatch_covers_every_choice_once():
     logits[:, 12:] -= 99
     weights, index = logits.topk(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "PLACE_COST", 1)
-        patch.setattr(dispatch, "DISPATCH_COST", 1)
-        found = plan_dispatch(index, weights, 20, 16)
+        patch.setattr(ways, "PLACE_COST", 1)
+        patch.setattr(ways, "DISPATCH_COST", 1)
+        found = sparse_way(index, weights, 20, 16)
     total, begin = torch.zeros(50, 20), 0
     for expert, end in enumerate(found.ends.tolist()):
         for token in found.tokens[begin:end].tolist():
@@ -200,8 +205,9 @@ def test_a_dispatch_covers_every_choice_once():
     assert torch.equal(total, torch.zeros(50, 20).scatter(1, index, 1.0))
     order = torch.arange(100) // 2
     assert torch.equal(found.tokens[found.places], order)
-    assert torch.equal(found.rows[:, ::16], index * 16)
-    assert torch.equal(found.gate[:, ::16], weights)
+    assert torch.equal(found.gate[found.places].view(50, 2), weights)
+    assert torch.equal(found.rows.view(50, 2, 16), index.unsqueeze(-1) * 16 + torch.arange(16))
+    assert torch.equal(found.begins, torch.arange(50) * 32)
 
 
 def test_what_a_hook_has_seen_of_the_base_layer_stays(eager_dispatch):
@@ -327,13 +333,15 @@ def test_evaluation_keeps_nothing_after_one_pass_and_training_nothing_at_all():
     model, ids = tiny_mixture(), random_ids(1, 4)
 
     def kept():
-        return [k.stacks for _, layer in model.routed_layers() for k in layer._kept.values() if k.stacks]
+        shared = {layer.shared for _, layer in model.routed_layers()}
+        matrices = [found for group in shared for found in group.kept.values()]
+        return [tensor for found in matrices for tensor in [*found._a.values(), *(found._b or [])]]
 
     with torch.no_grad():
         model(ids)
         assert not kept()
         model(ids)
-        assert len(kept()) == 12
+        assert len(kept()) == 3 * (2 + 4), "in 3 decoder layers the A of q, k and v as one, that of o, and 4 B"
     model(ids)
     assert not kept()
 
@@ -354,3 +362,72 @@ def test_bare_base_and_forced_experts_do_not_route():
         assert torch.equal(model(ids).logits, model(ids, expert=1).logits)
         assert torch.equal(model(ids, expert=0).logits, model.base(ids).logits) is False
     assert difference(model(ids).logits, model(ids, expert=1).logits) > 1e-3
+
+
+# ---- layers that read the same input ----
+
+
+def a_products(model, ids, monkeypatch):
+    """How many layers each product with A is for, in a forward pass."""
+    found, hidden = [], ways.Dense.hidden
+
+    def count(self, x, a, scratch):
+        parts = hidden(self, x, a, scratch)
+        found.append(len(parts))
+        return parts
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(ways.Dense, "hidden", count)
+        model(ids)
+    return found
+
+
+def test_layers_that_read_the_same_have_one_product_with_a(monkeypatch):
+    model, ids = tiny_mixture("llama", lora=MoELoraConfig(r=4, target_modules="all-linear")), random_ids(2, 6)
+    assert a_products(model, ids, monkeypatch) == [3, 1, 2, 1] * 3, "q k v, o, gate and up, down"
+
+
+def test_layers_whose_experts_differ_share_no_product(monkeypatch):
+    model, ids = tiny_mixture("llama", MIXED["llama"]), random_ids(2, 6)  # q has three experts, v two, k one
+    assert a_products(model, ids, monkeypatch) == [1, 1, 1, 1, 2, 1] * 3
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_layer_that_is_given_an_input_of_its_own_computes_with_that(grad, top_k):
+    """By their names q, k and v read the same; a base may have it otherwise."""
+    model, ids = tiny_mixture("llama", 4, router=RouterConfig(top_k=top_k or 4)), random_ids(2, 6)
+    model.mark_mature()
+    attention, seen = decoder_layers(model.base)[1].self_attn, {}
+    attention.k_proj.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        layer = getattr(attention, name)
+        layer.register_forward_hook(lambda module, args, out, name=name: seen.update({name: (args[0], out)}))
+    with torch.set_grad_enabled(grad):
+        for _ in range(3):
+            model(ids)
+        together = dict(seen)
+        for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
+            layer.shared = SharedInput([layer])
+        model(ids)
+    assert torch.equal(together["k_proj"][0], 2 * together["q_proj"][0])
+    for name in seen:
+        assert difference(together[name][1], seen[name][1]) <= TOLERANCE
+    bare = {name: getattr(attention, name).base_layer(seen[name][0]) for name in seen}
+    assert all(difference(bare[name], seen[name][1]) > 1e-3 for name in seen)
+
+
+def test_nothing_overwrites_hidden_units_that_are_still_needed(monkeypatch):
+    """Neither those of layers with other experts, called in between, nor those of new experts."""
+    monkeypatch.setattr(ways.Scratch, "SMALLEST", 0)
+    ids = random_ids(2, 6)
+    model = tiny_mixture(
+        "llama",
+        [MoELoraConfig(r=4, target_modules=["q_proj", "v_proj"], **PLAIN), MoELoraConfig(r=4, **PLAIN)],
+    )
+    grown = tiny_mixture("llama", 2)
+    grown.add_expert()
+    for mixture in (model, grown):
+        with torch.no_grad(), mixture.watch_usage():  # that of new experts too
+            logits = [mixture(ids, labels=ids).logits for _ in range(3)]
+        assert difference(logits[-1], loop_logits("llama", mixture, ids, experts=range(2))) <= TOLERANCE
