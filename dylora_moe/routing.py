@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from .errors import UsageError
-from .layers import LayerSlot, RoutedLinear, SharedInput
+from .layers import RoutedLinear
 from .mix import Mix
 from .router import Router
+from .shared_input import LayerSlot, SharedInput
 from .watch import Watch
 from .ways import Scratch
 

@@ -171,7 +171,7 @@ def sparse_way(
     ends = torch.searchsorted(chosen, _count_to(num_experts, device), right=True, out_int32=True)
     gate = (weights * scaling).flatten().index_select(0, order).unsqueeze(1)
     places = torch.empty_like(order).scatter_(0, order, _count_to(len(order), device))
-    rows = (index.unsqueeze(-1) * rank + _count_to(rank, device)).flatten()
+    rows = torch.add(_count_to(rank, device), index.unsqueeze(-1), alpha=rank).flatten()
     return Dispatch(rank, order // k, ends, gate, places, rows, _count_to(len(rows), device, k * rank))
 
 

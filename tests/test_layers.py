@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
-from dylora_moe.layers import SharedInput
+from dylora_moe.shared_input import SharedInput
 from dylora_moe.ways import Dispatch, Fetch, can_be_grouped, sparse_way
 
 from .tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
