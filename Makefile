@@ -16,10 +16,10 @@ check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m ""
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ from .child import GB, PYTHON, Child
 from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
-IMPORTS = "imports"
+IMPORTS, RAW = "imports", "floor"
 IMPORT_LINE = "import torch, transformers, peft"
 QUICK, MINIMAL, FULL, FULL_RANDOM, FULL_REAL = (
     "quick", "minimal", "full", "full, --weights random", "full, weights from disk",
@@ -35,6 +35,7 @@ FILES = {
     FULL_RANDOM: "test_checkpoint_save_load.py",
     FULL_REAL: "test_checkpoint_save_load.py",
 }
+WITH_FLOOR = {MINIMAL, FULL, FULL_RANDOM}  # those that save a checkpoint of the default model
 TIME_LIMITS = {QUICK: 1.3, MINIMAL: 1.5, FULL: 3.0}
 MEMORY_LIMITS = {QUICK: 1.1, MINIMAL: 1.25}
 FULL_GB, REAL_EXTRA_GB = 2.6, 1.4
@@ -45,7 +46,7 @@ REAL_MODEL, REAL_BYTES = "SmolLM2-135M-Instruct", 4 * 134_515_008  # in float32
 FLOOR = f"""
 {IMPORT_LINE}
 import hashlib, os, sys
-size, base = int(sys.argv[2]), int(sys.argv[3])
+size = int(sys.argv[2])
 data = os.urandom(1 << 20) * (size >> 20) + bytes(size & 0xFFFFF)
 with open(sys.argv[1], "wb") as file:
     file.write(data)
@@ -53,12 +54,6 @@ with open(sys.argv[1], "wb") as file:
     os.fsync(file.fileno())
 hashlib.sha256(data)
 open(sys.argv[1], "rb").read()
-torch.empty(base, dtype=torch.uint8).fill_(1)
-"""
-BASE_BYTES = """
-from dylora_moe import bases
-source, _ = bases.find_base(bases.DEFAULT_MODEL, weights="none")
-print(bases.shared_random_bytes(source.config))
 """
 WRITE_WEIGHTS = """
 import sys
@@ -102,21 +97,20 @@ def measure(args: argparse.Namespace, result: Result) -> None:
 
 
 def run_all(chosen: list[str], folder: Path, rounds: int, result: Result) -> tuple[dict, dict[str, Timing]]:
-    """The children of every round and their timings, by name: the imports, the scripts, and each script's floor."""
+    """The children of every round and their timings, by name: the imports, the scripts, and the floor of the two that
+    save a checkpoint of the default model."""
     extra = {}
     if FULL_REAL in chosen:
         extra[FULL_REAL] = ["--model", str(write_weights(folder))]
     if FULL_RANDOM in chosen:
         extra[FULL_RANDOM] = ["--weights", "random"]
     bytes_written = {name: first_run(name, extra.get(name, []), result) for name in chosen}
-    full = {FULL, FULL_RANDOM} & set(chosen)
-    base_bytes = int(_last_word([PYTHON, "-c", BASE_BYTES])) if full else 0
     commands: dict[str, Callable[[], Child]] = {IMPORTS: lambda: child.run([PYTHON, "-c", IMPORT_LINE])}
     for name in chosen:
         commands[name] = partial(child.run_script, FILES[name], extra.get(name, []))
-        if name in (MINIMAL, FULL):
-            sizes = [str(bytes_written[name]), str(base_bytes if name == FULL else 0)]
-            commands[floor_of(name)] = partial(child.run, [PYTHON, "-c", FLOOR, str(folder / "raw"), *sizes])
+    size = max((bytes_written[name] for name in WITH_FLOOR & set(chosen)), default=0)
+    if size:
+        commands[RAW] = partial(child.run, [PYTHON, "-c", FLOOR, str(folder / "raw"), str(size)])
     children: dict[str, list[Child]] = {name: [] for name in commands}
 
     def run(name: str) -> float:
@@ -127,10 +121,6 @@ def run_all(chosen: list[str], folder: Path, rounds: int, result: Result) -> tup
 
     timings = common.interleaved({name: Case(partial(run, name)) for name in commands}, rounds, warmups=0)
     return children, timings
-
-
-def floor_of(name: str) -> str:
-    return f"floor of {name}"
 
 
 def _floor_problems(name: str, made: Child) -> list[str]:
@@ -176,13 +166,13 @@ def check_parent(result: Result) -> None:
 def report(children: dict, timings: dict[str, Timing], result: Result) -> None:
     columns = ["", "time", "by the imports'", "by its floor", "peak memory", "by the imports'"]
     note = (
-        "Floor of minimal: the imports, and the checkpoint's bytes written, fsynced, hashed and read once. Of full: "
-        "that, and the base's bytes (layers shared) filled once."
+        f"{RAW}: the imports, and the checkpoint's bytes written, fsynced, hashed and read once. It is the floor of "
+        "minimal and full with the default model, whose base weights take next to nothing."
     )
     table = result.table("scripts", "The three scripts with their defaults, each a process of its own", columns, note)
     imports, memory = timings[IMPORTS], _peak(children[IMPORTS])
     for name, timing in timings.items():
-        floor = timings.get(floor_of(name))
+        floor = timings.get(RAW) if name in WITH_FLOOR else None
         peak = _peak(children[name])
         cells = [common.seconds(timing.median), common.ratio(timing, imports)]
         cells += [common.ratio(timing, floor) if floor else "", f"{peak / GB:.2f} GB", f"{peak / memory:.2f}"]

@@ -3,7 +3,7 @@
 `find_base` decides, without loading anything, which weights can be had; `load_base` builds the model:
 
 - pretrained: the real weights, from a folder, the hub (through its cache) or a GGUF file;
-- random: the same architecture with seeded weights, one tensor per parameter of a decoder layer, shared by all layers;
+- random: the same architecture with seeded weights, which take little memory (`random_weights`);
 - none: parameters on the `meta` device, buffers real; costs no memory.
 
 Code that comes with a model is never run, and no name that looks like a path ever turns into a download.
@@ -233,18 +233,20 @@ def load_base(
     dtype: str | torch.dtype | None = None,
     device: str | torch.device | None = "cpu",
     seed: int = 0,
+    compact: bool = False,
 ) -> PreTrainedModel:
     """The model in eval mode with every parameter frozen.
 
     weights: "pretrained", "random" or "none", as find_base returned it. dtype: default the config's. With "none"
-    parameters are on `meta`, buffers real. Raises UsageError; weights that are missing are never made up.
+    parameters are on `meta`, buffers real. compact: of random weights, as `random_weights.random_model` takes it.
+    Raises UsageError; weights that are missing are never made up.
     """
     dtype = resolve_dtype(dtype, base.config)
     device = resolve_device(device)
     if weights == "none":
         model = skeleton(base.config, dtype)
     elif weights == "random":
-        model = random_model(base.config, dtype, device, seed)
+        model = random_model(base.config, dtype, device, seed, compact=compact)
     elif weights == "pretrained":
         model = _pretrained(base, dtype, device)
     else:
@@ -432,6 +434,6 @@ def parameter_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = 
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def shared_random_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
-    """Bytes of the parameters which weights="random" allocates, the decoder layers sharing theirs."""
-    return shared_bytes(skeleton(config, resolve_dtype(dtype, config)))
+def compact_random_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
+    """Bytes of the parameters which weights="random" allocates with compact=True."""
+    return shared_bytes(skeleton(config, resolve_dtype(dtype, config)), compact=True)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from . import bases, formats, machine, tensorfile, verify_tensors
 from .errors import CheckpointError
 from .formats import PROBE_TOKENS
+from .hankel import HankelMatrix
 from .layers import expert_name
 from .model import DyLoRAMoE, untouched
 
@@ -91,8 +92,13 @@ def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
         "dtype": dtype_name(model),
         "device_type": model.device.type,
         "base_weights": bases.weights_fingerprint(model.base),
-        "machine": machine.arithmetic(model.device),
+        "machine": machine.arithmetic(model.device) + (", compact random weights" if _is_compact(model) else ""),
     }
+
+
+def _is_compact(model: DyLoRAMoE) -> bool:
+    """Whether products with the base's matrices are computed in another way than with a matrix of full size."""
+    return any(isinstance(parameter, HankelMatrix) for parameter in model.base.parameters())
 
 
 def dtype_name(model: DyLoRAMoE) -> str:

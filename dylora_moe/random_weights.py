@@ -1,7 +1,8 @@
 """Seeded random weights that stand in for a base model's own, in a fraction of its memory.
 
-One tensor per parameter of a decoder layer, shared by all layers, holds CodeGemma-2B in 1.2 GB. Only integer random
-numbers and single IEEE operations are used, so that a seed gives the same bytes everywhere.
+A matrix is a Hankel matrix of noise (`hankel`): a thousandth of its size in memory where it is compact. All decoder
+layers share one tensor per parameter; dense, CodeGemma-2B takes 1.2 GB, compact 1 MB. Only integer random numbers and
+single IEEE operations are used, so that a seed gives the same bytes everywhere.
 """
 
 from __future__ import annotations
@@ -19,24 +20,30 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-NOISE_PERIOD = 1_048_573  # a prime, so that no two rows of a matrix start at the same place of the noise
 
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, *, compact: bool = False
+) -> PreTrainedModel:
+    """Matrices from seeded noise of the model's own spread; norms and biases as the model itself initialises them.
 
-def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
-    """Matrices from seeded noise of the model's own spread; norms and biases as the model itself initialises them."""
+    Args:
+        compact: the same values, but the matrices of linear layers and embeddings take a thousandth of their memory,
+            and linear layers a fraction of their time. For forward passes on one device.
+    """
     import torch
 
     model = skeleton(config, dtype)
     if device.type == "cpu":
-        need_memory(shared_bytes(model), f"random weights of this {config.model_type} architecture")
-    noise = _noise(seed, _spread(config), dtype)
+        need_memory(shared_bytes(model, compact), f"random weights of this {config.model_type} architecture")
+    spread = _spread(config)
     made: dict[Any, nn.Parameter] = {}
     plain = []
     with quiet(), refused("The random weights cannot be made", "Use --weights none, or a smaller model."):
+        small = _compactable(model) if compact else set()
         places = list(_places(model))  # a list keeps the old ones alive: keys are ids
         for key, label, module, name, parameter in places:
             if key not in made:
-                made[key] = _filled(parameter, f"{seed}.{label}", noise, device)
+                made[key] = _filled(parameter, f"{seed}.{label}", spread, device, key in small)
                 plain.append(module)
             module._parameters[name] = made[key]
         model.to(device)  # the buffers
@@ -47,9 +54,14 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     return model
 
 
-def shared_bytes(model: PreTrainedModel) -> int:
+def shared_bytes(model: PreTrainedModel, compact: bool = False) -> int:
     """Bytes of its parameters, once the decoder layers share theirs."""
-    return sum({key: parameter.nbytes for key, _, _, _, parameter in _places(model)}.values())
+    small = _compactable(model) if compact else set()
+    sizes = {}
+    for key, _, _, _, parameter in _places(model):
+        count = sum(parameter.shape) - 1 if key in small else parameter.numel()
+        sizes[key] = count * parameter.element_size()
+    return sum(sizes.values())
 
 
 def _places(model: PreTrainedModel) -> Iterator[tuple[Any, str, nn.Module, str, nn.Parameter]]:
@@ -66,35 +78,44 @@ def _places(model: PreTrainedModel) -> Iterator[tuple[Any, str, nn.Module, str, 
                 yield (label, tuple(parameter.shape)) if inside else id(parameter), label, module, name, parameter
 
 
+def _compactable(model: PreTrainedModel) -> set:
+    """The keys of the matrices that nothing but linear layers and embeddings holds."""
+    from torch import nn
+
+    places = list(_places(model))
+    others = {key for key, _, module, _, _ in places if not isinstance(module, (nn.Linear, nn.Embedding))}
+    return {key for key, _, _, _, parameter in places if parameter.ndim == 2} - others
+
+
 def _spread(config: PreTrainedConfig) -> float:
     spread = getattr(config.get_text_config(), "initializer_range", None)
     return spread if isinstance(spread, float) and 0 < spread < 10 else 0.02
 
 
-def _noise(seed: int, spread: float, dtype: torch.dtype) -> torch.Tensor:
-    """(NOISE_PERIOD,) uniform numbers with that standard deviation. PCG64's raw stream is fixed by numpy's promise."""
-    import numpy
-    import torch
-
-    raw = numpy.random.PCG64(seed).random_raw(-(-NOISE_PERIOD // 4)).astype("<u8").view("<i2")[:NOISE_PERIOD]
-    centred = raw.astype(numpy.float32) + numpy.float32(0.5)
-    return torch.from_numpy(centred * numpy.float32(spread * 12**0.5 / 65536)).to(dtype)
-
-
-def _filled(parameter: nn.Parameter, label: str, noise: torch.Tensor, device: torch.device) -> nn.Parameter:
-    """A frozen parameter of that shape and dtype: noise from a place of its own for matrices, else one or zero."""
+def _filled(parameter: nn.Parameter, label: str, spread: float, device: torch.device, compact: bool) -> nn.Parameter:
+    """A frozen parameter of that shape and dtype: noise for a matrix, and for a stack of them, else one or zero."""
     import torch
     from torch import nn
+
+    from dylora_moe.hankel import hankel_matrix
 
     if parameter.ndim < 2:
         start = 0.0 if label.endswith("bias") else 1.0
         return nn.Parameter(torch.full(parameter.shape, start, dtype=parameter.dtype, device=device), False)
-    filled = torch.empty(parameter.shape, dtype=parameter.dtype)
-    flat = filled.view(-1)
-    begin = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little") % NOISE_PERIOD
-    first = noise[begin : begin + flat.numel()]
-    flat[: first.numel()] = first
-    for at in range(first.numel(), flat.numel(), NOISE_PERIOD):
-        rest = noise[: flat.numel() - at]
-        flat[at : at + rest.numel()] = rest
-    return nn.Parameter(filled.to(device), requires_grad=False)
+    columns = parameter.shape[-1]
+    rows = parameter.numel() // columns
+    matrix = hankel_matrix(_noise(label, rows + columns - 1, spread).to(parameter.dtype).to(device), (rows, columns))
+    if compact:
+        return matrix
+    return nn.Parameter(matrix.detach().contiguous().view(parameter.shape), requires_grad=False)
+
+
+def _noise(label: str, count: int, spread: float) -> torch.Tensor:
+    """(count,) uniform numbers with that standard deviation. PCG64's raw stream is fixed by numpy's promise."""
+    import numpy
+    import torch
+
+    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little")
+    raw = numpy.random.PCG64(seed).random_raw(-(-count // 4)).astype("<u8").view("<i2")[:count]
+    centred = raw.astype(numpy.float32) + numpy.float32(0.5)
+    return torch.from_numpy(centred * numpy.float32(spread * 12**0.5 / 65536))

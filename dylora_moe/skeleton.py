@@ -123,8 +123,16 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1)
-    if flat.numel() <= 2 * BLOCKS * BLOCK:
-        return flat
-    stride = (flat.numel() - BLOCK) // (BLOCKS - 1)
-    return flat.as_strided((BLOCKS, BLOCK), (stride, 1), flat.storage_offset())  # (8, 32): from the first to the last
+    """All of a small tensor, flat; of a large one (8, 32) numbers, from the first to the last."""
+    import torch
+
+    size = tensor.numel()
+    if size <= 2 * BLOCKS * BLOCK:
+        return tensor.reshape(-1)
+    stride = (size - BLOCK) // (BLOCKS - 1)
+    positions = torch.arange(BLOCKS).unsqueeze(1) * stride + torch.arange(BLOCK)  # (8, 32), as if it were flat
+    indices = []
+    for length in reversed(tensor.shape):
+        indices.append((positions % length).to(tensor.device))
+        positions = positions // length
+    return tensor[tuple(reversed(indices))]  # a flat view of a Hankel matrix would be a copy of full size

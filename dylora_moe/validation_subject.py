@@ -36,7 +36,8 @@ def find_base(script: Script, args: Namespace, name: str | None = None, revision
 def load_base(args: Namespace, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
     from . import bases
 
-    return bases.load_base(source, weights, dtype=args.dtype or dtype, device=args.device, seed=args.seed)
+    dtype = args.dtype or dtype
+    return bases.load_base(source, weights, dtype=dtype, device=args.device, seed=args.seed, compact=True)
 
 
 def build_mixture(args: Namespace, source: Base, weights: str) -> DyLoRAMoE:
@@ -96,7 +97,7 @@ def base_bytes(source: Base, weights: str, dtype: str | None) -> int:
 
     if weights == "none":
         return 0
-    size_of: Callable = bases.parameter_bytes if weights == "pretrained" else bases.shared_random_bytes
+    size_of: Callable = bases.parameter_bytes if weights == "pretrained" else bases.compact_random_bytes
     vocabulary = source.config.get_text_config().vocab_size
     return size_of(source.config, dtype) + LOGITS_AT_ONCE * FORWARD_TOKENS * vocabulary
 

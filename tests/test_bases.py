@@ -64,7 +64,7 @@ def test_codegemma_architecture_and_sizes():
     assert facts["fingerprint"] == CODEGEMMA_FINGERPRINT
     assert (facts["hidden_size"], facts["num_hidden_layers"], facts["vocab_size"]) == (2048, 18, 256000)
     assert bases.parameter_bytes(base.config, "bfloat16") == 2 * 2_506_172_416
-    assert bases.shared_random_bytes(base.config, "bfloat16") == 1_268_789_248
+    assert bases.compact_random_bytes(base.config, "bfloat16") == 664_560
 
 
 def test_no_hub_means_random_weights_and_one_line_that_says_so():

@@ -4,10 +4,18 @@ import pytest
 import torch
 
 from dylora_moe import bases, machine
+from dylora_moe.hankel import HankelMatrix
+from dylora_moe.model import fresh_base
 
 from .base_folders import FAMILIES, error_of, folder_of
 
 IDS = torch.arange(3, 15)[None]
+
+
+def held_bytes(model):
+    """Of memory, by its parameters."""
+    storages = [parameter.untyped_storage() for parameter in model.parameters()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -17,7 +25,7 @@ def test_random_weights_share_the_layers_and_give_distinct_finite_logits(family,
     state = torch.get_rng_state()
     model = bases.load_base(base, weights, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sum(parameter.nbytes for parameter in model.parameters()) == bases.shared_random_bytes(base.config, None)
+    assert sum(parameter.nbytes for parameter in model.parameters()) == held_bytes(model)
     first, *others = bases.decoder_layers(model)
     for layer in others:
         assert all(a is b for a, b in zip(first.parameters(), layer.parameters(), strict=True))
@@ -29,11 +37,37 @@ def test_random_weights_share_the_layers_and_give_distinct_finite_logits(family,
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compact_weights_are_the_same_in_little_memory(family, dtype, tmp_path):
+    base, _ = bases.find_base(folder_of(family, tmp_path))
+    dense, compact = (bases.load_base(base, "random", dtype=dtype, compact=compact) for compact in (False, True))
+    assert bases.weights_fingerprint(dense) == bases.weights_fingerprint(compact)
+    for (name, here), there in zip(dense.named_parameters(), compact.parameters(), strict=True):
+        assert torch.equal(here, there), name
+    assert held_bytes(compact) == bases.compact_random_bytes(base.config, dtype)
+    of_conv1d = family == "gpt2"  # which multiplies by its matrix itself
+    assert held_bytes(compact) < held_bytes(dense) / (1.1 if of_conv1d else 4)
+    with torch.no_grad():
+        expected, found = dense(IDS).logits, compact(IDS).logits
+    assert (expected - found).abs().max() < (1e-5 if dtype == "float32" else 0.05)
+    twin = fresh_base(compact)
+    with torch.no_grad():
+        assert torch.equal(twin(IDS).logits, found)
+    assert held_bytes(twin) == held_bytes(compact)
+
+
+def test_a_matrix_that_others_than_linear_layers_use_is_never_compact(tmp_path):
+    gpt2 = bases.load_base(bases.find_base(folder_of("gpt2", tmp_path))[0], "random", compact=True)
+    assert isinstance(gpt2.transformer.wte.weight, HankelMatrix)
+    assert gpt2.transformer.h[0].attn.c_attn.weight.is_contiguous()
+
+
 def test_random_weights_are_the_same_bytes_for_a_seed_and_others_for_another(tmp_path):
     base, _ = bases.find_base(folder_of("gemma", tmp_path), weights="random")
     prints = [bases.weights_fingerprint(bases.load_base(base, "random", seed=seed)) for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
-    assert prints[0] == "float32:649d3a74696d507b67ae8bb6eae1ac99979b3510095472448fd1f48d45481be5"
+    assert prints[0] == "float32:52de788f2f2edd1902fe28ca7852933a1e4cf2a638200a3983b6c16d06c7f081"
 
 
 def test_norms_and_biases_are_as_the_model_initialises_them(tmp_path):

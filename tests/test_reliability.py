@@ -82,7 +82,7 @@ def test_every_file_that_the_page_links_is_there():
         (("tests/test_nothing.py", "test_x", ""), "there is no such file"),
         (("tests/test_commit.py", "test_nothing", ""), "there is no such test"),
         (("tests/test_commit.py", "add_strangers", ""), "there is no such test"),
-        (("tests/test_scripts.py", "test_full_with_the_defaults", ""), "is marked slow"),
+        (("tests/test_routing.py", "test_compiled_it_computes_the_same", ""), "is marked slow"),
         (("tests/test_commit.py", "test_a_fault_at_every_operation_of_a_save", "limit 9"), "has no such case"),
         (("tests/test_commit.py", "test_times_play_no_part", "limit 1"), "has no such case"),
         (("tests/test_commit.py", "test_a_fault_at_every_operation_of_a_save", "limit 1-kill"), None),

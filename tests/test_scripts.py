@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from dylora_moe import checkpoint, machine, workspace
+from dylora_moe import DyLoRAMoE, checkpoint, checks, machine, workspace
 from train import PeftCheckpointCallback
 
 from . import scripts
@@ -122,7 +122,6 @@ def test_minimal_with_the_default_model(capsys, experts, size):
     assert outcome.lines[-1] == f"Total checkpoint size: {size} MB"
 
 
-@pytest.mark.slow
 def test_full_with_the_defaults(capsys, tmp_path):
     outcome = run(full, capsys, "--json", tmp_path / "result.json")
     assert outcome.code == 0
@@ -284,6 +283,22 @@ def test_existing_checkpoint(capsys, saved):
     assert outcome.code == 0
     assert outcome.verdicts() == MINIMAL_LINES[1:]
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in saved.rglob("*")} == before
+
+
+def test_the_probe_of_dense_random_weights_holds_for_the_compact_ones(capsys, tiny, tmp_path):
+    """As training with --weights random leaves it: the same base weights, multiplied by in another way."""
+    (tmp_path / "config-only").mkdir()
+    (tmp_path / "config-only" / "config.json").write_bytes((tiny / "config.json").read_bytes())
+    model = DyLoRAMoE.from_base(tmp_path / "config-only", 2, weights="random")
+    checks.fill_experts(model, 0)
+    checkpoint.save(tmp_path / "saved", model)
+    outcome = run(full, capsys, "--checkpoint", tmp_path / "saved", "--json", tmp_path / "json")
+    assert outcome.code == 0
+    assert "(tolerance 0.001, on another machine or device, or computed in another way)" in outcome.out
+    assert json.loads((tmp_path / "json").read_text())["checks"][2]["measures"]["max_abs_diff_probe"] < 1e-4
+    edit_tensors(tmp_path / "saved" / EXPERT_0, zero_b)
+    scripts.rewrite_manifest(tmp_path / "saved")
+    assert "✗ probe: expert_0 differs by" in run(full, capsys, "--checkpoint", tmp_path / "saved").out
 
 
 def test_existing_checkpoint_without_probe(capsys, tiny, tmp_path):
