@@ -8,9 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
-from torch.nn import functional as F
 
-from .ways import Dense, Dispatch, Fetch, sparse_way
+from .ways import Dense, Dispatch, Fetch, count_to, sparse_way
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -56,7 +55,9 @@ class Mix:
         if self.top is not None:
             index, weights = self.top
             table = _units_of(len(self.experts), columns, ranks, scales, weights.device)
-            return F.embedding_bag(index, table, per_sample_weights=weights, mode="sum")
+            # F.embedding_bag would count out where each token's choices begin again for every layer.
+            begins = count_to(index.numel(), index.device, index.shape[1])
+            return torch.embedding_bag(table, index.flatten(), begins, per_sample_weights=weights.flatten())[0]
         weights = self._weights
         if columns != tuple(range(len(self.experts))):
             weights = weights[:, list(columns)]  # (S, experts here)

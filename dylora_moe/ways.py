@@ -168,15 +168,15 @@ def sparse_way(
         return None
     device = index.device
     chosen, order = index.flatten().sort(stable=True)
-    ends = torch.searchsorted(chosen, _count_to(num_experts, device), right=True, out_int32=True)
+    ends = torch.searchsorted(chosen, count_to(num_experts, device), right=True, out_int32=True)
     gate = (weights * scaling).flatten().index_select(0, order).unsqueeze(1)
-    places = torch.empty_like(order).scatter_(0, order, _count_to(len(order), device))
-    rows = torch.add(_count_to(rank, device), index.unsqueeze(-1), alpha=rank).flatten()
-    return Dispatch(rank, order // k, ends, gate, places, rows, _count_to(len(rows), device, k * rank))
+    places = torch.empty_like(order).scatter_(0, order, count_to(len(order), device))
+    rows = torch.add(count_to(rank, device), index.unsqueeze(-1), alpha=rank).flatten()
+    return Dispatch(rank, order // k, ends, gate, places, rows, count_to(len(rows), device, k * rank))
 
 
 @lru_cache(maxsize=16)
-def _count_to(n: int, device: torch.device, step: int = 1) -> torch.Tensor:
+def count_to(n: int, device: torch.device, step: int = 1) -> torch.Tensor:
     """int64: 0, step, ... below n. Every decoder layer of a forward pass needs the same few."""
     with torch.inference_mode(False):
         return torch.arange(0, n, step, device=device)
