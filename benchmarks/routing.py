@@ -25,6 +25,7 @@ from . import common, loop, models
 from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
+EVALUATIONS = 3  # of them in a round for each training step: they are short, and their limits are narrow
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
 MOST_EXPERTS = {models.UNROUTED: 16, models.X_LORA: 16}  # with 64 these take minutes a round, and gigabytes
@@ -89,7 +90,7 @@ def compare(base, experts: int, shapes, rounds: int, device: str, result: Result
     cases = {name: evaluation_case(model, ids) for name, model in peers.items()}
     cases[models.OURS] = evaluation_case(ours, ids, before=ours.mark_immature)
     cases[models.OURS_SPARSE] = evaluation_case(ours, ids, before=ours.mark_mature)
-    return training, common.interleaved(cases, rounds, device)
+    return training, common.interleaved(cases, EVALUATIONS * rounds, device)
 
 
 def training_case(model, ids: torch.Tensor) -> Case:

@@ -147,7 +147,7 @@ class Matrices:
             return self._a[arrange]
         made = arrange([self._weights(member.lora_A) for member in self.members])
         if self.are_kept:
-            self._a[arrange] = made = made.contiguous()
+            self._a[arrange] = made
         return made
 
     def b(self) -> list[torch.Tensor]:
