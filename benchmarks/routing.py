@@ -25,7 +25,7 @@ from . import common, loop, models
 from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
-EVALUATIONS = 3  # of them in a round for each training step: they are short, and their limits are narrow
+EVALUATIONS = 2  # of them in a round for each training step: they are short, and their limits are narrow
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
 MOST_EXPERTS = {models.UNROUTED: 16, models.X_LORA: 16}  # with 64 these take minutes a round, and gigabytes

@@ -60,7 +60,8 @@ class RoutedLinear(lora.Linear):
             total = term.add(total, self)
         if total is flat and flat.data_ptr() == result.data_ptr():  # nothing was added, or all of it in place
             return result
-        return total.view(result.shape).to(result.dtype)
+        total = total.view(result.shape)
+        return total if total.dtype == result.dtype else total.to(result.dtype)
 
     def owns_its_result(self) -> bool:
         """Whether nobody but this layer has seen what the base layer has just computed."""

@@ -33,7 +33,7 @@ class Mix:
         self.experts = experts
         self._weights = weights
         self.top = top
-        self._ways: dict[tuple[Layout, bool], Way] = {}
+        self._ways: list[tuple[Layout, bool, Way]] = []
 
     def __len__(self) -> int:
         """S, the number of tokens."""
@@ -45,10 +45,12 @@ class Mix:
 
     def way(self, layout: Layout, groupable: bool) -> Way:
         """How to add up these experts in layers of that layout; groupable: whether a grouped matmul takes their A."""
-        key = layout, groupable
-        if key not in self._ways:
-            self._ways[key] = (self._sparse_way(*layout) if groupable else None) or Dense(self._gate(*layout))
-        return self._ways[key]
+        for known, grouped, way in self._ways:  # nearly always one; a layout takes longer to hash than to compare
+            if grouped == groupable and known == layout:
+                return way
+        way = (self._sparse_way(*layout) if groupable else None) or Dense(self._gate(*layout))
+        self._ways.append((layout, groupable, way))
+        return way
 
     def _gate(self, columns: tuple[int, ...], ranks: tuple[int, ...], scales: tuple[float, ...]) -> torch.Tensor:
         """The weight of each hidden unit, scaling included: (S, R)."""

@@ -59,7 +59,7 @@ class LayerSlot:
         return found
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Term:
     """One mix's term in the sums of some layers: by layer, what its A has made of the input, and its B (R, d_out)."""
 

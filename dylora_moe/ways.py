@@ -56,7 +56,7 @@ class Scratch:
         self._buffer = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Dense:
     """The sum over all experts, in two matmuls. gate: (S, R), the weight of each hidden unit, scaling included."""
 
@@ -89,8 +89,12 @@ class _ByExpert:
         """The A (r, d_in) by layer and expert -> (N, d_in, M * r)."""
         return torch.stack([torch.cat(matrices) for matrices in zip(*a, strict=True)]).transpose(1, 2).contiguous()
 
+    def parts(self, units: torch.Tensor) -> Sequence[torch.Tensor]:
+        """(n, M * r) -> M parts (n, r)."""
+        return units.view(len(units), -1, self.rank).unbind(1)  # Tensor.split is written in Python, and slow
 
-@dataclass(frozen=True)
+
+@dataclass(eq=False)
 class Fetch(_ByExpert):
     """One token's experts: index (k,) int64, and their weights, gate (k, 1), scaling included."""
 
@@ -101,7 +105,7 @@ class Fetch(_ByExpert):
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
         """x (1, d_in) -> M parts (k, r)."""
         units = torch.matmul(x, a.index_select(0, self.index)).squeeze(1)  # (k, M * r)
-        return (units * self.gate.to(x.dtype)).split(self.rank, dim=1)
+        return self.parts(units * self.gate.to(x.dtype))
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (1, d_out), b (N * r, d_out) -> (1, d_out)."""
@@ -109,7 +113,7 @@ class Fetch(_ByExpert):
         return add_product(total, part.reshape(1, -1), b, in_place)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Dispatch(_ByExpert):
     """The tokens' choices, sorted by expert.
 
@@ -132,8 +136,8 @@ class Dispatch(_ByExpert):
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S * k, r), in the order of the choices."""
         rows = x.index_select(0, self.tokens) if scratch is None else scratch.rows_of(x, self.tokens)
-        units = F.grouped_mm(rows, a, offs=self.ends)  # (S * k, M * r)
-        return units.mul_(self.gate).split(self.rank, dim=1)
+        units = F.grouped_mm(rows, a, offs=self.ends).mul_(self.gate)  # (S * k, M * r)
+        return self.parts(units)
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
