@@ -51,8 +51,11 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     dtype = torch.promote_types(x.dtype, torch.float32)
     numbers = torch.fft.rfft(weight.as_strided((d_out + d_in - 1,), (1,)).to(dtype), n=n)  # (n // 2 + 1,)
     parts = x.reshape(-1, d_in).split(ROWS)  # (<= ROWS, d_in) each
-    products = [torch.fft.irfft(torch.fft.rfft(part.to(dtype), n=n).conj() * numbers, n=n) for part in parts]
-    result = torch.cat([product[:, :d_out].to(x.dtype) for product in products]).view(*x.shape[:-1], d_out)
+    products = [
+        torch.fft.irfft(torch.fft.rfft(part.to(dtype), n=n).conj() * numbers, n=n)[:, :d_out].to(x.dtype)
+        for part in parts  # so that one part at a time is held in float32
+    ]
+    result = torch.cat(products).view(*x.shape[:-1], d_out)
     return result if bias is None else result + bias
 
 

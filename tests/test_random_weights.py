@@ -6,6 +6,7 @@ import torch
 from dylora_moe import bases, machine
 from dylora_moe.hankel import HankelMatrix
 from dylora_moe.model import fresh_base
+from dylora_moe.random_weights import shared_bytes
 
 from .base_folders import FAMILIES, error_of, folder_of
 
@@ -25,7 +26,8 @@ def test_random_weights_share_the_layers_and_give_distinct_finite_logits(family,
     state = torch.get_rng_state()
     model = bases.load_base(base, weights, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert sum(parameter.nbytes for parameter in model.parameters()) == held_bytes(model)
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    assert nbytes == held_bytes(model) == shared_bytes(bases.skeleton(base.config, model.dtype))
     first, *others = bases.decoder_layers(model)
     for layer in others:
         assert all(a is b for a, b in zip(first.parameters(), layer.parameters(), strict=True))
