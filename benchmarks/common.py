@@ -45,7 +45,7 @@ class Timing:
         return _quartiles(self.samples)
 
     def ratio(self, reference: Timing) -> float:
-        """The median over rounds of this case's time by the reference's of the same round.
+        """The median, over the rounds that both took part in, of this case's time by the reference's.
 
         What slows a machine down for seconds slows both, so it is steadier than the ratio of the medians.
         """
@@ -55,7 +55,7 @@ class Timing:
         return _quartiles(self._ratios(reference))
 
     def _ratios(self, reference: Timing) -> list[float]:
-        return [mine / theirs for mine, theirs in zip(self.samples, reference.samples, strict=True)]
+        return [mine / theirs for mine, theirs in zip(self.samples, reference.samples, strict=False)]
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
@@ -67,10 +67,14 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Case:
-    """`run` is timed. `before` is not: it brings the model into the state that is to be measured."""
+    """`run` is timed. `before` is not: it brings the model into the state that is to be measured.
+
+    rounds: the first so many only, of a case that is so slow that its ratio needs no more.
+    """
 
     run: Callable[[], object]
     before: Callable[[], object] | None = None
+    rounds: int | None = None
 
 
 def interleaved(cases: dict[str, Case], rounds: int, device: str = "cpu", warmups: int = 1) -> dict[str, Timing]:
@@ -88,6 +92,8 @@ def interleaved(cases: dict[str, Case], rounds: int, device: str = "cpu", warmup
             gc.collect(1)  # the young ones; the models' own modules are not walked over again and again
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
+                if cases[name].rounds is not None and number >= cases[name].rounds:
+                    continue
                 seconds = _timed(cases[name], device)
                 if number >= 0:
                     samples[name].append(seconds)

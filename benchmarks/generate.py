@@ -26,6 +26,7 @@ EXPERTS = 4
 PROMPT, NEW = 64, 64
 QUICK_PROMPT, QUICK_NEW = 6, 4
 ROUNDS, QUICK_ROUNDS = 3, 1
+X_LORA_ROUNDS = 2  # half a minute each
 PADDED_LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the prompt: the four rows of the left-padded batch
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, relative to the largest
 X_LORA_TIMES, PLAIN_SHARE = 6, 0.9
@@ -85,7 +86,7 @@ def timings(everyone: dict, inputs: tuple, new: int, rounds: int, device: str, r
             if made != new:
                 result.problems.append(f"{name}: generated {made} tokens, expected {new}")
 
-        return Case(run)
+        return Case(run, rounds=X_LORA_ROUNDS if name == models.X_LORA else None)
 
     for model in everyone.values():
         with torch.no_grad():

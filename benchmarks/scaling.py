@@ -29,8 +29,8 @@ ROUNDS, QUICK_ROUNDS = 3, 1
 PARTS = ("experts", "sequence", "model", "largest")
 LAYERS, VOCABULARY = 6, 8192
 EXPERTS = (1, 2, 4, 8, 16, 32, 64)
-SEQUENCES = (64, 128, 256, 512, 1024)
-WIDTHS = (256, 576, 1024, 2048)
+SEQUENCES = (64, 256, 1024)
+WIDTHS = (256, 576, 2048)
 TOKENS, SOME_EXPERTS, CHECK_TOKENS = 256, 8, 16
 TRAINING, DENSE, SPARSE = "training step", "evaluation, dense", "evaluation, top-2"
 # Name -> hidden size, intermediate size, layers, heads, key-value heads, vocabulary. The last two are made up.

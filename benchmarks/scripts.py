@@ -104,12 +104,12 @@ def run_all(chosen: list[str], folder: Path, rounds: int, result: Result) -> tup
         extra[FULL_REAL] = ["--model", str(write_weights(folder))]
     if FULL_RANDOM in chosen:
         extra[FULL_RANDOM] = ["--weights", "random"]
-    bytes_written = {name: first_run(name, extra.get(name, []), result) for name in chosen}
+    warm_up = next((name for name in chosen if name in WITH_FLOOR), chosen[0])
+    size = first_run(warm_up, extra.get(warm_up, []), result)
     commands: dict[str, Callable[[], Child]] = {IMPORTS: lambda: child.run([PYTHON, "-c", IMPORT_LINE])}
     for name in chosen:
         commands[name] = partial(child.run_script, FILES[name], extra.get(name, []))
-    size = max((bytes_written[name] for name in WITH_FLOOR & set(chosen)), default=0)
-    if size:
+    if warm_up in WITH_FLOOR:
         commands[RAW] = partial(child.run, [PYTHON, "-c", FLOOR, str(folder / "raw"), str(size)])
     children: dict[str, list[Child]] = {name: [] for name in commands}
 
@@ -128,7 +128,7 @@ def _floor_problems(name: str, made: Child) -> list[str]:
 
 
 def first_run(name: str, flags: list[str], result: Result) -> int:
-    """A warm-up; the bytes of the checkpoint that the script writes."""
+    """A warm-up of what the files of all scripts are read into; the bytes of the checkpoint that this one writes."""
     made = child.run_script(FILES[name], flags)
     result.problems += child.problems(name, made)
     return (made.report or {}).get("total_bytes") or 0

@@ -171,6 +171,14 @@ def test_cases_take_turns_and_what_comes_before_is_not_timed():
     assert common.interleaved({"a": Case(lambda: 7.0)}, rounds=1)["a"].samples == (7.0,)
 
 
+def test_slow_case_takes_part_in_the_first_rounds_only_and_is_held_against_those():
+    seconds = iter((1.0, 2.0, 30.0))
+    cases = {"slow": Case(lambda: 4.0, rounds=2), "fast": Case(lambda: next(seconds))}
+    timings = common.interleaved(cases, rounds=3, warmups=0)
+    assert timings["slow"].samples == (4.0, 4.0)
+    assert timings["slow"].ratio(timings["fast"]) == 3 and timings["fast"].ratio(timings["slow"]) == 0.375
+
+
 def test_wrong_answer_decides_the_exit_code_and_a_slow_one_does_not(capsys):
     def slow(args, found):
         found.claim("time", 3.0, 1.0)
