@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -223,18 +224,21 @@ def build_parser() -> cli.Parser:
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", help="the run folder (runs/demo with --demo)")
+    path = os.path.expanduser  # a shell leaves the ~ of --output-dir=~/run alone
+    run.add_argument("--output-dir", type=path, help="the run folder (runs/demo with --demo)")
     run.add_argument("--logging-steps", type=whole(1), default=10, help="(10)")
     run.add_argument("--eval-steps", type=whole(0), default=0, help="0: at the end only (0)")
     run.add_argument("--save-steps", type=whole(0), default=100, help="0: at the end only (100)")
     run.add_argument("--save-total-limit", type=whole(1), help="keep that many checkpoints, and the best")
-    run.add_argument("--resume", nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or from DIR")
+    run.add_argument(
+        "--resume", type=path, nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or DIR"
+    )
     run.add_argument(
         "--resume-weights-only", action="store_true", help="with fresh optimizer, data order and step count"
     )
     run.add_argument("--accept-changes", action="store_true", help="resume although settings differ")
     run.add_argument("--report-to", choices=REPORTS, default="none", help="(none)")
-    run.add_argument("--config", metavar="FILE", help="YAML or JSON with any of these settings; flags win")
+    run.add_argument("--config", type=path, metavar="FILE", help="YAML or JSON with any of these settings; flags win")
     run.add_argument("--demo", action="store_true", help="train a tiny model on this machine's Python sources, offline")
     return parser
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 import torch
 
-from .ways import Dense, Dispatch, Fetch, count_to, sparse_way
+from .ways import Dense, Dispatch, Fetch, count_to, sparse_way, sum_rows
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -57,9 +57,8 @@ class Mix:
         if self.top is not None:
             index, weights = self.top
             table = _units_of(len(self.experts), columns, ranks, scales, weights.device)
-            # F.embedding_bag would count out where each token's choices begin again for every layer.
             begins = count_to(index.numel(), index.device, index.shape[1])
-            return torch.embedding_bag(table, index.flatten(), begins, per_sample_weights=weights.flatten())[0]
+            return sum_rows(table, index.flatten(), begins, weights.flatten())
         weights = self._weights
         if columns != tuple(range(len(self.experts))):
             weights = weights[:, list(columns)]  # (S, experts here)

@@ -20,8 +20,8 @@ import torch
 from torch.nn import functional as F
 
 # In hidden units worked out for one token: what fetching a token for one of its experts and adding the result back
-# costs, and what a dispatch costs whatever its size. Tried on SmolLM2's layers with 8 to 64 experts and 32 to 1024
-# tokens, CPU, 2 threads: both ways take the same time with 12 experts and 300 tokens, 16 and 100, 24 and 45.
+# costs, and what a dispatch costs whatever its size. Fitted on SmolLM2's layers with 8 to 64 experts and 32 to 1024
+# tokens, CPU, 2 threads; `python -m benchmarks.scaling` shows what is chosen beside the sum over all experts.
 PLACE_COST = 60
 DISPATCH_COST = 10_000
 FETCHED_EXPERTS = 8  # times k: from that many on, fetching the matrices of one token's experts pays
@@ -142,10 +142,17 @@ class Dispatch(_ByExpert):
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
         units = part.index_select(0, self.places).flatten()  # (S * k * r,)
-        # F.embedding_bag would count out `begins` again for every layer.
-        out = torch.embedding_bag(b.contiguous(), self.rows, self.begins, per_sample_weights=units)[0]  # (S, d_out)
+        out = sum_rows(b.contiguous(), self.rows, self.begins, units)  # (S, d_out)
         # In place on what is new here: nobody else has seen it, and there are no gradients.
         return out.add_(total) if out.dtype == total.dtype else total + out
+
+
+def sum_rows(table: torch.Tensor, index: torch.Tensor, begins: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """For each of S tokens the weighted sum of the rows of table (R, d) that index (n,) names for it: (S, d).
+
+    begins: (S,) int64, where the rows of each token begin. F.embedding_bag would count them out again for every layer.
+    """
+    return torch.embedding_bag(table, index, begins, per_sample_weights=weights)[0]
 
 
 def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, in_place: bool = False) -> torch.Tensor:

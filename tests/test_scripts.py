@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from dylora_moe import DyLoRAMoE, checkpoint, checks, machine, workspace
+from dylora_moe import DyLoRAMoE, bases, checkpoint, checks, machine, validation_subject, workspace
 from train import PeftCheckpointCallback
 
 from . import scripts
@@ -221,6 +221,13 @@ def test_too_little_memory(capsys, tiny, monkeypatch, script, cheaper):
     assert outcome.code == 2
     assert re.search(r"needs about [\d.]+ MB, and 0.0 MB are available", outcome.err)
     assert f"python test_checkpoint_{cheaper}.py" in outcome.err
+
+
+def test_memory_for_logits_grows_with_the_experts_of_one_pass(tiny):
+    source, _ = bases.find_base(str(tiny), weights="none")
+    one, two, eight, nine = (validation_subject.base_bytes(source, "random", "float32", n) for n in (1, 2, 8, 9))
+    assert two - one == (eight - two) / 6 > 0 and nine == eight
+    assert validation_subject.base_bytes(source, "none", "float32", 8) == 0
 
 
 def test_too_little_disk(capsys, tiny, monkeypatch):

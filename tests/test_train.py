@@ -260,6 +260,13 @@ def test_a_settings_file_and_flags_that_win(tmp_path, name):
     assert (args.data, args.max_steps, args.epochs) == (["c.jsonl"], 5, None)
 
 
+def test_folders_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings_file(tmp_path, "settings.yaml", data=["a.jsonl"], output_dir="~/run")
+    args = train.parse_arguments(["--config=~/settings.yaml", "--resume=~/other"])
+    assert (args.output_dir, args.resume) == (str(tmp_path / "run"), str(tmp_path / "other"))
+
+
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -274,7 +281,9 @@ def test_a_settings_file_and_flags_that_win(tmp_path, name):
 )
 def test_a_bad_settings_file(tmp_path, capsys, content, text):
     (tmp_path / "settings.yaml").write_text(content)
-    assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "settings.yaml"))) == 2
+    command = arguments(tmp_path / "run", "--config", str(tmp_path / "settings.yaml"))
+    capsys.readouterr()  # the first test that asks for the base model sees it being written
+    assert run(command) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("train.py: --config ") and text in line
     assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "nothing.json"))) == 2
