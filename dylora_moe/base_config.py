@@ -22,11 +22,12 @@ MAX_CONFIG_BYTES = 16 << 20
 # What a config may ask for. Far above any model there is; below what would hang or exhaust a machine.
 LIMITS = (
     (r"(num_hidden_layers|num_layers|n_layers?|num_decoder_layers|num_encoder_layers)", 1, 1_000),
-    (r"(hidden_size|n_embd|d_model|intermediate_size|n_inner|ffn_dim|head_dim|\w+_dim|vocab_size)", 1, 1 << 24),
+    (r"(hidden_size|n_embd|d_model|intermediate_size|n_inner|ffn_dim|head_dim|vocab_size)", 1, 1 << 24),
     (r"(num_attention_heads|num_key_value_heads|n_heads?|num_heads)", 1, 1 << 16),
     (r"(max_position_embeddings|n_positions|max_seq_len|seq_length)", 1, 1 << 28),
     (r"(num_experts|num_local_experts|n_routed_experts)", 0, 1 << 14),
 )
+OTHER_SIZE, MOST = r"\w+_dim", 1 << 24  # some so named are no sizes: rope_scaling has "mscale_all_dim": 1.0
 NOT_CAUSAL = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
@@ -88,6 +89,9 @@ def _absurdities(raw: dict, prefix: str = "") -> Iterator[str]:
                     if number is not None and (type(number) is not int or not low <= number <= high):
                         yield f"{prefix}{key}: expected a whole number from {low} to {high}, found {str(number)[:40]}"
                 break
+        else:
+            if re.fullmatch(OTHER_SIZE, str(key)) and type(value) is int and value > MOST:
+                yield f"{prefix}{key}: expected a whole number up to {MOST}, found {str(value)[:40]}"
 
 
 def _check_causal(config: PreTrainedConfig, architectures: Any, where: str) -> None:

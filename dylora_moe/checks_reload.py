@@ -1,14 +1,13 @@
 """The checks of a checkpoint that is loaded again: into a fresh instance, and what that instance then computes.
 
 On a CPU the forward passes are nearly all of the cost, and more rows in one are nearly free. So each pass is made once
-and serves every comparison that needs it (`Forwards`), and the experts of a comparison go together, as a PEFT batch of
-several adapters. The input is that of the checkpoint's probe. For N experts, up to 8, these are: 2 passes while saving,
+and serves every comparison that needs it (`Forwards`), and the experts of a comparison go together, one for each
+row of a batch. The input is that of the checkpoint's probe. For N experts, up to 8, these are: 2 passes while saving,
 1 before loading, 2 after it, 2 negative controls, and 2 N to hold `expert=i` against stock PEFT to the bit.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from .model import DyLoRAMoE
 
 TOLERANCE = 1e-5
-ROWS = 8  # experts of one forward pass
 KEPT_BYTES = 256 << 20  # of logits that a Forwards keeps; what is beyond is computed again
 NOT_APPLICABLE = "not applicable"
 
@@ -37,24 +35,10 @@ NOT_APPLICABLE = "not applicable"
 def logits(model: DyLoRAMoE, input_ids: torch.Tensor, expert: int | None = None) -> torch.Tensor:
     """(T, vocabulary) logits of input_ids (1, T), in the base's dtype; the model is left as found."""
     from .model import untouched
+    from .probe import beside
 
     with untouched(model):
-        return model(_beside(model, input_ids), expert=expert, use_cache=False).logits[0]
-
-
-def logits_alone(model: DyLoRAMoE, input_ids: torch.Tensor, experts: range) -> torch.Tensor:
-    """(len(experts), T, vocabulary) logits of input_ids (1, T) for each of the experts alone, in one pass."""
-    from .layers import expert_name
-    from .model import untouched
-
-    rows = _beside(model, input_ids).expand(len(experts), -1)  # (len(experts), T)
-    with untouched(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
-        return model.peft_model(input_ids=rows, adapter_names=[*map(expert_name, experts)], use_cache=False).logits
-
-
-def _beside(model: DyLoRAMoE, input_ids: torch.Tensor) -> torch.Tensor:
-    return input_ids.to(model.base.get_input_embeddings().weight.device)
+        return model(beside(model, input_ids), expert=expert, use_cache=False).logits[0]
 
 
 class Forwards:
@@ -66,30 +50,25 @@ class Forwards:
     def __init__(self, model: DyLoRAMoE):
         self.model = model
         self._routed: tuple[torch.Tensor, torch.Tensor] | None = None  # (1, T) and (T, vocabulary)
-        self._alone: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._alone: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._room = KEPT_BYTES
 
     def __enter__(self) -> Forwards:
-        self._hooks = [
-            self.model.register_forward_hook(self._keep_routed, with_kwargs=True),
-            self.model.peft_model.register_forward_hook(self._keep_alone, with_kwargs=True),
-        ]
+        self._hook = self.model.register_forward_hook(self._keep, with_kwargs=True)
         return self
 
     def __exit__(self, *_) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._hook.remove()
 
-    def _keep_routed(self, model, args: tuple, kwargs: dict, output) -> None:
-        ids = args[0] if args else kwargs.get("input_ids")
-        if ids is not None and len(ids) == 1 and kwargs.get("expert") is None and self._fits(output.logits):
+    def _keep(self, model, args: tuple, kwargs: dict, output) -> None:
+        ids, expert = args[0] if args else kwargs.get("input_ids"), kwargs.get("expert")
+        if ids is None or isinstance(expert, int) or not self._fits(output.logits):
+            return
+        if expert is not None:
+            rows = zip(expert, ids.unsqueeze(1), output.logits.detach(), strict=True)
+            self._alone |= {index: (row, logits) for index, row, logits in rows}
+        elif len(ids) == 1:
             self._routed = ids, output.logits[0].detach()
-
-    def _keep_alone(self, model, args: tuple, kwargs: dict, output) -> None:
-        names = kwargs.get("adapter_names")
-        if names and self._fits(output.logits):
-            ids = kwargs["input_ids"]
-            self._alone |= {name: (ids[i : i + 1], output.logits[i].detach()) for i, name in enumerate(names)}
 
     def _fits(self, tensor: torch.Tensor) -> bool:
         self._room -= tensor.numel() * tensor.element_size()
@@ -105,9 +84,9 @@ class Forwards:
         """(len(experts), T, vocabulary) logits of input_ids (1, T) for each of the experts alone."""
         import torch
 
-        from .layers import expert_name
+        from .probe import logits_alone
 
-        kept = [self._alone.get(expert_name(expert)) for expert in experts]
+        kept = [self._alone.get(expert) for expert in experts]
         if all(found is not None and _same(found[0], input_ids) for found in kept):
             return torch.stack([found[1] for found in kept])
         return logits_alone(self.model, input_ids, experts)
@@ -205,6 +184,8 @@ def check_consistency(loaded: Loaded, folder: Path, *, saved: Forwards | None, w
         saved: of the mixture that was saved; None where the checkpoint is somebody else's and only its probe can speak.
         weights: "pretrained" or "random", what the base's are.
     """
+    from .probe import ROWS
+
     result = CheckResult("consistency")
     model, ids = loaded.model, loaded.input_ids
     with Forwards(model) as here:
@@ -242,8 +223,9 @@ def _differences(a: torch.Tensor, b: torch.Tensor) -> list[float]:
 def _compare_stock(model: DyLoRAMoE, folder: Path, input_ids: torch.Tensor) -> Differences:
     """Each expert as this package computes it alone, against stock PEFT's loading of its files."""
     from .checkpoint import stock_peft_logits
+    from .probe import beside
 
-    stock = stock_peft_logits(folder, model.num_experts, model.fresh_base(), _beside(model, input_ids))
+    stock = stock_peft_logits(folder, model.num_experts, model.fresh_base(), beside(model, input_ids))
     return Differences(None, [_difference(theirs, logits(model, input_ids, i)) for i, theirs in enumerate(stock)])
 
 
@@ -326,6 +308,8 @@ def _spoil_experts(
     model: DyLoRAMoE, input_ids: torch.Tensor, experts: range, alone: torch.Tensor
 ) -> dict[str, float | str]:
     """What it changes for each of the experts alone when its B are negated. One row does not see another's expert."""
+    from .probe import logits_alone
+
     tensors = [
         tensor
         for index in experts

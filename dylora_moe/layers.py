@@ -53,6 +53,8 @@ class RoutedLinear(lora.Linear):
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         result = self._modules["base_layer"](x, *args, **kwargs)
+        if isinstance(slot.expert, tuple):
+            return self._add_by_row(result, x, slot.expert)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
         flat = total = result.flatten(0, -2)  # (S, d_out)
@@ -72,9 +74,24 @@ class RoutedLinear(lora.Linear):
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""
         if name not in self.lora_A:
             return result
+        return (result + self._delta(x, name)).to(result.dtype)
+
+    def _add_by_row(self, result: torch.Tensor, x: torch.Tensor, experts: tuple[int, ...]) -> torch.Tensor:
+        """One expert for each row of the batch, operation for operation as a PEFT batch of several adapters.
+
+        Some models flatten the batch before a linear layer: x (B * T, d_in), which PEFT refuses.
+        """
+        rows = result.reshape(len(experts), -1, result.shape[-1])  # (B, T, d_out)
+        x = x.reshape(len(experts), -1, x.shape[-1])  # (B, T, d_in)
+        added = []
+        for row, part, expert in zip(rows, x, experts, strict=True):
+            name = expert_name(expert)
+            added.append(row if name not in self.lora_A else row + self._delta(part, name).to(row.dtype))
+        return torch.stack(added).view(result.shape)
+
+    def _delta(self, x: torch.Tensor, name: str) -> torch.Tensor:
         x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
-        delta = self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
-        return (result + delta).to(result.dtype)
+        return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
     # ---- the experts' matrices ----
 

@@ -26,6 +26,7 @@ from .isolation import fresh_base, seeded, untouched
 from .layers import EXPERT_PREFIX, NO_EXPERT, RoutedLinear, expert_name
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Plan, Routing
+from .shared_input import Expert
 from .states import IMMATURE, MATURE, NEW, ExpertStates
 from .targets import ATTENTION_TARGETS, adapter_parameters, linear_layers, replace_config, resolve_targets, shown
 
@@ -346,10 +347,14 @@ class DyLoRAMoE(nn.Module):
         """The layers that PEFT finds for the config's targets, with an expert of that name in them."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
-            if self.peft_model is None:
-                self.peft_model = PeftModelForCausalLM(base, config, adapter_name=name, low_cpu_mem_usage=True)
-            else:
-                self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
+            try:
+                if self.peft_model is None:
+                    self.peft_model = PeftModelForCausalLM(base, config, adapter_name=name, low_cpu_mem_usage=True)
+                else:
+                    self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
+            except ValueError as error:
+                targets = ", ".join(sorted(config.target_modules))
+                raise UsageError(f"PEFT refuses the targets {targets}: {error} Give other targets.") from error
         layers = []
         for path, module in self.base.named_modules():
             if not isinstance(module, LoraLayer) or name not in module.lora_A:
@@ -396,7 +401,7 @@ class DyLoRAMoE(nn.Module):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        expert: int | None = None,
+        expert: int | Sequence[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
     ) -> DyLoRAMoEOutput:
@@ -406,10 +411,13 @@ class DyLoRAMoE(nn.Module):
             input_ids: (B, T) int64.
             attention_mask: (B, T), or what else the base takes.
             labels: (B, T) int64; the token at t is predicted at t - 1; -100 is left out of the loss.
-            expert: send every token to this expert alone.
+            expert: send every token to this expert alone; a sequence: one expert for each row of the batch.
             num_items_in_batch: labelled tokens of the whole batch, where this is one of several micro-batches.
         """
-        self._check_expert(expert)
+        if isinstance(expert, Sequence):
+            expert = self._check_rows(expert, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+        else:
+            self._check_expert(expert)
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         if self.training:
@@ -450,7 +458,7 @@ class DyLoRAMoE(nn.Module):
             "balance_loss": balance,
         }
 
-    def _looks_at_routing(self, expert: int | None) -> bool:
+    def _looks_at_routing(self, expert: Expert) -> bool:
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         return wanted and expert is None and self._routing.forced is None and self.num_experts > 1
 
@@ -474,6 +482,15 @@ class DyLoRAMoE(nn.Module):
         whole = isinstance(expert, int) and not isinstance(expert, bool)
         if expert is not None and not (whole and 0 <= expert < self.num_experts):
             raise UsageError(f"expert must be None or 0 to {self.num_experts - 1}, got {expert!r}")
+
+    def _check_rows(self, experts: Sequence[int], batch: torch.Tensor) -> tuple[int, ...]:
+        for expert in experts:
+            self._check_expert(-1 if expert is None else expert)
+        if len(experts) != len(batch):
+            raise UsageError(
+                f"expert names {len(experts)} experts for the {len(batch)} rows of the batch: one for each"
+            )
+        return tuple(experts)
 
     @contextmanager
     def expert(self, index: int) -> Iterator[DyLoRAMoE]:

@@ -5,7 +5,6 @@ A checkpoint whose manifest was rewritten to fit other tensors is sound in itsel
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -170,15 +169,22 @@ def gate_tensors(model: DyLoRAMoE) -> dict[str, torch.Tensor]:
 
 
 def _probe_logits(model: DyLoRAMoE, input_ids: torch.Tensor, vocabulary: torch.Tensor) -> tuple:
-    """Routed (16, n) and each expert alone (N, 16, n): in one pass, by PEFT batches of several adapters."""
-    names = [expert_name(index) for index in range(model.num_experts)]
-    input_ids = input_ids.to(model.base.get_input_embeddings().weight.device)  # (1, 16)
-    with untouched(model), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
-        runs = [model(input_ids, use_cache=False).logits]
-        for start in range(0, len(names), ROWS):
-            rows = names[start : start + ROWS]
-            inputs = input_ids.expand(len(rows), -1)  # (rows, 16)
-            runs.append(model.peft_model(input_ids=inputs, adapter_names=rows, use_cache=False).logits)
+    """Routed (16, n) and each expert alone (N, 16, n)."""
+    experts = range(model.num_experts)
+    with untouched(model):
+        runs = [model(beside(model, input_ids), use_cache=False).logits]
+    runs += [logits_alone(model, input_ids, experts[start : start + ROWS]) for start in experts[::ROWS]]
     columns = [run.index_select(-1, vocabulary.to(run.device)).float().cpu() for run in runs]  # (rows, 16, n)
     return columns[0][0], torch.cat(columns[1:])
+
+
+def logits_alone(model: DyLoRAMoE, input_ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
+    """(len(experts), T, vocabulary) logits of input_ids (1, T) for each of the experts alone, in one pass."""
+    rows = beside(model, input_ids).expand(len(experts), -1)  # (len(experts), T)
+    with untouched(model):
+        return model(rows, expert=experts, use_cache=False).logits
+
+
+def beside(model: DyLoRAMoE, input_ids: torch.Tensor) -> torch.Tensor:
+    """On the device that takes them."""
+    return input_ids.to(model.base.get_input_embeddings().weight.device)

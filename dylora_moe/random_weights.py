@@ -8,7 +8,7 @@ single IEEE operations are used, so that a seed gives the same bytes everywhere.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dylora_moe.machine import need_memory
@@ -38,22 +38,34 @@ def random_model(
     if device.type == "cpu":
         need_memory(shared_bytes(model, compact), f"random weights of this {config.model_type} architecture")
     spread = _spread(config)
-    made: dict[Any, nn.Parameter] = {}
-    plain = []
     with quiet(), refused("The random weights cannot be made", "Use --weights none, or a smaller model."):
         places = list(_places(model))  # a list keeps the old ones alive: keys are ids
         small = _compactable(places) if compact else set()
-        for key, label, module, name, parameter in places:
-            if key not in made:
-                made[key] = _filled(parameter, f"{seed}.{label}", spread, device, key in small)
-                plain.append(module)
-            module._parameters[name] = made[key]
-        model.to(device)  # the buffers
+        owners = _put([place for place in places if place[-1].ndim < 2], lambda _, label, old: _constant(old, label))
+        # While matrices are on the meta device: some models initialise those of a module's children along with it.
         with torch.random.fork_rng(devices=[]), torch.no_grad():
-            for module in plain:
+            for module, label in owners.items():
                 if all(parameter.ndim < 2 for parameter in module.parameters(recurse=False)):
+                    torch.default_generator.manual_seed(_number_of(f"{seed}.{label}"))  # some draw at random
                     model._init_weights(module)
+        _put(
+            [place for place in places if place[-1].ndim >= 2],
+            lambda key, label, old: _matrix(old, f"{seed}.{label}", spread, device, key in small),
+        )
+        model.to(device)  # the rest
     return model
+
+
+def _put(places: list[Place], make: Callable[[Any, str, nn.Parameter], nn.Parameter]) -> dict[nn.Module, str]:
+    """One new parameter per key into all its places. Returns the modules that were the first, and their first label."""
+    made: dict[Any, nn.Parameter] = {}
+    owners: dict[nn.Module, str] = {}
+    for key, label, module, name, old in places:
+        if key not in made:
+            made[key] = make(key, label, old)
+            owners.setdefault(module, label)
+        module._parameters[name] = made[key]
+    return owners
 
 
 def shared_bytes(model: PreTrainedModel, compact: bool = False) -> int:
@@ -94,16 +106,21 @@ def _spread(config: PreTrainedConfig) -> float:
     return spread if isinstance(spread, float) and 0 < spread < 10 else 0.02
 
 
-def _filled(parameter: nn.Parameter, label: str, spread: float, device: torch.device, compact: bool) -> nn.Parameter:
-    """A frozen parameter of that shape and dtype: noise for a matrix, and for a stack of them, else one or zero."""
+def _constant(parameter: nn.Parameter, label: str) -> nn.Parameter:
+    """A frozen parameter of that shape and dtype on the CPU: zeros for a bias, else ones."""
     import torch
+    from torch import nn
+
+    start = 0.0 if label.endswith("bias") else 1.0
+    return nn.Parameter(torch.full(parameter.shape, start, dtype=parameter.dtype, device="cpu"), requires_grad=False)
+
+
+def _matrix(parameter: nn.Parameter, label: str, spread: float, device: torch.device, compact: bool) -> nn.Parameter:
+    """A frozen parameter of that shape and dtype: noise for a matrix, and for a stack of them."""
     from torch import nn
 
     from dylora_moe.hankel import hankel_matrix
 
-    if parameter.ndim < 2:
-        start = 0.0 if label.endswith("bias") else 1.0
-        return nn.Parameter(torch.full(parameter.shape, start, dtype=parameter.dtype, device=device), False)
     columns = parameter.shape[-1]
     rows = parameter.numel() // columns
     matrix = hankel_matrix(_noise(label, rows + columns - 1, spread).to(parameter.dtype).to(device), (rows, columns))
@@ -117,7 +134,11 @@ def _noise(label: str, count: int, spread: float) -> torch.Tensor:
     import numpy
     import torch
 
-    seed = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little")
-    raw = numpy.random.PCG64(seed).random_raw(-(-count // 4)).astype("<u8").view("<i2")[:count]
+    raw = numpy.random.PCG64(_number_of(label)).random_raw(-(-count // 4)).astype("<u8").view("<i2")[:count]
     centred = raw.astype(numpy.float32) + numpy.float32(0.5)
     return torch.from_numpy(centred * numpy.float32(spread * 12**0.5 / 65536))
+
+
+def _number_of(label: str) -> int:
+    """A seed of 64 bits."""
+    return int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "little")

@@ -21,7 +21,7 @@ from .errors import UsageError
 from .layers import RoutedLinear
 from .mix import Mix
 from .router import Router
-from .shared_input import LayerSlot, SharedInput
+from .shared_input import Expert, LayerSlot, SharedInput
 from .watch import Watch
 from .ways import Scratch
 
@@ -59,7 +59,7 @@ class Routing:
         self.make_plan = make_plan
         self.scratch = Scratch()
         self.slots = [LayerSlot(self.scratch) for _ in layers]
-        self.forced: int | None = None
+        self.forced: Expert = None
         self.recorded: list[torch.Tensor] | None = None
         self.settled: object | None = None
         self.still = False
@@ -89,8 +89,11 @@ class Routing:
         self.watch = Watch(watched, scalings)
 
     @contextmanager
-    def force(self, expert: int | None) -> Iterator[None]:
-        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing."""
+    def force(self, expert: Expert) -> Iterator[None]:
+        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing.
+
+        A tuple: one expert for each row of the batch.
+        """
         before, self.forced = self.forced, self.forced if expert is None else expert
         try:
             yield

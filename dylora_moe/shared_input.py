@@ -24,11 +24,14 @@ if TYPE_CHECKING:
     from .layers import RoutedLinear
 
 
+Expert = int | tuple[int, ...] | None
+
+
 class LayerSlot:
     """What the routed layers of one decoder layer do in the forward pass that is under way.
 
-    Either one expert alone (`expert` is its index; NO_EXPERT: the base layer alone), or the sum of `mixes`. With
-    neither, a routed layer is PEFT's own layer with its active adapters.
+    Either one expert alone (`expert` is its index; NO_EXPERT: the base layer alone; a tuple: one for each row of the
+    batch), or the sum of `mixes`. With neither, a routed layer is PEFT's own layer with its active adapters.
 
     Args:
         scratch: where hidden units are put; all slots of a model share it.
@@ -40,9 +43,7 @@ class LayerSlot:
         self.scratch = scratch
         self.set()
 
-    def set(
-        self, expert: int | None = None, mixes: tuple[Mix, ...] | None = None, settled: object | None = None
-    ) -> None:
+    def set(self, expert: Expert = None, mixes: tuple[Mix, ...] | None = None, settled: object | None = None) -> None:
         """settled: while it is the same object, no parameter has changed; None where that is not known."""
         self.expert, self.mixes, self.settled = expert, mixes, settled
         self.source = self._shared = None

@@ -18,6 +18,8 @@ from .errors import MAX_LISTED, UsageError
 
 ATTENTION_TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
+MAMBA, MAMBA_LEAVES = ("mamba", "mamba2", "falcon_mamba"), {"out_proj"}  # which PEFT refuses there
+STACKED_LEAVES = {"gate_proj", "up_proj", "down_proj"}  # by which PEFT means a base's own experts where it has some
 
 
 def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELoraConfig, list[str]]:
@@ -33,7 +35,7 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     inside = {name for layer in decoder_layers(base) for name in _names_of(base, layer) if name in linear}
     leaves = {name.rsplit(".", 1)[-1] for name in inside}
     known = f"the decoder layers have {', '.join(sorted(leaves))}"
-    wanted = _wanted(config.target_modules, linear, leaves)
+    wanted = _default(base, leaves) if config.target_modules is None else _wanted(config.target_modules, linear, leaves)
     unknown = sorted(str(target) for target in wanted if not _matching(linear, [target]))
     if unknown:
         raise UsageError(f"no linear layer of {type(base).__name__} is named {shown(unknown)}; {known}")
@@ -55,10 +57,18 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     return resolved, outside
 
 
-def _wanted(targets: str | Iterable[str] | None, linear: Iterable[str], leaves: set[str]) -> set[str]:
+def _default(base: nn.Module, leaves: set[str]) -> set[str]:
+    """The projections of attention where they have their usual names, otherwise all linear layers that PEFT takes."""
+    if leaves.issuperset(ATTENTION_TARGETS):
+        return set(ATTENTION_TARGETS)
+    if base.config.model_type in MAMBA:
+        return leaves - MAMBA_LEAVES
+    stacked = {name.rsplit(".", 1)[-1] for name, parameter in base.named_parameters() if parameter.ndim == 3}
+    return leaves - STACKED_LEAVES if "down_proj" in stacked else leaves
+
+
+def _wanted(targets: str | Iterable[str], linear: Iterable[str], leaves: set[str]) -> set[str]:
     """The names or ends of names that `target_modules` means; PEFT's rule for a text is a regular expression."""
-    if targets is None:
-        return set(ATTENTION_TARGETS) if leaves.issuperset(ATTENTION_TARGETS) else leaves
     if not isinstance(targets, str):
         return set(targets)
     if targets == ALL_LINEAR:

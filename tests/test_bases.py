@@ -168,6 +168,11 @@ def test_an_adapter_is_not_a_base(copy):
     assert "LoRA adapter" in error_of(bases.find_base, copy)
 
 
+def test_what_is_named_like_a_size_and_is_none_is_accepted(tmp_path):
+    others = {"block_auto_adjust_ff_dim": True, "inner": {"mscale_all_dim": 1.0, "conv_dim": 8, "rotary_dim": None}}
+    assert bases.find_base(config_only(tmp_path / "base", {**LLAMA, **others}))
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [
@@ -187,6 +192,8 @@ def test_an_adapter_is_not_a_base(copy):
         ({**LLAMA, "num_hidden_layers": 0}, "num_hidden_layers"),
         ({**LLAMA, "hidden_size": -32}, "hidden_size"),
         ({**LLAMA, "vocab_size": "64"}, "vocab_size"),
+        ({**LLAMA, "head_dim": 8.0}, "head_dim"),
+        ({**LLAMA, "conv_dim": 1 << 30}, "conv_dim"),
         ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantized"),
     ],
 )

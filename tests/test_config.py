@@ -8,12 +8,33 @@ import sys
 
 import pytest
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MambaConfig
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.targets import adapter_parameters, resolve_targets
 
 from .tiny import ARCHITECTURES, tiny_base
 
+MAMBA = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
+DEEPSEEK = DeepseekV3Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=48,
+    moe_intermediate_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+    q_lora_rank=8,
+    kv_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=4,
+    v_head_dim=8,
+)
 TARGETS = {
     "gemma": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "llama": ["k_proj", "o_proj", "q_proj", "v_proj"],
@@ -116,6 +137,21 @@ def test_default_targets(kind):
     resolved, outside = resolve_targets(tiny_base(kind), MoELoraConfig())
     assert sorted(resolved.target_modules) == TARGETS[kind]
     assert outside == []
+
+
+def test_default_targets_are_such_as_peft_takes():
+    base = AutoModelForCausalLM.from_config(MAMBA)
+    assert sorted(resolve_targets(base, MoELoraConfig())[0].target_modules) == ["dt_proj", "in_proj", "x_proj"]
+    assert DyLoRAMoE(base, 2).num_experts == 2
+    base = AutoModelForCausalLM.from_config(DEEPSEEK)
+    expected = ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj"]
+    assert sorted(resolve_targets(base, MoELoraConfig())[0].target_modules) == expected
+    assert DyLoRAMoE(base, 2).num_experts == 2
+
+
+def test_targets_that_peft_refuses_are_one_clear_error():
+    with pytest.raises(UsageError, match=r"PEFT refuses the targets out_proj: .*Mamba.* Give other targets"):
+        DyLoRAMoE(AutoModelForCausalLM.from_config(MAMBA), 2, lora=MoELoraConfig(target_modules=["out_proj"]))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -235,6 +235,27 @@ def test_stock_peft_computes_the_same_with_each_expert(kind, dtype, tmp_path):
         assert difference(ours, model(ids, expert=1 - index).logits) > 1e-3
 
 
+@pytest.mark.parametrize("kind", [*ARCHITECTURES, "opt"])  # OPT flattens the batch before its second block
+def test_one_expert_for_each_row(kind):
+    model, ids = tiny_mixture(kind, 3), random_ids(1, 8)
+    with torch.no_grad():
+        rows = model(ids.expand(4, -1), expert=[2, 0, 1, 2]).logits
+        alone = torch.cat([model(ids, expert=expert).logits for expert in (2, 0, 1, 2)])
+        assert difference(rows, alone) <= TOLERANCE and difference(rows[0], rows[1]) > 1e-3
+        if kind != "opt":  # which PEFT refuses
+            names = ["expert_2", "expert_0", "expert_1", "expert_2"]
+            theirs = model.peft_model(input_ids=ids.expand(4, -1), adapter_names=names).logits
+            assert difference(rows, theirs) == 0
+
+
+def test_rows_with_experts_of_different_shapes():
+    model, ids = tiny_mixture("llama", MIXED["llama"]), random_ids(3, 8)
+    with torch.no_grad():
+        rows = model(ids, expert=range(3)).logits
+        for index in range(3):
+            assert difference(rows[index], model(ids[index : index + 1], expert=index).logits[0]) <= TOLERANCE
+
+
 def test_stock_peft_computes_the_same_with_experts_of_different_shapes(tmp_path):
     model, ids = tiny_mixture("llama", MIXED["llama"]), random_ids(2, 8)
     for index in range(3):

@@ -285,6 +285,12 @@ def test_an_expert_that_is_not_there_is_refused(expert):
         model.generate(random_ids(1, 4), expert=expert)
 
 
+@pytest.mark.parametrize("experts", [[0], [0, 1, 2], [0, 3], [0, None], [0, True], (), "01"])
+def test_experts_that_do_not_fit_the_rows_are_refused(experts):
+    with pytest.raises(UsageError, match=r"expert must be None or 0 to 2|names \d experts for the 2 rows"):
+        tiny_mixture()(random_ids(2, 4), expert=experts)
+
+
 # ---- bases ----
 
 

@@ -2,14 +2,32 @@
 
 import pytest
 import torch
+from transformers import GptOssConfig, Mamba2Config
 
 from dylora_moe import bases, machine
 from dylora_moe.hankel import HankelMatrix
 from dylora_moe.model import fresh_base
 from dylora_moe.random_weights import shared_bytes
 
-from .base_folders import FAMILIES, error_of, folder_of
+from .base_folders import FAMILIES, config_only, error_of, folder_of
 
+DRAWING = {
+    "gpt_oss": GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    ),
+    "mamba2": Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=1
+    ),
+}
+VECTORS = {"gpt_oss": "model.layers.0.self_attn.sinks", "mamba2": "backbone.layers.0.mixer.dt_bias"}
 IDS = torch.arange(3, 15)[None]
 
 
@@ -70,6 +88,20 @@ def test_random_weights_are_the_same_bytes_for_a_seed_and_others_for_another(tmp
     prints = [bases.weights_fingerprint(bases.load_base(base, "random", seed=seed)) for seed in (0, 0, 1)]
     assert prints[0] == prints[1] != prints[2]
     assert prints[0] == "float32:52de788f2f2edd1902fe28ca7852933a1e4cf2a638200a3983b6c16d06c7f081"
+
+
+@pytest.mark.parametrize("drawing", ["gpt_oss", "mamba2"])  # some of whose vectors are drawn, children's matrices too
+def test_random_vectors_are_the_same_too_and_leave_the_matrices_alone(drawing, tmp_path):
+    base, _ = bases.find_base(config_only(tmp_path / drawing, DRAWING[drawing].to_dict()))
+    models = []
+    for state, options in ((1, {}), (2, {}), (3, {"compact": True}), (1, {"seed": 1})):
+        torch.manual_seed(state)
+        models.append(bases.load_base(base, "random", dtype="float32", **options))
+    prints = [bases.weights_fingerprint(model) for model in models]
+    assert prints[0] == prints[1] == prints[2] != prints[3]
+    vectors = [dict(m.named_parameters())[VECTORS[drawing]] for m in models]
+    assert len(vectors[0].unique()) > 1 and not torch.equal(vectors[0], vectors[3])
+    assert all(parameter.isfinite().all() for parameter in models[2].parameters())
 
 
 def test_norms_and_biases_are_as_the_model_initialises_them(tmp_path):

@@ -89,7 +89,7 @@ def test_full(capsys, tiny):
     assert controls == ["expert_0", "expert_1", "expert_2", "router"]
 
 
-@pytest.mark.parametrize("architecture", ["gemma", "gpt2", "gpt_neox", "qwen2"])
+@pytest.mark.parametrize("architecture", ["gemma", "gpt2", "gpt_neox", "opt", "qwen2"])
 def test_full_on_other_architectures(capsys, tmp_path, architecture):
     tiny_base(architecture).save_pretrained(tmp_path / "model")
     assert run(full, capsys, "--model", tmp_path / "model").code == 0

@@ -12,6 +12,8 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -38,6 +40,9 @@ def tiny_base(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.flo
             model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, **_HEADS, num_key_value_heads=2))
         elif kind == "gpt_neox":
             model = GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES, **_HEADS))
+        elif kind == "opt":  # beside the five
+            sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+            model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=3, **_HEADS, dropout=0.0, **_IDS))
         elif kind == "gpt2":
             sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
             drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
