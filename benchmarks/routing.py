@@ -26,7 +26,7 @@ from . import common, loop, models
 from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
-EVALUATIONS = 2  # of them in a round for each training step: they are short, and their limits are narrow
+EVALUATIONS = {4: 2, 16: 2}  # experts -> in a round for each training step, where short and of a narrow limit
 SLOW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 2}  # far from the others, so that fewer will do
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
@@ -96,7 +96,7 @@ def compare(
     cases = {name: evaluation_case(model, ids, rounds=SLOW_ROUNDS.get(name)) for name, model in peers.items()}
     cases[models.OURS] = evaluation_case(ours, ids, before=ours.mark_immature)
     cases[models.OURS_SPARSE] = evaluation_case(ours, ids, before=ours.mark_mature)
-    return training, common.interleaved(cases, EVALUATIONS * rounds, args.device)
+    return training, common.interleaved(cases, EVALUATIONS.get(experts, 1) * rounds, args.device)
 
 
 def training_case(model, ids: torch.Tensor, rounds: int | None = None) -> Case:
