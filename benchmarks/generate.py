@@ -25,7 +25,7 @@ from .common import Case, Result, Timing
 EXPERTS = 4
 PROMPT, NEW = 64, 64
 QUICK_PROMPT, QUICK_NEW = 6, 4
-ROUNDS, QUICK_ROUNDS = 3, 1
+ROUNDS, QUICK_ROUNDS = 5, 1
 X_LORA_ROUNDS = 2  # half a minute each
 PADDED_LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the prompt: the four rows of the left-padded batch
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, relative to the largest
