@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 MAX_CONFIG_BYTES = 16 << 20
 # What a config may ask for. Far above any model there is; below what would hang or exhaust a machine.
+OTHER_SIZES = r"\w+_dim"  # of which some are no sizes, nor whole numbers: rope_scaling has "mscale_all_dim": 1.0
 LIMITS = (
     (r"(num_hidden_layers|num_layers|n_layers?|num_decoder_layers|num_encoder_layers)", 1, 1_000),
     (r"(hidden_size|n_embd|d_model|intermediate_size|n_inner|ffn_dim|head_dim|vocab_size)", 1, 1 << 24),
     (r"(num_attention_heads|num_key_value_heads|n_heads?|num_heads)", 1, 1 << 16),
     (r"(max_position_embeddings|n_positions|max_seq_len|seq_length)", 1, 1 << 28),
     (r"(num_experts|num_local_experts|n_routed_experts)", 0, 1 << 14),
+    (OTHER_SIZES, 1, 1 << 24),
 )
-OTHER_SIZE, MOST = r"\w+_dim", 1 << 24  # some so named are no sizes: rope_scaling has "mscale_all_dim": 1.0
 NOT_CAUSAL = ("MaskedLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice")
 
 
@@ -86,12 +87,11 @@ def _absurdities(raw: dict, prefix: str = "") -> Iterator[str]:
         for pattern, low, high in LIMITS:
             if re.fullmatch(pattern, str(key)):
                 for number in value if isinstance(value, list) else [value]:
-                    if number is not None and (type(number) is not int or not low <= number <= high):
+                    if number is None or (pattern == OTHER_SIZES and type(number) is not int):
+                        continue
+                    if type(number) is not int or not low <= number <= high:
                         yield f"{prefix}{key}: expected a whole number from {low} to {high}, found {str(number)[:40]}"
                 break
-        else:
-            if re.fullmatch(OTHER_SIZE, str(key)) and type(value) is int and value > MOST:
-                yield f"{prefix}{key}: expected a whole number up to {MOST}, found {str(value)[:40]}"
 
 
 def _check_causal(config: PreTrainedConfig, architectures: Any, where: str) -> None:

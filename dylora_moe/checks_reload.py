@@ -8,7 +8,7 @@ row of a batch. The input is that of the checkpoint's probe. For N experts, up t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,13 +62,14 @@ class Forwards:
 
     def _keep(self, model, args: tuple, kwargs: dict, output) -> None:
         ids, expert = args[0] if args else kwargs.get("input_ids"), kwargs.get("expert")
-        if ids is None or isinstance(expert, int) or not self._fits(output.logits):
+        wanted = len(ids) == 1 if expert is None and ids is not None else isinstance(expert, Sequence)
+        if not wanted or not self._fits(output.logits):
             return
-        if expert is not None:
+        if expert is None:
+            self._routed = ids, output.logits[0].detach()
+        else:
             rows = zip(expert, ids.unsqueeze(1), output.logits.detach(), strict=True)
             self._alone |= {index: (row, logits) for index, row, logits in rows}
-        elif len(ids) == 1:
-            self._routed = ids, output.logits[0].detach()
 
     def _fits(self, tensor: torch.Tensor) -> bool:
         self._room -= tensor.numel() * tensor.element_size()

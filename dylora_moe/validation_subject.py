@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import machine, workspace
+from . import formats, machine, workspace
 from .errors import UsageError
 from .validation_flags import DEFAULTS, QUICK, Script, cheaper
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from .model import DyLoRAMoE
 
 SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
-FORWARD_TOKENS = 16
 # Bytes per token and entry of the vocabulary: of the mixture's logits, those kept and two in float64 while compared;
 # and of each expert of one forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
 MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
@@ -96,14 +95,14 @@ def check_room_to_load(args: Namespace, source: Base, weights: str, config: dict
 
 def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> int:
     """Memory for the base's weights and for the logits of the few tokens they are run on."""
+    if weights == "none":
+        return 0
     from . import bases
     from .probe import ROWS
 
-    if weights == "none":
-        return 0
     size_of: Callable = bases.parameter_bytes if weights == "pretrained" else bases.compact_random_bytes
     vocabulary = source.config.get_text_config().vocab_size
-    logits = (MIXTURE_LOGITS + EXPERT_LOGITS * min(experts, ROWS)) * FORWARD_TOKENS * vocabulary
+    logits = (MIXTURE_LOGITS + EXPERT_LOGITS * min(experts, ROWS)) * formats.PROBE_TOKENS * vocabulary
     return size_of(source.config, dtype) + logits
 
 

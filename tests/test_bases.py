@@ -194,6 +194,7 @@ def test_what_is_named_like_a_size_and_is_none_is_accepted(tmp_path):
         ({**LLAMA, "vocab_size": "64"}, "vocab_size"),
         ({**LLAMA, "head_dim": 8.0}, "head_dim"),
         ({**LLAMA, "conv_dim": 1 << 30}, "conv_dim"),
+        ({**LLAMA, "conv_dim": [8, -1]}, "conv_dim"),
         ({**LLAMA, "quantization_config": {"quant_method": "fp8"}}, "quantized"),
     ],
 )

@@ -44,6 +44,7 @@ def test_it_takes_the_memory_of_its_numbers():
     shape = (10_000, 1_000)
     weight = hankel_matrix(numbers(shape, torch.bfloat16), shape)
     assert weight.untyped_storage().nbytes() == 2 * (sum(shape) - 1)  # of full size 20 MB
+    assert F.linear(torch.ones(3, 1_000, dtype=torch.bfloat16), weight).shape == (3, 10_000)
     assert weight.shape == shape and not weight.requires_grad
 
 
