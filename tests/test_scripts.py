@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+from transformers import LlamaForCausalLM
 
 from dylora_moe import DyLoRAMoE, bases, checkpoint, checks, machine, validation_subject, workspace
 from train import PeftCheckpointCallback
@@ -93,6 +94,13 @@ def test_full(capsys, tiny):
 def test_full_on_other_architectures(capsys, tmp_path, architecture):
     tiny_base(architecture).save_pretrained(tmp_path / "model")
     assert run(full, capsys, "--model", tmp_path / "model").code == 0
+
+
+def test_full_makes_no_forward_pass_twice(capsys, tiny, monkeypatch):
+    passes, forward = [], LlamaForCausalLM.forward
+    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    assert run(full, capsys, "--model", tiny, "--experts", 2).code == 0
+    assert len(passes) == 2 + 1 + 2 + 2 + 2 * 2  # saving, before loading, after, spoiled, each against stock PEFT
 
 
 def test_full_with_one_expert_has_no_router_to_spoil(capsys, tiny):
