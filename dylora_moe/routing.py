@@ -19,7 +19,7 @@ from torch import nn
 
 from .errors import UsageError
 from .layers import RoutedLinear
-from .mix import Mix
+from .mix import Mix, OneToken
 from .router import Router
 from .shared_input import Expert, LayerSlot, SharedInput
 from .watch import Watch
@@ -140,6 +140,10 @@ class Routing:
         with_new = torch.is_grad_enabled() or self.recorded is not None  # otherwise their terms are zero
         if not plan.trained and not with_new:
             return ()
+        if plan.sparse and not with_new and hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling():
+            chosen = self.router.choose(hidden, plan.trained if plan.new else None)
+            if chosen is not None:
+                return (OneToken(plan.trained, chosen),)
         if not plan.trained or not plan.new:
             logits = self.router.logits(hidden)  # (B, T, N)
             mix, probs = self._mix(plan.trained or plan.new, logits, plan.sparse)

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import UsageError
 from .mix import Mix, Way
-from .ways import Scratch, can_be_grouped
+from .ways import Few, Scratch, can_be_grouped
 
 if TYPE_CHECKING:
     from .layers import RoutedLinear
@@ -105,7 +105,8 @@ class SharedInput:
         # What lies in the scratch is good until the next call: only where no other is made for these layers.
         alone = len(slot.mixes) == 1 and len(found.members) == len(self.members)
         parts = way.hidden(x, found.a(way.arrange), slot.scratch if settled and alone else None)
-        return Term(way, dict(zip(found.members, zip(parts, found.b(), strict=True), strict=True)), settled)
+        b = found.b_by_expert() if isinstance(way, Few) else found.b()
+        return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)), settled)
 
     def _matrices(self, layer: RoutedLinear, experts: tuple[int, ...], settled: object | None) -> Matrices:
         if settled is None:
@@ -139,10 +140,11 @@ class Matrices:
             self.dropout = layer.lora_dropout[self.names[0]]
             rank = self.layout[1][0]
             self.can_be_grouped = can_be_grouped(a.dtype, a.shape[1], rank * len(self.members))
-        self._a: dict[Callable, torch.Tensor] = {}
+        self._a: dict[Callable, torch.Tensor | Sequence[torch.Tensor]] = {}
         self._b: list[torch.Tensor] | None = None
+        self._b_by_expert: list[list[torch.Tensor]] | None = None
 
-    def a(self, arrange: Callable[[list], torch.Tensor]) -> torch.Tensor:
+    def a(self, arrange: Callable) -> torch.Tensor | Sequence[torch.Tensor]:
         """Of all members, arranged as a way wants it."""
         if arrange in self._a:
             return self._a[arrange]
@@ -160,6 +162,12 @@ class Matrices:
         if self.are_kept:
             self._b = made = [b.contiguous() for b in made]
         return made
+
+    def b_by_expert(self) -> list[list[torch.Tensor]]:
+        """Of each member, the B of each expert, transposed: (r, d_out). Nothing is copied."""
+        if self._b_by_expert is None:
+            self._b_by_expert = [[b.t() for b in self._weights(member.lora_B)] for member in self.members]
+        return self._b_by_expert
 
     def _weights(self, holder: nn.ModuleDict) -> list[torch.Tensor]:
         return [holder[name].weight for name in self.names]

@@ -4,8 +4,9 @@ A way has two halves. `hidden` is worked out once for all layers that read the s
 weighted. `add` puts one layer's B to its part of that. Between the halves a part has whatever form suits the way.
 
 In evaluation with few experts per token, the tokens' choices are sorted by expert, so that one grouped matmul serves
-all experts however unevenly they are wanted. One token, as in generation, needs no sorting: the matrices of its experts
-are fetched instead. Where neither is cheaper, the sum is over all.
+all experts however unevenly they are wanted. One token, as in generation, needs no sorting: on the CPU its few experts
+are added one after the other; elsewhere, where the program does not wait to hear which they are, their matrices are
+fetched. Where nothing is cheaper, the sum is over all.
 
 Shapes: S tokens, N experts of rank r, k experts per token, M layers that read the same input, R the sum of the ranks.
 """
@@ -79,6 +80,38 @@ class Dense:
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (R, d_out) -> (S, d_out)."""
         return add_product(total, part, b, in_place)
+
+
+@dataclass(eq=False)
+class Few:
+    """One token's experts, one after the other: its cost does not depend on how many others there are.
+
+    ranks: of all N experts.
+    chosen: the place among them, and the weight, scaling included, of each of the k.
+    """
+
+    ranks: Sequence[int]
+    chosen: Sequence[tuple[int, float]]
+
+    @staticmethod
+    def arrange(a: Sequence[Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
+        """The A (r, d_in) by layer and expert -> (M * r, d_in) by expert."""
+        return [torch.cat(matrices) if len(matrices) > 1 else matrices[0] for matrices in zip(*a, strict=True)]
+
+    def hidden(self, x: torch.Tensor, a: Sequence[torch.Tensor], scratch: Scratch | None) -> Sequence[Sequence]:
+        """x (1, d_in) -> M parts, each k times (1, r)."""
+        members = len(a[0]) // self.ranks[0]
+        units = [F.linear(x, a[place]) for place, _ in self.chosen]  # (1, M * r) each
+        if members == 1:
+            return [units]
+        units = [torch.split_with_sizes(u, [u.shape[1] // members] * members, 1) for u in units]
+        return list(zip(*units, strict=True)) or [()] * members
+
+    def add(self, total: torch.Tensor, part: Sequence, b: Sequence[torch.Tensor], in_place: bool) -> torch.Tensor:
+        """total (1, d_out), b (r, d_out) by expert -> (1, d_out)."""
+        for (place, weight), units in zip(self.chosen, part, strict=True):
+            total = add_product(total, units, b[place], in_place, weight)
+        return total
 
 
 class _ByExpert:
@@ -155,14 +188,16 @@ def sum_rows(table: torch.Tensor, index: torch.Tensor, begins: torch.Tensor, wei
     return torch.embedding_bag(table, index, begins, per_sample_weights=weights)[0]
 
 
-def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-    """total (S, d) + left (S, R) @ right (R, d), in the wider dtype.
+def add_product(
+    total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, in_place: bool = False, weight: float = 1.0
+) -> torch.Tensor:
+    """total (S, d) + weight * left (S, R) @ right (R, d), in the wider dtype.
 
     in_place: total may be written to, where that has this dtype.
     """
     if total.dtype == left.dtype == right.dtype:
-        return total.addmm_(left, right) if in_place else torch.addmm(total, left, right)
-    return total + left @ right
+        return (total.addmm_ if in_place else total.addmm)(left, right, alpha=weight)
+    return torch.add(total, left @ right, alpha=weight)
 
 
 def sparse_way(
