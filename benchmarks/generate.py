@@ -26,7 +26,8 @@ EXPERTS = 4
 PROMPT, NEW = 64, 64
 QUICK_PROMPT, QUICK_NEW = 6, 4
 ROUNDS, QUICK_ROUNDS = 5, 1
-X_LORA_ROUNDS = 2  # half a minute each
+BATCHED_ROUNDS = 3
+FEW_ROUNDS = {models.X_LORA: 1}  # its 64 tokens take half a minute
 PADDED_LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the prompt: the four rows of the left-padded batch
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, relative to the largest
 X_LORA_TIMES, PLAIN_SHARE = 6, 0.9
@@ -56,8 +57,8 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     padded = padded_batch(base, prompt)
     check(ours, single, padded, new, result)
     one_by_one = timings(everyone, single, new, rounds, args.device, result)
-    batched = timings({name: everyone[name] for name in (models.PLAIN, models.OURS_SPARSE)}, padded, new, rounds,
-                      args.device, result)  # fmt: skip
+    batched = timings({name: everyone[name] for name in (models.PLAIN, models.OURS_SPARSE)}, padded, new,
+                      min(rounds, BATCHED_ROUNDS), args.device, result)  # fmt: skip
     report(one_by_one, batched, prompt, new, args.experts, result)
 
 
@@ -86,7 +87,7 @@ def timings(everyone: dict, inputs: tuple, new: int, rounds: int, device: str, r
             if made != new:
                 result.problems.append(f"{name}: generated {made} tokens, expected {new}")
 
-        return Case(run, rounds=X_LORA_ROUNDS if name == models.X_LORA else None)
+        return Case(run, rounds=FEW_ROUNDS.get(name))
 
     for model in everyone.values():
         with torch.no_grad():

@@ -102,9 +102,13 @@ def random_ids(base: PreTrainedModel, batch: int, length: int, seed: int = 0) ->
 
 
 def build_ours(base: PreTrainedModel, experts: int, r: int = 16, seed: int = 0) -> DyLoRAMoE:
-    """Our mixture with top-2, its experts and gate filled as if trained."""
+    """Our mixture with top-2, its experts and gate filled as if trained.
+
+    Without dropout, which costs PEFT's ways one mask for each expert and layer, and ours one for each input.
+    """
     with seeded(seed):
-        model = DyLoRAMoE(fresh_base(base), experts, lora=MoELoraConfig(r=r), router=RouterConfig(top_k=TOP_K))
+        lora = MoELoraConfig(r=r, lora_dropout=0.0)
+        model = DyLoRAMoE(fresh_base(base), experts, lora=lora, router=RouterConfig(top_k=TOP_K))
     fill_experts(model, seed)
     return model
 

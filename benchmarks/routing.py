@@ -5,7 +5,7 @@ python -m benchmarks.routing --experts 4 16 --rounds 3
 python -m benchmarks.routing --experts 64 --all-peers
 python -m benchmarks.routing --device cuda --json benchmarks/results/routing-cuda.json
 
-Every model has the same base tensors, adapters, targets (q/k/v/o), rank 16 and dropout 0.05; times are relative to one
+Every model has the same base tensors, adapters, targets (q/k/v/o), rank 16 and no dropout; times are relative to one
 plain PEFT LoRA in the same round. A training step is forward, loss and backward: the optimizer is the same for all
 that have the same number of parameters, and is left out.
 """

@@ -19,6 +19,7 @@ from .mix import Layout
 from .shared_input import LayerSlot, SharedInput
 
 EXPERT_PREFIX = "expert_"
+_unsafe_view = torch.ops.aten._unsafe_view.default
 NO_EXPERT = -1
 
 
@@ -57,18 +58,22 @@ class RoutedLinear(lora.Linear):
             return self._add_by_row(result, x, slot.expert)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
-        flat = total = result.flatten(0, -2)  # (S, d_out)
+        in_place, recorded = self._owns_its_result(result), torch.is_grad_enabled()
+        # As a view of the result, what is added in place would be recorded as a change of a part of it.
+        rows = _unsafe_view(result, (-1, result.shape[-1])) if in_place and recorded else result.flatten(0, -2)
+        total = rows  # (S, d_out)
         for term in slot.terms(self, x):
-            total = term.add(total, self)
-        if total is flat and flat.data_ptr() == result.data_ptr():  # nothing was added, or all of it in place
-            return result
+            total = term.add(total, self, in_place)
+        if total is rows and not recorded and rows.data_ptr() == result.data_ptr():
+            return result  # nothing was added, or all of it in place
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
 
-    def owns_its_result(self) -> bool:
-        """Whether nobody but this layer has seen what the base layer has just computed."""
+    def _owns_its_result(self, result: torch.Tensor) -> bool:
+        """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""
         base = self._modules["base_layer"]
-        return not base._forward_hooks and isinstance(base, (nn.Linear, Conv1D))
+        plain = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter and type(result) is torch.Tensor
+        return plain and not base._forward_hooks and not torch.compiler.is_compiling()
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""

@@ -66,14 +66,13 @@ class Term:
 
     way: Way | None  # None without experts
     parts: dict[RoutedLinear, tuple[torch.Tensor, torch.Tensor] | None]
-    in_place: bool
 
-    def add(self, total: torch.Tensor, layer: RoutedLinear) -> torch.Tensor:
-        """total (S, d_out) of a layer -> (S, d_out)."""
+    def add(self, total: torch.Tensor, layer: RoutedLinear, in_place: bool) -> torch.Tensor:
+        """total (S, d_out) of a layer -> (S, d_out). in_place: total may be written to."""
         if self.way is None:
             return total
         part, b = self.parts[layer]
-        return self.way.add(total, part, b, self.in_place and layer.owns_its_result())
+        return self.way.add(total, part, b, in_place)
 
 
 class SharedInput:
@@ -94,7 +93,7 @@ class SharedInput:
         """The term of the layer, and with it those of the members that have the same experts; x (..., d_in)."""
         found = self._matrices(layer, mix.experts, slot.settled)
         if not found.names:
-            return Term(None, {layer: None}, False)
+            return Term(None, {layer: None})
         x = x.flatten(0, -2).to(found.dtype)  # (S, d_in)
         if len(mix) != len(x):
             raise UsageError(f"a routed layer was given {len(x)} tokens, the router saw {len(mix)}: not supported")
@@ -106,7 +105,7 @@ class SharedInput:
         alone = len(slot.mixes) == 1 and len(found.members) == len(self.members)
         parts = way.hidden(x, found.a(way.arrange), slot.scratch if settled and alone else None)
         b = found.b_by_expert() if isinstance(way, Few) else found.b()
-        return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)), settled)
+        return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)))
 
     def _matrices(self, layer: RoutedLinear, experts: tuple[int, ...], settled: object | None) -> Matrices:
         if settled is None:

@@ -274,14 +274,55 @@ def test_a_dispatch_covers_every_choice_once():
     assert torch.equal(found.begins, torch.arange(50) * 32)
 
 
-def test_what_a_hook_has_seen_of_the_base_layer_stays(eager_dispatch):
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_a_hook_has_seen_of_the_base_layer_stays(grad):
     """The sum is added in place only where nobody else holds the base layer's result."""
     model, ids, seen = tiny_mixture("llama", 2), random_ids(2, 9), []
     layer = decoder_layers(model.base)[0].self_attn.q_proj
     layer.base_layer.register_forward_hook(lambda module, args, out: seen.append((out, out.clone())))
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         model(ids)
     assert torch.equal(*seen[0])
+
+
+class SavesItsOutput(torch.autograd.Function):
+    """A linear layer whose backward pass needs what the forward pass returned, as that of a quantized one may."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        out = (x @ weight.t()).exp()
+        ctx.save_for_backward(weight, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, out = ctx.saved_tensors
+        return (grad * out) @ weight, None
+
+
+class ExponentialLinear(torch.nn.Linear):
+    def forward(self, x):
+        return SavesItsOutput.apply(x, self.weight)
+
+
+@pytest.mark.parametrize("other", [False, True])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_adding_in_place_changes_no_gradient(kind, other, monkeypatch):
+    """Nor does it where the base layer needs its result again."""
+    model, ids, found = tiny_mixture(kind, 3), random_ids(2, 7), []
+    if other:
+        for _, layer in model.routed_layers():
+            if type(layer.base_layer) is torch.nn.Linear:
+                layer.base_layer.__class__ = ExponentialLinear
+    for never in (False, True):
+        if never:
+            monkeypatch.setattr("dylora_moe.layers.RoutedLinear._owns_its_result", lambda *args: False)
+        model.zero_grad()
+        out = model(ids, labels=ids)
+        out.loss.backward()
+        found.append([out.logits, *(p.grad for p in model.trained_parameters().values())])
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+    assert all(grad.abs().max() > 0 for grad in found[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
