@@ -27,6 +27,12 @@ def expert_name(index: int) -> str:
     return f"{EXPERT_PREFIX}{index}"
 
 
+def _operations_are_watched() -> bool:
+    """Whether something sees each operation and may keep what it returned: torch.compile, or a dispatch mode, as that
+    of selective checkpointing."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+
+
 class RoutedLinear(lora.Linear):
     """PEFT's LoRA layer, adding the experts by the weights that the router has put into `slot`.
 
@@ -73,7 +79,7 @@ class RoutedLinear(lora.Linear):
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""
         base = self._modules["base_layer"]
         plain = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter and type(result) is torch.Tensor
-        return plain and not base._forward_hooks and not torch.compiler.is_compiling()
+        return plain and not base._forward_hooks and not _operations_are_watched()
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""

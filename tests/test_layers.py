@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from peft import PeftModel
+from torch.func import functional_call
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
@@ -283,6 +284,22 @@ def test_what_a_hook_has_seen_of_the_base_layer_stays(grad):
     with torch.set_grad_enabled(grad):
         model(ids)
     assert torch.equal(*seen[0])
+
+
+def test_one_gradient_for_each_sequence():
+    """As torch.func's vmap and grad compute them."""
+    model, ids = tiny_mixture("llama", 3), random_ids(3, 5)
+    tensors = {name: p.detach() for name, p in model.trained_parameters().items()}
+
+    def loss(tensors, row):
+        return functional_call(model, tensors, (row[None],), {"labels": row[None]}).loss
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors, ids)
+    for index, row in enumerate(ids):
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, parameter in model.trained_parameters().items():
+            assert difference(each[name][index], parameter.grad) <= TOLERANCE
 
 
 class SavesItsOutput(torch.autograd.Function):

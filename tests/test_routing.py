@@ -1,10 +1,12 @@
 """Routing over a forward pass: caches, padding, gradient checkpointing, new experts."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import OPTConfig, OPTForCausalLM
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
@@ -118,6 +120,16 @@ def test_checkpointing_with_experts_of_different_ranks_targets_and_scalings():
     model.gradient_checkpointing_enable()
     loss_again, checkpointed, _ = train_twice(model, ids, None)
     assert torch.equal(loss, loss_again)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_selective_checkpointing_keeps_what_the_base_layers_computed():
+    """What it has put by of the first run must not have the experts added to it."""
+    model, ids = tiny_mixture(), random_ids(2, 7)
+    _, plain, _ = train_twice(model, ids, None)
+    keep = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    model.gradient_checkpointing_enable({"context_fn": keep})
+    _, checkpointed, _ = train_twice(model, ids, None)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
