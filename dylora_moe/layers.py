@@ -64,7 +64,7 @@ class RoutedLinear(lora.Linear):
             return self._add_by_row(result, x, slot.expert)
         if slot.expert is not None:
             return self._add_one(result, x, expert_name(slot.expert))
-        in_place, recorded = self._owns_its_result(result), torch.is_grad_enabled()
+        in_place, recorded = self._owns_its_result(result, slot), torch.is_grad_enabled()
         # As a view of the result, what is added in place would be recorded as a change of a part of it.
         rows = _unsafe_view(result, (-1, result.shape[-1])) if in_place and recorded else result.flatten(0, -2)
         total = rows  # (S, d_out)
@@ -75,11 +75,14 @@ class RoutedLinear(lora.Linear):
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
 
-    def _owns_its_result(self, result: torch.Tensor) -> bool:
+    def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""
         base = self._modules["base_layer"]
-        plain = type(base) in (nn.Linear, Conv1D) and type(base.weight) is nn.Parameter and type(result) is torch.Tensor
-        return plain and not base._forward_hooks and not _operations_are_watched()
+        if base._forward_hooks or type(base) not in (nn.Linear, Conv1D):
+            return False
+        if slot.settled is not None:  # there is no backward pass, and nothing is compiled
+            return True
+        return type(base.weight) is nn.Parameter and type(result) is torch.Tensor and not _operations_are_watched()
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """One expert alone, operation for operation as PEFT does it, so that the two agree to the bit."""
