@@ -27,7 +27,7 @@ from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 EVALUATIONS = {4: 2, 16: 2}  # experts -> in a round for each training step, where short and of a narrow limit
-SLOW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 2}  # far from the others, so that fewer will do
+FEW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 2}  # far from the others, so that fewer will do
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
 MOST_EXPERTS = 16  # of peers: with 64, PEFT takes minutes to load them, and X-LoRA minutes a round
@@ -87,13 +87,13 @@ def compare(
         model.train()
     ours.mark_immature()
     ids = models.random_ids(base, *training_shape)
-    cases = {name: training_case(model, ids, SLOW_ROUNDS.get(name)) for name, model in everyone.items()}
+    cases = {name: training_case(model, ids, FEW_ROUNDS.get(name)) for name, model in everyone.items()}
     training = common.interleaved(cases, rounds, args.device)
     for model in everyone.values():
         model.zero_grad(set_to_none=True)
         model.eval()
     ids = models.random_ids(base, *evaluation_shape)
-    cases = {name: evaluation_case(model, ids, rounds=SLOW_ROUNDS.get(name)) for name, model in peers.items()}
+    cases = {name: evaluation_case(model, ids, rounds=FEW_ROUNDS.get(name)) for name, model in peers.items()}
     cases[models.OURS] = evaluation_case(ours, ids, before=ours.mark_immature)
     cases[models.OURS_SPARSE] = evaluation_case(ours, ids, before=ours.mark_mature)
     return training, common.interleaved(cases, EVALUATIONS.get(experts, 1) * rounds, args.device)

@@ -19,8 +19,8 @@ from .mix import Layout
 from .shared_input import LayerSlot, SharedInput
 
 EXPERT_PREFIX = "expert_"
-_unsafe_view = torch.ops.aten._unsafe_view.default
 NO_EXPERT = -1
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 def expert_name(index: int) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import UsageError
 from .mix import Mix, Way
-from .ways import Few, Scratch, can_be_grouped
+from .ways import Few, Scratch, can_be_grouped, join
 
 if TYPE_CHECKING:
     from .layers import RoutedLinear
@@ -157,7 +157,7 @@ class Matrices:
         if self._b is not None:
             return self._b
         stacks = [self._weights(member.lora_B) for member in self.members]
-        made = [(torch.cat(b, dim=1) if len(b) > 1 else b[0]).t() for b in stacks]
+        made = [join(b, dim=1).t() for b in stacks]
         if self.are_kept:
             self._b = made = [b.contiguous() for b in made]
         return made

@@ -66,8 +66,7 @@ class Dense:
     @staticmethod
     def arrange(a: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
         """The A (r, d_in) by layer and expert -> (M * R, d_in)."""
-        matrices = [matrix for layer in a for matrix in layer]
-        return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        return join([matrix for layer in a for matrix in layer])
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S, R)."""
@@ -96,7 +95,7 @@ class Few:
     @staticmethod
     def arrange(a: Sequence[Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
         """The A (r, d_in) by layer and expert -> (M * r, d_in) by expert."""
-        return [torch.cat(matrices) if len(matrices) > 1 else matrices[0] for matrices in zip(*a, strict=True)]
+        return [join(matrices) for matrices in zip(*a, strict=True)]
 
     def hidden(self, x: torch.Tensor, a: Sequence[torch.Tensor], scratch: Scratch | None) -> Sequence[Sequence]:
         """x (1, d_in) -> M parts, each k times (1, r)."""
@@ -178,6 +177,11 @@ class Dispatch(_ByExpert):
         out = sum_rows(b.contiguous(), self.rows, self.begins, units)  # (S, d_out)
         # In place on what is new here: nobody else has seen it, and there are no gradients.
         return out.add_(total) if out.dtype == total.dtype else total + out
+
+
+def join(matrices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    """As torch.cat, without a copy of a single matrix."""
+    return torch.cat(matrices, dim) if len(matrices) > 1 else matrices[0]
 
 
 def sum_rows(table: torch.Tensor, index: torch.Tensor, begins: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
