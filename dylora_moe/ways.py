@@ -4,9 +4,9 @@ A way has two halves. `hidden` is worked out once for all layers that read the s
 weighted. `add` puts one layer's B to its part of that. Between the halves a part has whatever form suits the way.
 
 In evaluation with few experts per token, the tokens' choices are sorted by expert, so that one grouped matmul serves
-all experts however unevenly they are wanted. One token, as in generation, needs no sorting: on the CPU its few experts
-are added one after the other; elsewhere, where the program does not wait to hear which they are, their matrices are
-fetched. Where nothing is cheaper, the sum is over all.
+all experts however unevenly they are wanted. A few tokens, as in generation, need no sorting: the A of the experts that
+they chose are fetched; on the CPU one token's are added one after the other. Where nothing is cheaper, the sum is over
+all.
 
 Shapes: S tokens, N experts of rank r, k experts per token, M layers that read the same input, R the sum of the ranks.
 """
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 # tokens, CPU, 2 threads; `python -m benchmarks.scaling` shows what is chosen beside the sum over all experts.
 PLACE_COST = 60
 DISPATCH_COST = 10_000
-FETCHED_EXPERTS = 8  # times k: from that many on, fetching the matrices of one token's experts pays
+FETCHED_EXPERTS = 4  # for each choice of an expert: with that many, fetching the matrices of those chosen pays
 ALIGNED_BYTES = 16  # of a grouped matmul's rows
 
 
@@ -113,8 +113,18 @@ class Few:
         return total
 
 
+@dataclass(eq=False)
 class _ByExpert:
+    """
+    gate: (S * k, 1), the weight of each choice, scaling included, in the order of the units.
+    rows: (S * k * r,) int64, the rows of B that a token's hidden units go to.
+    begins: (S,) int64, where those of each token begin.
+    """
+
     rank: int
+    gate: torch.Tensor
+    rows: torch.Tensor
+    begins: torch.Tensor
 
     @staticmethod
     def arrange(a: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
@@ -125,24 +135,28 @@ class _ByExpert:
         """(n, M * r) -> M parts (n, r)."""
         return units.view(len(units), -1, self.rank).unbind(1)  # Tensor.split is written in Python, and slow
 
+    def sum(self, total: torch.Tensor, units: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """total (S, d_out), units (S * k * r,) in the order of the tokens, b (N * r, d_out) -> (S, d_out)."""
+        out = sum_rows(b.contiguous(), self.rows, self.begins, units)
+        # In place on what is new here: nobody else has seen it, and there are no gradients.
+        return out.add_(total) if out.dtype == total.dtype else total + out
+
 
 @dataclass(eq=False)
 class Fetch(_ByExpert):
-    """One token's experts: index (k,) int64, and their weights, gate (k, 1), scaling included."""
+    """Few tokens' experts, their A copied together. index: (S, k) int64."""
 
-    rank: int
     index: torch.Tensor
-    gate: torch.Tensor
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
-        """x (1, d_in) -> M parts (k, r)."""
-        units = torch.matmul(x, a.index_select(0, self.index)).squeeze(1)  # (k, M * r)
+        """x (S, d_in) -> M parts (S * k, r)."""
+        fetched = a.index_select(0, self.index.flatten()).view(*self.index.shape, *a.shape[1:])  # (S, k, d_in, M * r)
+        units = torch.matmul(x[:, None, None], fetched).flatten(0, 2)  # (S * k, M * r)
         return self.parts(units * self.gate.to(x.dtype))
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """total (1, d_out), b (N * r, d_out) -> (1, d_out)."""
-        b = b.view(-1, self.rank, b.shape[-1]).index_select(0, self.index).flatten(0, 1)  # (k * r, d_out)
-        return add_product(total, part.reshape(1, -1), b, in_place)
+        """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
+        return self.sum(total, part.reshape(-1), b)
 
 
 @dataclass(eq=False)
@@ -151,19 +165,12 @@ class Dispatch(_ByExpert):
 
     tokens: (S * k,) int64, the token of each choice.
     ends: (N,) int32, where the choices of each expert end.
-    gate: (S * k, 1), the weight of each choice, scaling included.
     places: (S * k,) int64, where each of a token's choices has come to stand.
-    rows: (S * k * r,) int64, the rows of B that a token's hidden units go to.
-    begins: (S,) int64, where those of each token begin.
     """
 
-    rank: int
     tokens: torch.Tensor
     ends: torch.Tensor
-    gate: torch.Tensor
     places: torch.Tensor
-    rows: torch.Tensor
-    begins: torch.Tensor
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S * k, r), in the order of the choices."""
@@ -173,10 +180,7 @@ class Dispatch(_ByExpert):
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        units = part.index_select(0, self.places).flatten()  # (S * k * r,)
-        out = sum_rows(b.contiguous(), self.rows, self.begins, units)  # (S, d_out)
-        # In place on what is new here: nobody else has seen it, and there are no gradients.
-        return out.add_(total) if out.dtype == total.dtype else total + out
+        return self.sum(total, part.index_select(0, self.places).flatten(), b)
 
 
 def join(matrices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
@@ -209,20 +213,21 @@ def sparse_way(
 ) -> Dispatch | Fetch | None:
     """index (S, k) int64 and weights (S, k) -> what is cheaper than the sum over all experts; None where nothing is."""
     num_tokens, k = index.shape
-    if num_tokens == 1:
-        if num_experts < FETCHED_EXPERTS * k:
-            return None
-        return Fetch(rank, index[0], (weights * scaling).view(k, 1))
-    spared = num_experts * rank - k * (rank + PLACE_COST)  # hidden units per token
-    if num_tokens * spared < DISPATCH_COST or index.device.type not in ("cpu", "cuda"):
-        return None
     device = index.device
+    fetched = num_experts >= FETCHED_EXPERTS * k * num_tokens
+    spared = num_experts * rank - k * (rank + PLACE_COST)  # hidden units per token
+    if device.type not in ("cpu", "cuda") or not (fetched or num_tokens * spared >= DISPATCH_COST):
+        return None
+    gate = weights.flatten() * scaling
+    rows = torch.add(count_to(rank, device), index.unsqueeze(-1), alpha=rank).flatten()
+    begins = count_to(len(rows), device, k * rank)
+    if fetched:
+        return Fetch(rank, gate.unsqueeze(1), rows, begins, index)
     chosen, order = index.flatten().sort(stable=True)
     ends = torch.searchsorted(chosen, count_to(num_experts, device), right=True, out_int32=True)
-    gate = (weights * scaling).flatten().index_select(0, order).unsqueeze(1)
+    gate = gate.index_select(0, order).unsqueeze(1)
     places = torch.empty_like(order).scatter_(0, order, count_to(len(order), device))
-    rows = torch.add(count_to(rank, device), index.unsqueeze(-1), alpha=rank).flatten()
-    return Dispatch(rank, order // k, ends, gate, places, rows, count_to(len(rows), device, k * rank))
+    return Dispatch(rank, gate, rows, begins, order // k, ends, places)
 
 
 @lru_cache(maxsize=16)

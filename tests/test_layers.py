@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
+from dylora_moe.layers import RoutedLinear
 from dylora_moe.shared_input import SharedInput
 from dylora_moe.ways import Dispatch, Fetch, can_be_grouped, sparse_way
 
@@ -132,7 +133,7 @@ def eager_dispatch(monkeypatch):
 def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
     """Many experts, evenly and unevenly wanted: the dispatch is taken, and is the loop.
 
-    One token's experts are fetched where the program does not know which they are."""
+    Those of few tokens are fetched; one token's too, where the program does not know which they are."""
     lora = MoELoraConfig(r=r, lora_alpha=8, lora_dropout=0.0)
     model = tiny_mixture("llama", 12, router=RouterConfig(top_k=top_k), lora=lora)
     model.mark_mature()
@@ -140,7 +141,7 @@ def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
     ids = random_ids(2, 9)
     with torch.no_grad():
         model.router.gate.weight[3] *= 1 + skew  # half of the tokens want it very much
-        for tokens, kind in ((ids, Dispatch), (ids[:1, :1], Fetch)):
+        for tokens, kind in ((ids, Dispatch), (ids[:1, :1], Fetch), (ids[:1, : 3 // top_k], Fetch)):
             eager_dispatch.clear()
             logits = [model(tokens).logits for _ in range(3)]
             assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2]), "what is kept has no say"
@@ -211,8 +212,9 @@ def test_one_token_with_all_experts_or_with_gradients_is_summed_over(few):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_dispatch_on_a_base_of_another_dtype(dtype, eager_dispatch):
-    model, ids = tiny_mixture("llama", 12, dtype=dtype), random_ids(2, 9)
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1)])
+def test_dispatch_on_a_base_of_another_dtype(dtype, shape, eager_dispatch):
+    model, ids = tiny_mixture("llama", 16, dtype=dtype), random_ids(*shape)
     with torch.no_grad():
         dense = model(ids).logits
         model.mark_mature()
@@ -224,15 +226,28 @@ def test_dispatch_on_a_base_of_another_dtype(dtype, eager_dispatch):
     assert difference(sparse, dense) > 0.05
 
 
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1), (1, 1)])
+def test_a_wider_base_is_not_rounded(shape):
+    model, ids = tiny_mixture("llama", 16, dtype=torch.float64), random_ids(*shape)
+    model.mark_mature()
+    for layer in model.modules():
+        if isinstance(layer, RoutedLinear):
+            layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+    with torch.no_grad():
+        found = model(ids).logits
+        with model.disable_experts():
+            assert torch.equal(found, model(ids).logits)
+
+
 def test_what_is_dispatched():
     def plan(tokens, experts, top_k=2, r=16):
         weights, index = torch.rand(tokens, experts).topk(top_k)
         return type(sparse_way(index, weights, experts, r)).__name__
 
     assert plan(512, 64) == plan(256, 16) == "Dispatch"
-    assert plan(512, 4) == plan(64, 16) == plan(4, 64) == "NoneType"  # the sum over all is as cheap
-    assert plan(1, 64) == "Fetch"
-    assert plan(1, 4) == "NoneType"
+    assert plan(512, 4) == plan(64, 16) == plan(4, 16) == "NoneType"  # the sum over all is as cheap
+    assert plan(1, 64) == plan(8, 64) == plan(1, 8) == "Fetch"
+    assert plan(9, 64) == plan(1, 4) == "NoneType"
     assert plan(512, 64, top_k=63) == "NoneType"
 
 
