@@ -27,7 +27,6 @@ from .common import Case, Result, Timing
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 EVALUATIONS = {4: 2, 16: 2}  # experts -> in a round for each training step, where short and of a narrow limit
-FEW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 2}  # far from the others, so that fewer will do
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
 MOST_EXPERTS = 16  # of peers: with 64, PEFT takes minutes to load them, and X-LoRA minutes a round
@@ -35,6 +34,7 @@ GPU_SHAPES = {4: ((8, 512), (8, 512)), 16: ((4, 512), (4, 512)), 64: ((1, 512), 
 QUICK_SHAPES = {3: ((2, 8), (2, 8))}
 CHECK_TOKENS = (2, 16)
 PEER_NAMES = (models.UNROUTED, models.X_LORA, models.ARROW)
+FEW_ROUNDS = dict.fromkeys(PEER_NAMES, 2)  # far from ours, so that fewer will do
 LIMITS = {  # experts -> what is asked of (training step, evaluation with what is the default there)
     4: (1.10, 1.05),
     16: (1.40, 1.15),

@@ -30,13 +30,12 @@ PARTS = ("experts", "sequence", "model", "largest")
 LAYERS, VOCABULARY = 6, 8192
 EXPERTS = (1, 2, 4, 8, 16, 32, 64)
 SEQUENCES = (64, 256, 1024)
-WIDTHS = (256, 576, 2048)
+WIDTHS = (256, 576, 1536)
 TOKENS, SOME_EXPERTS, CHECK_TOKENS = 256, 8, 16
 TRAINING, DENSE, SPARSE = "training step", "evaluation, dense", "evaluation, top-2"
 # Name -> hidden size, intermediate size, layers, heads, key-value heads, vocabulary. The last two are made up.
 LLAMAS = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
-    "70B": (8192, 28672, 80, 64, 8, 128256),
     "405B": (16384, 53248, 126, 128, 8, 128256),
     "2T": (32768, 106496, 160, 256, 8, 128256),
     "8T": (65536, 212992, 160, 512, 8, 128256),
