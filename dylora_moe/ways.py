@@ -115,7 +115,8 @@ class Few:
 
 @dataclass(eq=False)
 class _ByExpert:
-    """
+    """Each token's own experts: only the rows of B that they have are read.
+
     gate: (S * k, 1), the weight of each choice, scaling included, in the order of the units.
     rows: (S * k * r,) int64, the rows of B that a token's hidden units go to.
     begins: (S,) int64, where those of each token begin.
@@ -135,7 +136,7 @@ class _ByExpert:
         """(n, M * r) -> M parts (n, r)."""
         return units.view(len(units), -1, self.rank).unbind(1)  # Tensor.split is written in Python, and slow
 
-    def sum(self, total: torch.Tensor, units: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    def add_units(self, total: torch.Tensor, units: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """total (S, d_out), units (S * k * r,) in the order of the tokens, b (N * r, d_out) -> (S, d_out)."""
         out = sum_rows(b.contiguous(), self.rows, self.begins, units)
         # In place on what is new here: nobody else has seen it, and there are no gradients.
@@ -156,7 +157,7 @@ class Fetch(_ByExpert):
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        return self.sum(total, part.reshape(-1), b)
+        return self.add_units(total, part.reshape(-1), b)
 
 
 @dataclass(eq=False)
@@ -180,7 +181,7 @@ class Dispatch(_ByExpert):
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        return self.sum(total, part.index_select(0, self.places).flatten(), b)
+        return self.add_units(total, part.index_select(0, self.places).flatten(), b)
 
 
 def join(matrices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
