@@ -10,6 +10,7 @@ import argparse
 import gc
 import json
 import os
+import random
 import statistics
 import sys
 import time
@@ -78,20 +79,20 @@ class Case:
 
 
 def interleaved(cases: dict[str, Case], rounds: int, device: str = "cpu", warmups: int = 1) -> dict[str, Timing]:
-    """Every case once per round, each round in another order, so that no case always follows the same one.
+    """Every case once per round, in an order drawn anew for each round: what ran before leaves the caches as it likes.
 
     A case may return the seconds that it took instead of being timed from outside.
     """
     samples: dict[str, list[float]] = {name: [] for name in cases}
-    names = list(cases)
+    names, shuffle = list(cases), random.Random(0).shuffle
     gc.collect()
     collecting = gc.isenabled()
     gc.disable()  # a collection walks over all modules of all models, in whichever case it happens to start
     try:
         for number in range(-warmups, rounds):
             gc.collect(1)  # the young ones; the models' own modules are not walked over again and again
-            shift = number % len(names)
-            for name in names[shift:] + names[:shift]:
+            shuffle(names)
+            for name in names:
                 if cases[name].rounds is not None and number >= cases[name].rounds:
                     continue
                 seconds = _timed(cases[name], device)
@@ -177,7 +178,7 @@ class Result:
     benchmark: str
     settings: dict
     machine: dict = field(default_factory=machine.describe)
-    load: tuple[float, ...] = field(default_factory=lambda: load_average())
+    others: float | None = None  # cores that other processes kept busy meanwhile
     tables: list[Table] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)  # what was re-checked, and how closely it agreed
@@ -207,7 +208,7 @@ class Result:
             "benchmark": self.benchmark,
             "settings": self.settings,
             "machine": self.machine,
-            "load_average": list(self.load),
+            "others": self.others,
             "tables": [vars(table) for table in self.tables],
             "claims": [vars(claim) | {"met": claim.met} for claim in self.claims],
             "checks": self.checks,
@@ -216,9 +217,18 @@ class Result:
         }
 
 
-def load_average() -> tuple[float, ...]:
-    """How busy the machine was before the measurement; empty where the system does not say."""
-    return tuple(round(value, 2) for value in os.getloadavg()) if hasattr(os, "getloadavg") else ()
+def seconds_of_others() -> float | None:
+    """Core seconds since some moment that other processes worked, or that a hypervisor took; None where not known.
+
+    The load average would not do: one benchmark after the other, it is that of the one before.
+    """
+    import psutil
+
+    cpu, own = psutil.cpu_times(), os.times()
+    if not psutil.LINUX:  # elsewhere a process may not ask, or the parts are others
+        return None
+    everything = cpu.user + cpu.nice + cpu.system + cpu.irq + cpu.softirq + cpu.steal
+    return everything - (own.user + own.system + own.children_user + own.children_system)
 
 
 # ---- how they are run ----
@@ -248,9 +258,12 @@ def run(
     settings = {key: value for key, value in vars(args).items() if key != "json"}
     result = Result(name, settings)
     print(header(result))
-    started = time.perf_counter()
+    started, others = time.perf_counter(), seconds_of_others()
     measure(args, result)
-    result.settings["seconds"] = round(time.perf_counter() - started, 1)
+    elapsed = time.perf_counter() - started
+    result.settings["seconds"] = round(elapsed, 1)
+    if others is not None:
+        result.others = round(max(0.0, seconds_of_others() - others) / elapsed, 2)
     show(result)
     if args.json:
         write_json(args.json, result)
@@ -260,9 +273,8 @@ def run(
 def header(result: Result) -> str:
     found = result.machine
     versions = ", ".join(f"{name} {found[name]}" for name in ("python", *machine.PACKAGES) if found.get(name))
-    load = f"; load average before {result.load[0]:.2f}" if result.load else ""
     size = machine.readable(found["memory_bytes"])
-    return f"{result.benchmark}: {found['cpu']}, {found['cores']} cores, {size}{load}\n{versions}\n"
+    return f"{result.benchmark}: {found['cpu']}, {found['cores']} cores, {size}\n{versions}\n"
 
 
 def show(result: Result) -> None:
@@ -274,6 +286,8 @@ def show(result: Result) -> None:
         print(f"{MARKS[claim.met]} {claim.text}: {measured}")
     for line in result.checks:
         print(f"  checked: {line}")
+    if result.others is not None:
+        print(f"Other processes kept {result.others:.2f} cores busy meanwhile.")
     for problem in result.problems:
         print(f"✗ WRONG ANSWER: {problem}", file=sys.stderr)
 

@@ -22,7 +22,7 @@ from .common import MARKS, RESULTS, RIGHT, ROOT, WRONG
 PAGE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"<!-- (?P<name>[\w./-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NOT_YET = "_Not measured yet._"
-BUSY = 0.5  # of the cores: with more load before the run, it says so
+BUSY = 0.1  # of the cores: where others used more during the run, it says so
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +93,9 @@ def conditions(result: dict) -> str:
     model = f"{settings['model']} ({settings['weights']} weights, {settings['dtype']})" if "model" in settings else ""
     threads = f"{settings['threads']} threads" if "threads" in settings else ""
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft") if found.get(name))
-    load = result["load_average"]
-    busy = f"**load average {load[0]:.1f} before the run: others used the machine**"
-    parts = [on, threads, model, versions, busy if load and load[0] > BUSY * found["cores"] else ""]
+    others = result["others"] or 0.0
+    busy = f"**others kept {others:.1f} of the cores busy meanwhile**"
+    parts = [on, threads, model, versions, busy if others > BUSY * found["cores"] else ""]
     return "Measured on " + "; ".join(part for part in parts if part) + "."
 
 

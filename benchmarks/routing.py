@@ -25,8 +25,9 @@ from dylora_moe.model import untouched
 from . import common, loop, models
 from .common import Case, Result, Timing
 
-ROUNDS, QUICK_ROUNDS = 3, 1
-EVALUATIONS = {4: 2, 16: 2}  # experts -> in a round for each training step, where short and of a narrow limit
+# Experts -> rounds of the training step and of the evaluation: more where a limit is narrow.
+ROUNDS, QUICK_ROUNDS = {4: (7, 9), 16: (9, 13), 64: (3, 5)}, 1
+WARM_UPS = 2  # the second time, ours keeps the experts' matrices
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
 MOST_EXPERTS = 16  # of peers: with 64, PEFT takes minutes to load them, and X-LoRA minutes a round
@@ -56,10 +57,11 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     result.settings["threads"] = common.fix_threads()
     base = models.load_base(args, result.settings)
     shapes = QUICK_SHAPES if args.quick else SHAPES if args.device == "cpu" else GPU_SHAPES
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    fixed = args.rounds or (QUICK_ROUNDS if args.quick else None)
     bars: dict[str, dict[str, list]] = {"training": {}, "evaluation": {}}
     chosen = [n for n in shapes if not args.experts or n in args.experts]
     for experts in chosen:
+        rounds = (fixed, fixed) if fixed else ROUNDS[experts]
         training, evaluation = compare(base, experts, shapes[experts], rounds, args, result)
         report(base, experts, shapes[experts], training, evaluation, result)
         for kind, timings in (("training", training), ("evaluation", evaluation)):
@@ -72,7 +74,7 @@ def measure(args: argparse.Namespace, result: Result) -> None:
 
 
 def compare(
-    base, experts: int, shapes, rounds: int, args: argparse.Namespace, result: Result
+    base, experts: int, shapes, rounds: tuple[int, int], args: argparse.Namespace, result: Result
 ) -> tuple[dict[str, Timing], dict[str, Timing]]:
     """The timings of the training step and of the evaluation forward, by model."""
     with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as folder:
@@ -88,7 +90,7 @@ def compare(
     ours.mark_immature()
     ids = models.random_ids(base, *training_shape)
     cases = {name: training_case(model, ids, FEW_ROUNDS.get(name)) for name, model in everyone.items()}
-    training = common.interleaved(cases, rounds, args.device)
+    training = common.interleaved(cases, rounds[0], args.device)
     for model in everyone.values():
         model.zero_grad(set_to_none=True)
         model.eval()
@@ -96,7 +98,7 @@ def compare(
     cases = {name: evaluation_case(model, ids, rounds=FEW_ROUNDS.get(name)) for name, model in peers.items()}
     cases[models.OURS] = evaluation_case(ours, ids, before=ours.mark_immature)
     cases[models.OURS_SPARSE] = evaluation_case(ours, ids, before=ours.mark_mature)
-    return training, common.interleaved(cases, EVALUATIONS.get(experts, 1) * rounds, args.device)
+    return training, common.interleaved(cases, rounds[1], args.device, WARM_UPS)
 
 
 def training_case(model, ids: torch.Tensor, rounds: int | None = None) -> Case:
@@ -115,12 +117,7 @@ def evaluation_case(model, ids: torch.Tensor, before=None, rounds: int | None = 
     def forward() -> None:
         model(input_ids=ids, use_cache=False)
 
-    def enter() -> None:
-        if before is not None:
-            before()
-            forward()  # what is cached between forward passes is cached in this state
-
-    return Case(forward, before=enter, rounds=rounds)
+    return Case(forward, before=before, rounds=rounds)
 
 
 # ---- the answers are right ----

@@ -23,7 +23,7 @@ from transformers import LlamaConfig
 from . import child, common, loop, models
 from .child import GB
 from .common import Result
-from .routing import evaluation_case, training_case
+from .routing import WARM_UPS, evaluation_case, training_case
 
 ROUNDS, QUICK_ROUNDS = 3, 1
 PARTS = ("experts", "sequence", "model", "largest")
@@ -36,7 +36,6 @@ TRAINING, DENSE, SPARSE = "training step", "evaluation, dense", "evaluation, top
 # Name -> hidden size, intermediate size, layers, heads, key-value heads, vocabulary. The last two are made up.
 LLAMAS = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
-    "405B": (16384, 53248, 126, 128, 8, 128256),
     "2T": (32768, 106496, 160, 256, 8, 128256),
     "8T": (65536, 212992, 160, 512, 8, 128256),
 }
@@ -143,7 +142,7 @@ def compare(base, experts: int, batch: int, length: int, rounds: int, device: st
         models.OURS: evaluation_case(ours.eval(), ids, before=ours.mark_immature),
         models.OURS_SPARSE: evaluation_case(ours, ids, before=ours.mark_mature),
     }
-    return training, common.interleaved(cases, rounds, device), off
+    return training, common.interleaved(cases, rounds, device, WARM_UPS), off
 
 
 def difference(ours, ids: torch.Tensor) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
+import psutil
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def ours():
 
 
 def result() -> Result:
-    return Result("test", {}, machine={}, load=())
+    return Result("test", {}, machine={})
 
 
 # ---- every benchmark runs ----
@@ -164,10 +166,12 @@ def test_ratio_is_taken_within_each_round():
 
 def test_cases_take_turns_and_what_comes_before_is_not_timed():
     order = []
-    cases = {name: Case(lambda n=name: order.append(n), before=lambda: order.append("before")) for name in "ab"}
-    timings = common.interleaved(cases, rounds=2, warmups=1)
-    assert [name for name in order if name != "before"] == ["b", "a", "a", "b", "b", "a"]
-    assert order.count("before") == 6 and len(timings["a"].samples) == 2
+    cases = {name: Case(lambda n=name: order.append(n), before=lambda: order.append("-")) for name in "abc"}
+    timings = common.interleaved(cases, rounds=20, warmups=1)
+    assert order[::2] == ["-"] * 63 and len(timings["a"].samples) == 20
+    rounds = ["".join(order[1::2][i : i + 3]) for i in range(0, 63, 3)]
+    assert all(sorted(names) == list("abc") for names in rounds)
+    assert len(set(rounds)) == 6  # each order came: no case always follows the same one
     assert common.interleaved({"a": Case(lambda: 7.0)}, rounds=1)["a"].samples == (7.0,)
 
 
@@ -191,6 +195,22 @@ def test_wrong_answer_decides_the_exit_code_and_a_slow_one_does_not(capsys):
     assert common.run("x", "", wrong, []) == common.WRONG
     assert "WRONG ANSWER: logits: differs by nan" in capsys.readouterr().err
     assert Claim("", 1.0, 1.0).met and not Claim("", 0.9, 1.0, at_least=True).met
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="elsewhere it is not known")
+def test_others_are_what_neither_we_nor_our_children_did_nor_was_idle(monkeypatch):
+    spent = psutil.cpu_times()._replace(user=10, nice=1, system=2, idle=900, iowait=50, irq=0.5, softirq=0.5, steal=3)
+    monkeypatch.setattr(psutil, "cpu_times", lambda: spent)
+    monkeypatch.setattr(common.os, "times", lambda: os.times_result((4, 1, 2, 1, 12345)))
+    assert common.seconds_of_others() == 17 - 8
+
+
+def test_page_says_where_others_kept_the_machine_busy():
+    busy = result()
+    busy.machine = {"cpu": "a processor", "cores": 2, "memory_bytes": 1 << 30}
+    for others, said in ((None, False), (0.1, False), (0.5, True)):
+        busy.others = others
+        assert ("others kept 0.5 of the cores busy" in report.conditions(busy.to_json())) == said
 
 
 def test_flops_of_top_2_do_not_grow_with_the_experts(ours):
