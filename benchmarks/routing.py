@@ -26,16 +26,16 @@ from . import common, loop, models
 from .common import Case, Result, Timing
 
 # Experts -> rounds of the training step and of the evaluation: more where a limit is narrow.
-ROUNDS, QUICK_ROUNDS = {4: (7, 9), 16: (9, 13), 64: (3, 5)}, 1
+ROUNDS, QUICK_ROUNDS = {4: (5, 7), 16: (9, 13), 64: (2, 3)}, 1
 WARM_UPS = 2  # the second time, ours keeps the experts' matrices
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}
-MOST_EXPERTS = 16  # of peers: with 64, PEFT takes minutes to load them, and X-LoRA minutes a round
+MOST_EXPERTS = 16  # of peers, and of the loop's gradients: with 64, PEFT takes minutes to load them
 GPU_SHAPES = {4: ((8, 512), (8, 512)), 16: ((4, 512), (4, 512)), 64: ((1, 512), (4, 512))}
 QUICK_SHAPES = {3: ((2, 8), (2, 8))}
 CHECK_TOKENS = (2, 16)
 PEER_NAMES = (models.UNROUTED, models.X_LORA, models.ARROW)
-FEW_ROUNDS = dict.fromkeys(PEER_NAMES, 2)  # far from ours, so that fewer will do
+FEW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 1, models.ARROW: 2}  # far from ours, so that fewer will do
 LIMITS = {  # experts -> what is asked of (training step, evaluation with what is the default there)
     4: (1.10, 1.05),
     16: (1.40, 1.15),
@@ -132,7 +132,8 @@ def check(ours: DyLoRAMoE, peers: dict, base, experts: int, result: Result) -> N
         off = loop.value_difference(ours, ids, sparse)
         result.check(f"{experts} experts, {state}, layers against a float64 loop", off, loop.VALUE_TOLERANCE[dtype])
     ours.mark_immature()
-    for part, off in loop.gradient_difference(ours, ids).items():
+    gradients = loop.gradient_difference(ours, ids) if experts <= MOST_EXPERTS else {}
+    for part, off in gradients.items():
         what = f"{experts} experts, gradients of the {part} against a float64 loop"
         result.check(what, off, loop.GRADIENT_TOLERANCE[dtype])
     with untouched(ours), ours.disable_experts():
