@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .bases import decoder_layers
 from .config import MAX_EXPERTS, MoELoraConfig, RouterConfig
+from .cross_entropy import IGNORED_LABEL, summed_cross_entropy
 from .errors import UsageError, listed
 from .isolation import fresh_base, seeded, untouched
 from .layers import EXPERT_PREFIX, NO_EXPERT, RoutedLinear, expert_name
@@ -49,7 +50,6 @@ __all__ = [  # names of other modules too that go with a mixture, where users lo
 if TYPE_CHECKING:
     from .skills import SkillLibrary
 
-IGNORED_LABEL = -100
 _EXPERT_PARAMETER = re.compile(rf"\.lora_[AB]\.({EXPERT_PREFIX}\d+)\.weight$")
 
 
@@ -439,7 +439,8 @@ class DyLoRAMoE(nn.Module):
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
         count = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, device=logits.device, dtype=torch.float32).clamp(min=1)
-        lm_loss = self._lm_loss(logits, targets) / count
+        smoothing = self.label_smoothing if self.training else 0.0  # evaluation is in nats
+        lm_loss = summed_cross_entropy(logits.flatten(0, 1), targets.flatten(), smoothing) / count
         if not probs:
             return {"loss": lm_loss, "lm_loss": lm_loss}
         mask = targets != IGNORED_LABEL
@@ -461,16 +462,6 @@ class DyLoRAMoE(nn.Module):
     def _looks_at_routing(self, expert: Expert) -> bool:
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         return wanted and expert is None and self._routing.forced is None and self.num_experts > 1
-
-    def _lm_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The sum of the cross-entropies in float32; smoothed in training only: evaluation is in nats."""
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            targets.flatten(),
-            ignore_index=IGNORED_LABEL,
-            reduction="sum",
-            label_smoothing=self.label_smoothing if self.training else 0.0,
-        )
 
     def generate(self, *args, expert: int | None = None, **kwargs):
         """As the base model's `generate`; every token is routed, or goes to `expert` alone."""

@@ -25,8 +25,9 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from . import checkpoint, formats, ranks, sharding, training_state
+from .cross_entropy import IGNORED_LABEL
 from .errors import UsageError
-from .model import IGNORED_LABEL, DyLoRAMoE, Usage
+from .model import DyLoRAMoE, Usage
 
 SHOWN_EXPERTS = 16  # more of them are not logged one by one
 SUMS = "MoETrainer"  # under this name trainer_state.json keeps what was summed up for the next log
