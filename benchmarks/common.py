@@ -224,9 +224,9 @@ def seconds_of_others() -> float | None:
     """
     import psutil
 
-    cpu, own = psutil.cpu_times(), os.times()
-    if not psutil.LINUX:  # elsewhere a process may not ask, or the parts are others
+    if not psutil.LINUX:  # elsewhere the parts are others
         return None
+    cpu, own = psutil.cpu_times(), os.times()
     everything = cpu.user + cpu.nice + cpu.system + cpu.irq + cpu.softirq + cpu.steal
     return everything - (own.user + own.system + own.children_user + own.children_system)
 

@@ -38,6 +38,7 @@ from datasets import Dataset, interleave_datasets
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .cross_entropy import IGNORED_LABEL
 from .data_documents import Document, read_documents
 from .data_sources import DataSpec, python_sources, read_rows
 from .errors import UsageError
@@ -54,7 +55,6 @@ __all__ = [
     "python_sources",
 ]
 
-IGNORED = -100
 COLUMNS = ("input_ids", "labels", "position_ids")
 HASH_ROWS = 1024
 LEAK_TOLERANCE = 1e-4
@@ -383,11 +383,11 @@ def _fill(row: np.ndarray, pieces: list[Document], pad: int) -> None:
     for piece in pieces:
         start, end = end, end + len(piece)
         ids[start:end] = piece.ids
-        labels[start:end] = np.where(piece.learned, piece.ids, IGNORED)
-        labels[start] = IGNORED  # or the document before would be taught to go on with this one
+        labels[start:end] = np.where(piece.learned, piece.ids, IGNORED_LABEL)
+        labels[start] = IGNORED_LABEL  # or the document before would be taught to go on with this one
         positions[start:end] = np.arange(len(piece))
     ids[end:] = pad
-    labels[end:] = IGNORED
+    labels[end:] = IGNORED_LABEL
     positions[end:] = np.arange(len(ids) - end)
 
 

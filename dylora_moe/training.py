@@ -223,7 +223,7 @@ class MoETrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
         for batch in self._own_batches(rows):
             batch = self._prepare_inputs(batch)
-            tokens = int((batch["labels"][:, 1:] != -100).sum())
+            tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
             total += torch.tensor([mixture(**batch).lm_loss.item() * tokens, tokens], dtype=torch.float64)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()

@@ -1,4 +1,4 @@
-"""The loss of a language model is what F.cross_entropy makes of it, with one tensor of the logits' size less or two."""
+"""The loss of a language model is what F.cross_entropy makes of it, with one tensor of the logits' size, not three."""
 
 from __future__ import annotations
 
