@@ -35,7 +35,7 @@ GPU_SHAPES = {4: ((8, 512), (8, 512)), 16: ((4, 512), (4, 512)), 64: ((1, 512), 
 QUICK_SHAPES = {3: ((2, 8), (2, 8))}
 CHECK_TOKENS = (2, 16)
 PEER_NAMES = (models.UNROUTED, models.X_LORA, models.ARROW)
-FEW_ROUNDS = {models.UNROUTED: 2, models.X_LORA: 1, models.ARROW: 2}  # each takes seconds, X-LoRA most
+FEW_ROUNDS = {models.UNROUTED: 5, models.X_LORA: 1, models.ARROW: 5}  # each takes seconds, X-LoRA most
 LIMITS = {  # experts -> what is asked of (training step, evaluation with what is the default there)
     4: (1.10, 1.05),
     16: (1.40, 1.15),
