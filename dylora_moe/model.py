@@ -523,17 +523,25 @@ class DyLoRAMoE(nn.Module):
         enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
         enable(options, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """The earlier name of `activation_checkpointing_enable`."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         disable = getattr(self.base, "activation_checkpointing_disable", None)
         (disable or self.base.gradient_checkpointing_disable)()
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
+
+    # The earlier names of the three.
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

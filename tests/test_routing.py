@@ -139,8 +139,16 @@ def test_checkpointing_that_was_enabled_on_the_base_is_as_right():
     model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     _, checkpointed, _ = train_twice(model, ids, None)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
-    model.gradient_checkpointing_disable()
-    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", ["gradient", "activation"])
+def test_checkpointing_goes_by_the_names_of_both_versions(name):
+    model = tiny_mixture()
+    found = [getattr(model, f"is_{name}_checkpointing")]
+    for what in ("enable", "disable"):
+        getattr(model, f"{name}_checkpointing_{what}")()
+        found.append(getattr(model, f"is_{name}_checkpointing"))
+    assert found == [False, True, False]
 
 
 def test_checkpointing_where_attention_is_given_the_input_of_the_layer_itself():
