@@ -325,14 +325,16 @@ def _report(args, trainer: training.MoETrainer, saved: Path, say: Callable[[str]
 
 
 def resume_command(argv: list[str] | None = None) -> str:
-    """The command line that goes on with this run: the same, with --resume."""
+    """The command line that goes on with this run: the same, with --resume. What launches several processes, torchrun
+    or accelerate, cannot be told from inside."""
     words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--resume=")]
     if "--resume" in words:
         at = words.index("--resume")
         has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
         del words[at : at + 1 + has_value]
     words = [word for word in words if word.replace("_", "-") != "--resume-weights-only"]
-    return shlex.join(["python", "train.py", *words, "--resume"])
+    launcher = "python" if ranks.world()[1] == 1 else "<launcher>"
+    return f"{launcher} {shlex.join(['train.py', *words, '--resume'])}"
 
 
 def final_table(trainer: training.MoETrainer, metrics: dict) -> list[str]:

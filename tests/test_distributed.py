@@ -89,6 +89,7 @@ def test_the_checkpoint_validates(two, capsys):
 def test_a_signal_to_one_rank_stops_both_and_resuming_is_exact(two):
     folder, results = two
     assert "stopped by SIGTERM at step 7" in results["stopped"][0]["out"]
+    assert "go on with: <launcher> train.py" in results["stopped"][0]["out"]
     assert steps(folder / "run") == [4, 7, 8, 12]
     for step in (4, 8, 12):
         assert_same(folder / "whole" / f"checkpoint-{step}", folder / "run" / f"checkpoint-{step}")
