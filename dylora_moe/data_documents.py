@@ -103,14 +103,15 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     """Tokenizes every row.
 
     Raises:
-        UsageError: for unknown columns, a row that is not what its columns promise, a chat that the template refuses, a
-            tokenizer that cannot do it, and where nothing is left.
+        UsageError: for unknown columns, rows of several schemas, a row that is not what its columns promise, a chat that
+            the template refuses, a tokenizer that cannot do it, and where nothing is left.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(
             f"{where}: the tokenizer has no end-of-sequence token to end the documents with; set its eos_token"
         )
     schema, columns = detect_schema(rows.column_names, where)
+    _check_one_schema(rows, columns, where)
     rows = rows.select_columns(columns)
     items: list[Document] = []
     skipped = unlabelled = 0
@@ -151,6 +152,22 @@ def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
         f"{where}: the columns are none that can be trained on; found {', '.join(sorted(columns)) or 'none'}; "
         f"rename them to one of:\n{listed(KNOWN_SCHEMAS)}"
     )
+
+
+def _check_one_schema(rows: Dataset, columns: list[str], where: str) -> None:
+    """`datasets` reads rows of several schemas as rows of all their columns, with None where a row has none."""
+    others = [name for name in (*CHAT_COLUMNS, *ANSWER_COLUMNS, *TEXT_COLUMNS) if name in rows.column_names]
+    others = [name for name in others if name not in columns]
+    for start in range(0, len(rows), BATCH_ROWS) if others else ():
+        batch = rows[start : start + BATCH_ROWS]
+        for offset, values in enumerate(zip(*(batch[name] for name in columns), strict=True)):
+            filled = [name for name in others if batch[name][offset]]
+            if filled and not any(values):
+                raise UsageError(
+                    f"{where}, row {start + offset + 1}: has nothing in {', '.join(columns)}, by which the rows are "
+                    f"read, but something in {', '.join(filled)}; expected rows of one kind: give each kind a file of "
+                    "its own, or leave one of the columns out"
+                )
 
 
 # --- rows to text ----------------------------------------------------------------------------------------------------

@@ -474,7 +474,9 @@ class DyLoRAMoE(nn.Module):
         if expert is not None and not (whole and 0 <= expert < self.num_experts):
             raise UsageError(f"expert must be None or 0 to {self.num_experts - 1}, got {expert!r}")
 
-    def _check_rows(self, experts: Sequence[int], batch: torch.Tensor) -> tuple[int, ...]:
+    def _check_rows(self, experts: Sequence[int], batch: torch.Tensor | None) -> tuple[int, ...]:
+        if batch is None:
+            raise UsageError("one of input_ids and inputs_embeds is needed, got neither")
         for expert in experts:
             self._check_expert(-1 if expert is None else expert)
         if len(experts) != len(batch):

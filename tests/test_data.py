@@ -240,6 +240,11 @@ BAD_FILES = {
         b'{"messages": [{"role": "boss", "content": "x"}]}\n',
         r"row 1, message 1: the role must .*'boss'",
     ),
+    "two schemas": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "x"}], "id": 1}\n{"text": "x"}\n',
+        r"a\.jsonl, row 2: has nothing in messages, .* but something in text; expected rows of one kind",
+    ),
     "no answer": ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', r"without an answer to learn"),
 }
 

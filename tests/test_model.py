@@ -289,6 +289,8 @@ def test_an_expert_that_is_not_there_is_refused(expert):
 def test_experts_that_do_not_fit_the_rows_are_refused(experts):
     with pytest.raises(UsageError, match=r"expert must be None or 0 to 2|names \d experts for the 2 rows"):
         tiny_mixture()(random_ids(2, 4), expert=experts)
+    with pytest.raises(UsageError, match="one of input_ids and inputs_embeds is needed"):
+        tiny_mixture()(expert=[0, 1])
 
 
 # ---- bases ----
