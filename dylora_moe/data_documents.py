@@ -103,8 +103,8 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     """Tokenizes every row.
 
     Raises:
-        UsageError: for unknown columns, rows of several schemas, a row that is not what its columns promise, a chat that
-            the template refuses, a tokenizer that cannot do it, and where nothing is left.
+        UsageError: for unknown columns, rows of several schemas, a row that is not what its columns promise, a chat
+            that the template refuses, a tokenizer that cannot do it, and where nothing is left.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(

@@ -96,9 +96,14 @@ def _names_of(base: nn.Module, layer: nn.Module) -> Iterator[str]:
 
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer of a model by name, wrapped or not."""
+    """Every linear layer of a model by name, wrapped or not.
+
+    Without the routers of a base that is a mixture itself: they return more than a linear layer does.
+    """
     found = {}
     for name, module in base.named_modules():
+        if "Router" in type(module).__name__:
+            continue
         if isinstance(module, LoraLayer):
             found[name] = module.get_base_layer()
         elif isinstance(module, (nn.Linear, Conv1D)) and ".lora_" not in name and not name.endswith(".base_layer"):

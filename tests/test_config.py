@@ -8,13 +8,23 @@ import sys
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, DeepseekV3Config, MambaConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Llama4TextConfig, MambaConfig, PhimoeConfig
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.targets import adapter_parameters, resolve_targets
 
-from .tiny import ARCHITECTURES, tiny_base
+from .tiny import ARCHITECTURES, random_ids, tiny_base
 
+MIXTURE_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 2,
+    "pad_token_id": 0,
+}
 MAMBA = MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)
 DEEPSEEK = DeepseekV3Config(
     vocab_size=64,
@@ -149,6 +159,11 @@ def test_default_targets_are_such_as_peft_takes():
     assert DyLoRAMoE(base, 2).num_experts == 2
 
 
+def test_a_loaded_model_is_no_name():
+    with pytest.raises(UsageError, match="A base model is found by a name or path, got LlamaForCausalLM"):
+        DyLoRAMoE.from_base(tiny_base())
+
+
 def test_targets_that_peft_refuses_are_one_clear_error():
     with pytest.raises(UsageError, match=r"PEFT refuses the targets out_proj: .*Mamba.* Give other targets"):
         DyLoRAMoE(AutoModelForCausalLM.from_config(MAMBA), 2, lora=MoELoraConfig(target_modules=["out_proj"]))
@@ -160,6 +175,21 @@ def test_all_linear_is_what_lies_inside_the_decoder_layers(kind):
     assert all(".lm_head" not in name and "embed_out" not in name for name, _ in model.routed_layers())
     assert len(list(model.routed_layers())) == 3 * (4 if kind.startswith("gpt") else 7)
     assert model.notes == []
+
+
+MIXTURES = {
+    "llama4": Llama4TextConfig(**MIXTURE_SIZES, intermediate_size_mlp=48, head_dim=8, num_experts_per_tok=1),
+    "phimoe": PhimoeConfig(**MIXTURE_SIZES, num_experts_per_tok=2),
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_the_router_of_a_base_is_not_a_linear_layer(kind):
+    base = AutoModelForCausalLM.from_config(MIXTURES[kind])
+    model, ids = DyLoRAMoE(base, 2, lora=MoELoraConfig(target_modules="all-linear")), random_ids(1, 5) % 64
+    model(ids, labels=ids).loss.backward()
+    assert any("Router" in type(module).__name__ for module in base.modules())
+    assert not any(name.endswith((".router", ".gate")) for name, _ in model.routed_layers())
 
 
 def test_targets_outside_are_left_out_with_one_note():
