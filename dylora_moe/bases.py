@@ -85,7 +85,8 @@ def find_base(
         raise UsageError(f"Unknown weights {weights!r}: expected one of {', '.join(WEIGHTS)}.")
     if not isinstance(name, (str, os.PathLike)):
         raise UsageError(
-            f"A base model is found by a name or path, got {type(name).__name__}; DyLoRAMoE(model, experts) takes one that is loaded."
+            f"A base model is found by a name or path, got {type(name).__name__}; "
+            "DyLoRAMoE(model, experts) takes one that is loaded."
         )
     name = os.fspath(name)
     path = Path(name).expanduser()
