@@ -8,6 +8,7 @@ python -m dylora_moe list runs/first
 from __future__ import annotations
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ def build_parser() -> cli.Parser:
     commands = parser.add_subparsers(required=True, metavar="{verify,list}")
     check = commands.add_parser("verify", help="0: complete and sound, 1: every problem listed, 2: not a folder")
     check.add_argument("checkpoint", metavar="DIR", type=cli.text)
-    check.add_argument("--json", metavar="FILE", type=cli.text, help="write the result as JSON; - for standard output")
+    check.add_argument("--json", metavar="FILE", type=cli.report_file, help=cli.JSON_HELP)
     check.set_defaults(command=verify_checkpoint)
     listing = commands.add_parser("list", help="one line for each checkpoint of a run folder")
     listing.add_argument("run", metavar="RUN_DIR", type=cli.text)
@@ -45,7 +46,7 @@ def build_parser() -> cli.Parser:
 
 
 def verify_checkpoint(args: Namespace) -> int:
-    folder = Path(args.checkpoint).expanduser()
+    folder = Path(os.path.expanduser(args.checkpoint))
     contents = verify.inspect(folder)
     code = cli.FAILED if contents.problems else cli.PASSED
     lines = sys.stderr if args.json == "-" else sys.stdout
@@ -85,7 +86,7 @@ def _write_json(target: str, folder: Path, contents: verify.Contents, code: int)
 
 def list_run(args: Namespace) -> int:
     """By step; hashes nothing, so that it is fast on a run of any size."""
-    folder = Path(args.run).expanduser()
+    folder = Path(os.path.expanduser(args.run))
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
     complete = [(checkpoint.path, None) for checkpoint in commit.checkpoints(folder)]

@@ -89,7 +89,7 @@ def find_base(
             "DyLoRAMoE(model, experts) takes one that is loaded."
         )
     name = os.fspath(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return _local(_folder_base(name, path), weights)
     if name and path.exists():

@@ -37,6 +37,7 @@ from .probe import (
     Outputs,
     ProbeDifference,
     as_arrays,
+    changed_tensors,
     dtype_name,
     expert_tensors,
     gate_tensors,
@@ -46,6 +47,7 @@ from .probe import (
     probe_facts,
     probe_outputs,
     read_probe,
+    saved_on,
 )
 from .skills import SkillLibrary
 from .tensorfile import FileProblem, Written, read_json, write_bytes, write_tensors
@@ -54,6 +56,7 @@ __all__ = [
     "PROBE_TOLERANCE",
     "ProbeDifference",
     "build",
+    "changed_tensors",
     "describe",
     "dtype_name",
     "export_expert",
@@ -260,7 +263,11 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
 
     Args:
         base: the base model; without it, the one that the checkpoint names is loaded.
-        options: `weights`, `dtype`, `device`, `token` and `revision` of that base model, and `label_smoothing`.
+        options: `weights` ("pretrained"; "random": where others will do), `dtype`, `device`, `token` and `revision` of
+            that base model, and `label_smoothing`.
+
+    Warns:
+        UserWarning: where the base's weights are not those that the checkpoint was saved on, as far as its probe tells.
 
     Raises:
         CheckpointError: with every problem, before anything is built.
@@ -282,6 +289,14 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
         model = _build(folder, config, base, smoothing)
         model.base_revision = revision
         _copy(folder, _read_all(folder, model), model, _states(config))
+        probe = read_probe(folder)
+    if probe is not None and not saved_on(probe[1], model):
+        name = config["base_model"]["name"]
+        warnings.warn(
+            f"{folder} was saved on other weights of its base model ({name}) than it is loaded on: its experts were "
+            "not trained for these",
+            stacklevel=3,
+        )
     return model
 
 
@@ -385,7 +400,7 @@ def read_skills(folder: str | Path) -> SkillLibrary:
     return SkillLibrary.load(Path(folder) / formats.SKILLS)
 
 
-def _load_base(name: str, *, weights="auto", dtype=None, device="cpu", token=None, revision=None, seed=0):
+def _load_base(name: str, *, weights="pretrained", dtype=None, device="cpu", token=None, revision=None, seed=0):
     source, weights = bases.find_base(name, weights=weights, token=token, revision=revision)
     return bases.load_base(source, weights, dtype=dtype, device=device, seed=seed)
 

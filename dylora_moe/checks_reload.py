@@ -238,6 +238,8 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
         result.notes.append("probe: none in this checkpoint (saved without base weights); not checked")
         return Differences()
     tensors, there = loaded.probe
+    for name in probes.changed_tensors(loaded.model, tensors):
+        result.problems.append(f"probe: the tensors of {name} are not to the bit those that were saved; {SAVE_AGAIN}")
     here = probes.probe_facts(loaded.model)
     if there.get("dtype") != here["dtype"]:
         text = f"probe: was computed in {there.get('dtype')}, this base is in {here['dtype']}; not checked"
@@ -263,8 +265,6 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
             text = f"probe: {name} differs by {value:.3g} from what the saving process computed, expected at most"
             cause = "a tensor was changed after the save, or belongs to another checkpoint"
             result.problems.append(f"{text} {tolerance:g}: {cause}")
-    for name in found.changed:
-        result.problems.append(f"probe: the tensors of {name} are not to the bit those that were saved; {SAVE_AGAIN}")
     return differences
 
 

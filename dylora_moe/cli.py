@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from . import formats
 from .errors import CheckpointError, DyLoRAMoEError, is_out_of_memory
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 PASS_MARK, FAIL_MARK = "✓", "✗"
+JSON_HELP = "write the result as JSON; - for standard output"
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -74,6 +76,20 @@ def text(value: str) -> str:
     if not value.strip():
         raise argparse.ArgumentTypeError("expected a value, got an empty one")
     return value
+
+
+def report_file(value: str) -> str:
+    """An argparse type: where the value of --json is written, which must not change a checkpoint."""
+    target = text(value)
+    if target == "-":
+        return target
+    target = os.path.expanduser(target)
+    folder = os.path.dirname(os.path.realpath(target))
+    while folder != os.path.dirname(folder):
+        if any(os.path.exists(os.path.join(folder, name)) for name in (formats.MANIFEST, formats.ADAPTERS)):
+            raise argparse.ArgumentTypeError(f"{value} lies in a checkpoint, {folder}; give a file outside of it")
+        folder = os.path.dirname(folder)
+    return target
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, prog: str = "") -> int:

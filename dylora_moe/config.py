@@ -64,7 +64,8 @@ class MoELoraConfig(LoraConfig):
     def _differs(self, name: str) -> bool:
         """Whether a field that must be left alone is not as PEFT has it."""
         if name == "init_lora_weights":
-            return not any(self.init_lora_weights is known for known in _INITIALISATIONS)
+            here = self.init_lora_weights  # 1 is not True: PEFT compares by identity
+            return not any(type(here) is type(known) and here == known for known in _INITIALISATIONS)
         value, plain = getattr(self, name), getattr(_PLAIN, name, None)
         return name not in _FREE and value != plain and bool(value or plain)
 

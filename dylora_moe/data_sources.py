@@ -61,7 +61,7 @@ class DataSpec:
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
-        if "=" not in text or Path(text).expanduser().exists():
+        if "=" not in text or Path(os.path.expanduser(text)).exists():
             return cls(text)
         source, _, weight = text.rpartition("=")
         try:
@@ -77,7 +77,7 @@ class DataSpec:
     @property
     def name(self) -> str:
         """A short name for metrics, of [A-Za-z0-9_-]: that of the file (no ending), the folder or the hub data set."""
-        path = Path(self.source).expanduser()
+        path = Path(os.path.expanduser(self.source))
         if path.is_dir():
             short = path.resolve().name
         elif looks_like_a_path(self.source) or path.exists():
@@ -97,7 +97,7 @@ class Rows:
 
 def read_rows(source: str, token: str | None = None) -> Rows:
     """The rows of a source; `UsageError` for whatever keeps it from being read."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         rows = _read_folder(path)
     elif path.exists():

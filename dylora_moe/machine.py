@@ -32,7 +32,7 @@ def available_memory() -> int:
 
 def free_disk(path: str | os.PathLike) -> int:
     """Bytes free where `path` is or would be: its nearest existing parent decides."""
-    place = Path(path).expanduser().absolute()
+    place = Path(os.path.expanduser(path)).absolute()
     while not place.exists():
         place = place.parent
     return shutil.disk_usage(place).free

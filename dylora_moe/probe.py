@@ -6,7 +6,7 @@ A checkpoint whose manifest was rewritten to fit other tensors is sound in itsel
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +28,10 @@ PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16"
 
 @dataclass(frozen=True)
 class ProbeDifference:
-    """The largest absolute difference of logits between a model and the probe of a checkpoint.
-
-    `changed` names the experts, and the router, whose tensors are not to the bit those that were saved. The logits need
-    not show it: in bfloat16 a small change of one weight is rounded away.
-    """
+    """The largest absolute difference of logits between a model and the probe of a checkpoint."""
 
     routed: float
     experts: list[float]
-    changed: list[str] = field(default_factory=list)
 
     @property
     def largest(self) -> float:
@@ -95,6 +90,11 @@ def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
     }
 
 
+def saved_on(facts: Mapping[str, str], model: DyLoRAMoE) -> bool:
+    """Whether the base's weights are those of a probe's facts; true as well where their dtypes make that unknown."""
+    return facts.get("dtype") != dtype_name(model) or facts.get("base_weights") == bases.weights_fingerprint(model.base)
+
+
 def _is_compact(model: DyLoRAMoE) -> bool:
     """Whether products with the base's matrices are computed in another way than with a matrix of full size."""
     return any(isinstance(parameter, HankelMatrix) for parameter in model.base.parameters())
@@ -118,6 +118,28 @@ def probe_difference(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> ProbeD
     Raises:
         CheckpointError: where the probe is of a mixture of another shape.
     """
+    _check_shape(model, probe)
+    routed, experts = _probe_logits(model, probe["input_ids"], probe["vocabulary"])
+    differences = [max_abs_difference(a, b) for a, b in zip(experts, probe["experts"], strict=True)]
+    differences.append(max_abs_difference(routed, probe["routed"]))
+    return ProbeDifference(routed=differences[-1], experts=differences[:-1])
+
+
+def changed_tensors(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> list[str]:
+    """The experts, and "router", whose tensors are not to the bit those that were saved.
+
+    The logits need not show it: in bfloat16 a small change of one weight is rounded away. And it needs no base weights.
+
+    Raises:
+        CheckpointError: where the probe is of a mixture of another shape.
+    """
+    _check_shape(model, probe)
+    names = [*map(expert_name, range(model.num_experts)), "router"]
+    digests = zip(names, probe["sha256"], tensor_digests(model), strict=True)
+    return [name for name, there, here in digests if bytes(there.tolist()).hex() != here]
+
+
+def _check_shape(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> None:
     size = model.base.get_input_embeddings().num_embeddings
     most = max(int(probe["input_ids"].max()), int(probe["vocabulary"].max()))
     if len(probe["experts"]) != model.num_experts or most >= size:
@@ -126,13 +148,6 @@ def probe_difference(model: DyLoRAMoE, probe: dict[str, torch.Tensor]) -> ProbeD
         raise CheckpointError(
             formats.PROBE, [f"{formats.PROBE}: {expected}, {found}; load the checkpoint it is part of"]
         )
-    routed, experts = _probe_logits(model, probe["input_ids"], probe["vocabulary"])
-    differences = [max_abs_difference(a, b) for a, b in zip(experts, probe["experts"], strict=True)]
-    differences.append(max_abs_difference(routed, probe["routed"]))
-    names = [*map(expert_name, range(model.num_experts)), "router"]
-    digests = zip(names, probe["sha256"], tensor_digests(model), strict=True)
-    changed = [name for name, there, here in digests if bytes(there.tolist()).hex() != here]
-    return ProbeDifference(routed=differences[-1], experts=differences[:-1], changed=changed)
 
 
 def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:

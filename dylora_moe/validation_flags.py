@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class ScriptParser(cli.Parser):
 
 def build_parser(script: Script, description: str) -> cli.Parser:
     parser = ScriptParser(prog=script.file, description=description)
-    parser.add_argument("--json", type=cli.text, metavar="FILE", help="write the result as JSON; - for standard output")
+    parser.add_argument("--json", metavar="FILE", type=cli.report_file, help=cli.JSON_HELP)
     if script is QUICK:
         return parser
     default_weights = "auto: real ones where they can be had, otherwise random" if script.reloads else "auto: none"
@@ -99,7 +100,7 @@ def build_parser(script: Script, description: str) -> cli.Parser:
 def given_json_target(argv: list[str]) -> str | None:
     """The value of --json, also where another flag is wrong."""
     parser = ScriptParser(add_help=False)
-    parser.add_argument("--json")
+    parser.add_argument("--json", type=cli.report_file)
     try:
         return parser.parse_known_args(argv)[0].json
     except UsageError:
@@ -119,7 +120,7 @@ def check_contradictions(script: Script, args: Namespace) -> None:
     if args.checkpoint and (args.output_dir or args.keep_checkpoint):
         raise UsageError("--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it.")
     if args.output_dir:
-        workspace.check_output_folder(Path(args.output_dir).expanduser())
+        workspace.check_output_folder(Path(os.path.expanduser(args.output_dir)))
     bases.resolve_device(args.device)
     bases.resolve_dtype(args.dtype)
 

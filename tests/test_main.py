@@ -62,8 +62,15 @@ def test_not_a_folder(command, what, tmp_path, capsys):
     assert what in capsys.readouterr().err
 
 
-def test_bad_flags(capsys):
-    for argv in ([], ["nosuch"], ["verify"], ["verify", "a", "b"], ["list", "--json"]):
+@pytest.mark.parametrize("command", ["verify", "list"])
+def test_the_home_of_nobody(command, capsys):
+    assert main.main([command, "~nosuch/x"]) == 2
+    assert "~nosuch/x" in capsys.readouterr().err
+
+
+def test_bad_flags(capsys, saved):
+    inside = ["verify", str(saved), "--json", str(saved / "config.json")]
+    for argv in ([], ["nosuch"], ["verify"], ["verify", "a", "b"], ["list", "--json"], inside):
         with pytest.raises(SystemExit) as exit:
             main.main(argv)
         assert exit.value.code == 2

@@ -1,6 +1,7 @@
 """The mixture as a whole: losses, optimizers, and what must be left as found."""
 
 import importlib.util
+import warnings
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,27 @@ def test_only_dropout_in_training_draws_random_numbers():
     assert state_of(model) != before
 
 
+def test_other_base_weights_than_those_it_was_saved_on_are_not_taken_without_a_word(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    folder = tmp_path / "checkpoint-1"
+    randomise(DyLoRAMoE.from_base(str(tmp_path / "base"), 2)).save_checkpoint(folder)
+    with pytest.warns(UserWarning, match="was saved on other weights of its base model"):
+        DyLoRAMoE.from_checkpoint(folder, tiny_base(seed=1))
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match="weights"):
+        DyLoRAMoE.from_checkpoint(folder)
+    with pytest.warns(UserWarning, match="was saved on other weights of its base model"):
+        DyLoRAMoE.from_checkpoint(folder, weights="random")
+
+
+@pytest.mark.parametrize("kind", [True, False, "gaussian"])
+def test_every_initialisation_that_can_be_saved_can_be_loaded(tmp_path, kind):
+    model = randomise(DyLoRAMoE(tiny_base(), 2, lora=MoELoraConfig(init_lora_weights=kind)))
+    model.save_checkpoint(tmp_path / "a")
+    ids = random_ids(1, 6)
+    assert torch.equal(DyLoRAMoE.from_checkpoint(tmp_path / "a", tiny_base())(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("expert", [-1, 3, True, 1.0, "1"])
 def test_an_expert_that_is_not_there_is_refused(expert):
     model = tiny_mixture()
@@ -336,7 +358,10 @@ def test_checkpoint_and_export_round_trip(tmp_path):
     model, ids = randomise(DyLoRAMoE.from_base(str(tmp_path / "base"), 3)), random_ids(1, 6)
     model.mark_mature()
     assert model.save_checkpoint(tmp_path / "checkpoint-1", step=1)
-    loaded = DyLoRAMoE.from_checkpoint(tmp_path / "checkpoint-1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = DyLoRAMoE.from_checkpoint(tmp_path / "checkpoint-1")
+        DyLoRAMoE.from_checkpoint(tmp_path / "checkpoint-1", dtype="bfloat16")  # then it cannot be told
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded.expert_states == ["mature"] * 3
     model.export_expert(2, tmp_path / "two")

@@ -194,6 +194,8 @@ def test_same_seed_same_bytes(capsys, tiny, tmp_path):
         (["--checkpoint", "/no/such/folder"], "expected a checkpoint folder, found nothing"),
         (["--checkpoint", __file__], "expected a checkpoint folder, found a file"),
         (["--checkpoint", ".", "--keep-checkpoint"], "do not go with it"),
+        (["--checkpoint", "~nosuch/x"], "expected a checkpoint folder, found nothing"),
+        (["--model", "~nosuch/x"], "There is no file or folder '~nosuch/x'"),
         (["--output-dir", __file__], "expected a folder, found a file"),
     ],
 )
@@ -535,6 +537,9 @@ def test_experts_swapped_and_doubled(capsys, saved, tmp_path):
         assert outcome.code == 1
         assert outcome.failed() == ["consistency"]
         assert "✗ probe: the tensors of expert_1 are not to the bit those that were saved" in outcome.out
+        outcome = run(full, capsys, "--checkpoint", folder, "--weights", "random")
+        assert outcome.failed() == ["consistency"]
+        assert "✗ probe: the tensors of expert_1 are not to the bit those that were saved" in outcome.out
 
 
 # ---- the code below is broken: each check must see it ----
@@ -645,6 +650,18 @@ def test_json(capsys, tiny, tmp_path):
     assert measures["max_abs_diff_before_load"] > 1e-3
     assert all(measures["spoiled"][name] > 1e-3 for name in ("expert_0", "expert_1", "router"))
     assert result["total_bytes"] == result["checks"][4]["measures"]["total_bytes"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "new.json", "peft_adapters/expert_0/x.json"])
+def test_json_never_goes_into_a_checkpoint(capsys, saved, tmp_path, name):
+    folder = copy_of(saved, tmp_path)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for script in (minimal, full, quick):
+        for more in ([], ["--nosuch"]):  # an error is written there as well
+            outcome = run(script, capsys, "--json", folder / name, *more)
+            assert outcome.code == 2
+            assert "lies in a checkpoint" in outcome.err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_json_to_standard_output(capsys, tiny, tmp_path):
