@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,9 @@ class DyLoRAMoEOutput(CausalLMOutputWithPast):
 
     lm_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+
+
+_OUTPUT_FIELDS = {field.name for field in fields(DyLoRAMoEOutput)}
 
 
 class DyLoRAMoE(nn.Module):
@@ -430,7 +433,10 @@ class DyLoRAMoE(nn.Module):
         losses = {}
         if labels is not None:
             losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs)
-        result = DyLoRAMoEOutput(**{**out, **losses})
+        result = DyLoRAMoEOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
+        for name, value in out.items():
+            if name not in _OUTPUT_FIELDS:  # some bases have their state in a field of their own
+                result[name] = value
         return result.to_tuple() if as_tuple else result
 
     def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict[str, torch.Tensor]:
@@ -451,6 +457,8 @@ class DyLoRAMoE(nn.Module):
         if self._usage is not None:
             seen = [t.detach().sum(1).mean(0) for t in (first, total)]  # (N,) each
             self._usage = [before.to(now.device) + now for before, now in zip(self._usage, seen, strict=True)]
+        if num_items_in_batch is None:  # with it, what other micro-batches leave out is not known
+            count = mask.sum().clamp(min=1)
         balance = balance_loss(first, total, count)
         coefficient = self.router.config.balance_coefficient if self.training else 0.0
         return {

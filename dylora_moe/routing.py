@@ -10,8 +10,9 @@ Shapes: B batch, T tokens, N experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,22 @@ class Plan:
     sparse: bool
 
 
+class Turn:
+    """Of the thread whose forward pass is under way: slots and scratch serve one at a time. A copy is a fresh one."""
+
+    def __init__(self):
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple:
+        return Turn, ()
+
+
 class Routing:
     """Computes and holds the routing weights of every decoder layer.
 
@@ -59,6 +76,7 @@ class Routing:
         self.make_plan = make_plan
         self.scratch = Scratch()
         self.slots = [LayerSlot(self.scratch) for _ in layers]
+        self.turn = Turn()
         self.forced: Expert = None
         self.recorded: list[torch.Tensor] | None = None
         self.settled: object | None = None
@@ -92,13 +110,14 @@ class Routing:
     def force(self, expert: Expert) -> Iterator[None]:
         """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing.
 
-        A tuple: one expert for each row of the batch.
+        A tuple: one expert for each row of the batch. Inside, other threads wait.
         """
-        before, self.forced = self.forced, self.forced if expert is None else expert
-        try:
-            yield
-        finally:
-            self.forced = before
+        with nullcontext() if torch.compiler.is_compiling() else self.turn:
+            before, self.forced = self.forced, self.forced if expert is None else expert
+            try:
+                yield
+            finally:
+                self.forced = before
 
     @contextmanager
     def record(self, wanted: bool = True) -> Iterator[list[torch.Tensor] | None]:

@@ -7,6 +7,18 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+# A fused optimizer (torch._fused_adamw_) writes without a new version.
+register_optimizer_step_post_hook(_count_step)
 
 _version_of = operator.attrgetter("_version")
 _address_of = torch.Tensor.data_ptr
@@ -41,10 +53,11 @@ class Watch:
         None where weights may change between now and the end of the forward pass, or it cannot be told.
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            self._marks = None
             return None
         weights = [parameters["weight"] for parameters in self._parameters]
         found = marks(weights)
-        now = None if found is None else (*found, [list(scaling.values()) for scaling in self._scalings])
+        now = None if found is None else (*found, _steps, [list(scaling.values()) for scaling in self._scalings])
         if now is None or now != self._marks:
             self._weights, self._marks, self._token = weights, now, None if now is None else object()
         return self._token

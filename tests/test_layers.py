@@ -441,6 +441,11 @@ def first_tensors(model):
     return [next(iter(model.expert_tensors(e).values())) for e in range(model.num_experts)]
 
 
+def all_tensors(model):
+    """Of the experts; the router's would change the output by themselves."""
+    return [tensor for e in range(model.num_experts) for tensor in model.expert_tensors(e).values()]
+
+
 def in_place(model):
     for tensor in first_tensors(model):
         tensor.mul_(2)
@@ -473,11 +478,28 @@ def optimizer_step(model):
     with torch.enable_grad():
         ids = random_ids(1, 4)
         model(ids, labels=ids).loss.backward()
-    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5).step()
+    torch.optim.SGD(all_tensors(model), lr=0.5).step()
+
+
+def fused_step(model):
+    """The gradients are there since before the evaluation."""
+    for parameter in all_tensors(model):
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(all_tensors(model), lr=0.5, fused=True).step()
+
+
+def data_then_gradients(model):
+    for tensor in first_tensors(model):
+        tensor.data.mul_(2)
+    with torch.enable_grad():
+        model(random_ids(1, 4), expert=1)
+
+
+CHANGES = [in_place, new_data, new_parameter, data_then_eval, data_then_gradients, scaling, optimizer_step, fused_step]
 
 
 @pytest.mark.parametrize("mature", [False, True])
-@pytest.mark.parametrize("change", [in_place, new_data, new_parameter, data_then_eval, scaling, optimizer_step])
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_was_kept_is_let_go_when_an_expert_changes(change, mature):
     model = tiny_mixture("llama", 12)
     if mature:

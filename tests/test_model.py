@@ -1,13 +1,17 @@
 """The mixture as a whole: losses, optimizers, and what must be left as found."""
 
 import importlib.util
+import sys
+import threading
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, MambaConfig, RwkvConfig
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError, bases
 from dylora_moe.model import fresh_base, replace_config, seeded, untouched
@@ -288,6 +292,51 @@ def test_other_base_weights_than_those_it_was_saved_on_are_not_taken_without_a_w
         DyLoRAMoE.from_checkpoint(folder)
     with pytest.warns(UserWarning, match="was saved on other weights of its base model"):
         DyLoRAMoE.from_checkpoint(folder, weights="random")
+
+
+def test_threads_take_turns():
+    """Also where each sends its tokens elsewhere."""
+    model, ids = tiny_mixture(experts=4), [random_ids(2, 9, seed=seed) for seed in range(4)]
+    model.mark_mature()
+    with torch.no_grad():
+        expected = [model(ids[n], expert=n or None).logits for n in range(4)]
+    wrong = []
+
+    @torch.no_grad()
+    def run(n):
+        for _ in range(25):
+            try:
+                right = torch.equal(model(ids[n], expert=n or None).logits, expected[n])
+                with nullcontext() if n == 0 else model.expert(n):
+                    right &= torch.equal(model(ids[n]).logits, expected[n])
+            except Exception as error:
+                wrong.append(error)
+            else:
+                wrong.extend([] if right else [n])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=run, args=(n,)) for n in range(4)]
+        for act in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                act(thread)
+    finally:
+        sys.setswitchinterval(interval)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("config", [MambaConfig, RwkvConfig])
+def test_the_output_has_what_the_base_returns_beside_logits(config):
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+    model = randomise(DyLoRAMoE(AutoModelForCausalLM.from_config(config(**sizes)), 2))
+    ids = random_ids(1, 5)
+    out = model(ids, labels=ids)
+    plain = model(ids, use_cache=True)
+    state = "cache_params" if config is MambaConfig else "state"
+    assert plain[state] is not None
+    assert getattr(plain, state) is plain[state]
+    assert out.loss > 0
 
 
 @pytest.mark.parametrize("kind", [True, False, "gaussian"])
