@@ -116,7 +116,7 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     items: list[Document] = []
     skipped = unlabelled = 0
     for start in range(0, len(rows), BATCH_ROWS):
-        batch = rows[start : start + BATCH_ROWS]
+        batch = _batch(rows, start, where)
         rendered = []
         for offset in range(len(batch[columns[0]])):
             row = {name: batch[name][offset] for name in columns}
@@ -132,6 +132,13 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
             "give documents that have some"
         )
     return Documents(items, schema, skipped, unlabelled)
+
+
+def _batch(rows: Dataset, start: int, where: str) -> dict[str, list]:
+    try:
+        return rows[start : start + BATCH_ROWS]
+    except UnicodeDecodeError:
+        raise UsageError(f"{where}: is not UTF-8 text; convert it to UTF-8") from None
 
 
 def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
@@ -159,7 +166,7 @@ def _check_one_schema(rows: Dataset, columns: list[str], where: str) -> None:
     others = [name for name in (*CHAT_COLUMNS, *ANSWER_COLUMNS, *TEXT_COLUMNS) if name in rows.column_names]
     others = [name for name in others if name not in columns]
     for start in range(0, len(rows), BATCH_ROWS) if others else ():
-        batch = rows[start : start + BATCH_ROWS]
+        batch = _batch(rows, start, where)
         for offset, values in enumerate(zip(*(batch[name] for name in columns), strict=True)):
             filled = [name for name in others if batch[name][offset]]
             if filled and not any(values):
@@ -197,8 +204,9 @@ def _string(value: Any, where: str, column: str) -> str:
         return ""
     if isinstance(value, str):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # csv files have columns of numbers
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    # A float is not what was written: 13 among fractions is read as 13.0.
     raise UsageError(f"{where}: the column {column} must hold text, found {type(value).__name__}; convert it to text")
 
 

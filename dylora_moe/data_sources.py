@@ -15,6 +15,7 @@ What is local is read in memory through a temporary cache, so that nothing is le
 from __future__ import annotations
 
 import glob
+import json
 import math
 import os
 import re
@@ -23,11 +24,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import datasets
 import huggingface_hub
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, List, Value
 
 from .errors import UsageError, listed
 
@@ -162,15 +164,22 @@ def _text_of(path: Path) -> str | None:
 
 
 def _load(paths: list[Path], loader: str, where: str) -> Dataset:
+    """What the files hold, texts as they are written there: 007 is no number, and None in a csv file no gap."""
     with tempfile.TemporaryDirectory(prefix="dylora_data_") as cache, _quiet_datasets():
+        load = partial(
+            datasets.load_dataset,
+            loader,
+            data_files=[glob.escape(str(path.absolute())) for path in paths],
+            split="train",
+            cache_dir=cache,
+            keep_in_memory=True,
+        )
         try:
-            return datasets.load_dataset(
-                loader,
-                data_files=[glob.escape(str(path.absolute())) for path in paths],
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-            )
+            rows = load()
+            if loader == "csv":
+                texts = Features(dict.fromkeys(rows.column_names, Value("string")))
+                return load(features=texts, keep_default_na=False)
+            return _parse_json(paths) if loader == "json" and _has_times(rows.features) else rows
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # what each loader raises for bad content is not documented, and changes
@@ -179,6 +188,27 @@ def _load(paths: list[Path], loader: str, where: str) -> Dataset:
             raise UsageError(
                 f"{where}: cannot be read as {loader}: {_cause(error)}; check that the content is what the ending says"
             ) from error
+
+
+def _has_times(feature: object) -> bool:
+    """Whether something was read as a time: what is written like one, in every row of a column."""
+    if isinstance(feature, Value):
+        return feature.dtype.startswith(("timestamp", "date", "time"))
+    if isinstance(feature, List):
+        return _has_times(feature.feature)
+    return isinstance(feature, dict) and any(map(_has_times, feature.values()))
+
+
+def _parse_json(paths: list[Path]) -> Dataset:
+    """For what `datasets` reads as times, which cannot be turned back into what was written."""
+    rows = []
+    for path in paths:
+        content = path.read_text(encoding="utf-8-sig")
+        lines = [content] if content.lstrip().startswith("[") else filter(str.strip, content.splitlines())
+        for value in map(json.loads, lines):
+            rows += value if isinstance(value, list) else [value]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
 
 
 @contextmanager

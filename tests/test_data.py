@@ -1,5 +1,6 @@
 """Data to blocks: what is read, what is refused, what is learned, what is held out, and that documents stay apart."""
 
+import csv
 import json
 import os
 import subprocess
@@ -24,7 +25,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from dylora_moe import data, data_sources
+from dylora_moe import data, data_documents, data_sources
 from dylora_moe.data import (
     BlockCollator,
     DataSpec,
@@ -240,6 +241,8 @@ BAD_FILES = {
         b'{"messages": [{"role": "boss", "content": "x"}]}\n',
         r"row 1, message 1: the role must .*'boss'",
     ),
+    "latin-1 json": ("a.jsonl", b'{"text": "caf\xe9"}\n' * 3, r"a\.jsonl: is not UTF-8 text; convert it to UTF-8"),
+    "fractions": ("a.jsonl", b'{"text": 13}\n{"text": 0.5}\n', r"row 1: the column text must hold text, found float"),
     "two schemas": (
         "a.jsonl",
         b'{"messages": [{"role": "user", "content": "x"}], "id": 1}\n{"text": "x"}\n',
@@ -247,6 +250,37 @@ BAD_FILES = {
     ),
     "no answer": ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', r"without an answer to learn"),
 }
+
+
+WRITTEN = ["00014", "26", "None", "NA", "null", "1e16", "2.50", "True", "2020-01-05", "2020-01-05 10:00:00", "a,b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "chat.jsonl", "two.jsonl"])
+def test_texts_are_learned_as_they_are_written(tmp_path, kind):
+    """Each in a column of its own kind, where a reader may think of numbers, times or gaps, and all in one."""
+    tokenizer = byte_tokenizer()
+    for number, answers in enumerate([WRITTEN, *([text] * 6 for text in WRITTEN)]):
+        path = tmp_path / f"{number}.{kind}"
+        rows = [{"question": f"q{i}", "answer": text} for i, text in enumerate(answers)]
+        if kind == "csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["question", "answer"])
+                writer.writeheader()
+                writer.writerows([*rows, {"question": "nothing", "answer": ""}])
+        elif kind == "json":
+            path.write_text(json.dumps(rows))
+        elif kind == "chat.jsonl":
+            names = ("user", "question"), ("assistant", "answer")
+            write_rows(
+                path, [{"messages": [{"role": role, "content": row[name]} for role, name in names]} for row in rows]
+            )
+        else:  # the columns of later rows need not be those of the first
+            write_rows(
+                path, [*rows, {"question": "nothing", "answer": None, "note": "x"}][:: -1 if "two" in kind else 1]
+            )
+        read = data_documents.read_documents(data_sources.read_rows(str(path)).dataset, tokenizer, str(path))
+        learned = [tokenizer.decode(document.ids[document.learned]) for document in read.items]
+        assert sorted(learned) == sorted(f"{text}<eos>" for text in answers)
 
 
 @pytest.mark.parametrize("case", BAD_FILES)
