@@ -234,7 +234,9 @@ def build_parser() -> cli.Parser:
         "--resume", type=path, nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or DIR"
     )
     run.add_argument(
-        "--resume-weights-only", action="store_true", help="with fresh optimizer, data order and step count"
+        "--resume-weights-only",
+        action="store_true",
+        help="with fresh optimizer and data order; from step 0 in a new folder",
     )
     run.add_argument("--accept-changes", action="store_true", help="resume although settings differ")
     run.add_argument("--report-to", choices=REPORTS, default="none", help="(none)")

@@ -68,6 +68,7 @@ class SourceStats:
     source: str
     weight: float
     schema: str
+    unused_columns: tuple[str, ...]
     documents: int
     skipped_rows: int  # without text, or without an answer to learn
     skipped_files: int  # of other splits, or not of the kind that is read
@@ -131,7 +132,7 @@ def load_blocks(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     train, evaluation, stats = [], {}, []
     for number, (name, spec, split) in enumerate(zip(names, specs, splits, strict=True)):
-        documents = [d for d in split.train if d.key not in held_out]
+        documents = [d for d in split.train if d.text_key not in held_out]
         _check_enough(spec.source, documents, len(split.train), block_size)
         packed = _pack(documents, block_size, pad)
         if not len(packed.rows):
@@ -286,10 +287,11 @@ def _unique_names(names: list[str]) -> list[str]:
 class _Split:
     train: list[Document]
     evaluation: list[Document]
-    held_out: set[bytes]  # keys; of a document split by tokens too, so that no other data set trains on all of it
+    held_out: set[bytes]  # text keys; of a document split by tokens too, so that no other data set trains on all of it
     by_tokens: bool
     documents: int
     schema: str
+    unused_columns: list[str]
     skipped_rows: int
     skipped_files: int
     unlabelled_turns: int
@@ -302,10 +304,10 @@ def _read_split(spec: DataSpec, tokenizer, token, seed: int, fraction: float, ma
     by_tokens = len(by_key) == 1
     if by_tokens:
         train, evaluation = _split_tokens(spec.source, read.items, fraction, max_tokens)
-        held_out = set(by_key)
+        held_out = {document.text_key for document in by_key.values()}
     else:
         train, evaluation = _split_documents(read.items, by_key, seed, fraction, max_tokens)
-        held_out = {document.key for document in evaluation}
+        held_out = {document.text_key for document in evaluation}
     return _Split(
         train,
         evaluation,
@@ -313,6 +315,7 @@ def _read_split(spec: DataSpec, tokenizer, token, seed: int, fraction: float, ma
         by_tokens,
         len(read.items),
         read.schema,
+        read.unused_columns,
         read.skipped_rows,
         rows.skipped_files,
         read.unlabelled_turns,
@@ -320,11 +323,16 @@ def _read_split(spec: DataSpec, tokenizer, token, seed: int, fraction: float, ma
 
 
 def _split_documents(documents, by_key, seed, fraction, max_tokens) -> tuple[list[Document], list[Document]]:
-    """Copies of a held-out document are neither trained on nor held out twice."""
+    """Copies of a held-out document are neither trained on nor held out twice.
+
+    A document of more than `max_tokens` is not held out where another can be: most of it would be for nothing.
+    """
     ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
     wanted = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
-    held, tokens = ranked[:1], len(by_key[ranked[0]])
-    for key in ranked[1:wanted]:
+    fitting = (key for key in ranked if len(by_key[key]) <= max_tokens)
+    first = next(fitting, None) or min(ranked, key=lambda key: len(by_key[key]))
+    held, tokens = [first], len(by_key[first])
+    for key in [key for key in ranked if key != first][: wanted - 1]:
         tokens += len(by_key[key])
         if tokens > max_tokens:
             break
@@ -448,6 +456,7 @@ def _stats(name, spec, split: _Split, documents, packed: _Packed, held: _Packed,
         "source": spec.source,
         "weight": spec.weight,
         "schema": split.schema,
+        "unused_columns": tuple(split.unused_columns),
         "documents": split.documents,
         "skipped_rows": split.skipped_rows,
         "skipped_files": split.skipped_files,

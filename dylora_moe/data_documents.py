@@ -7,9 +7,9 @@
 | `instruction`, `prompt`, `question` + `output`, `response`, `completion`, `answer` | the answer and its end token |
 | `text` or `content` | everything |
 
-With `input` or `context` beside it an instruction is followed by an empty line and that text; `system` or
-`system_prompt` becomes the system message. Where the tokenizer has a chat template, all but plain text is rendered by
-it. Where it has none, `prompt` + `completion` are joined as they stand, and a chat is rendered as
+With `input` or `context` beside it an instruction or question is followed by an empty line and that text; `system`
+or `system_prompt` becomes the system message. Where the tokenizer has a chat template, all but plain text is rendered
+by it. Where it has none, `prompt` + `completion` are joined as they stand, and a chat is rendered as
 
     ### System:\\n...\\n\\n### User:\\n...\\n\\n### Assistant:\\nthe answer<EOS>\\n\\n### User:\\n...
 
@@ -69,6 +69,11 @@ class Document:
         """The same for the same tokens, in any data set and on any machine."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes() + self.learned.tobytes()).digest()
 
+    @property
+    def text_key(self) -> bytes:
+        """The same for the same tokens, whichever of them are learned."""
+        return hashlib.sha256(self.ids.astype("<i4").tobytes()).digest()
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -80,6 +85,7 @@ class Documents:
 
     items: list[Document]
     schema: str
+    unused_columns: list[str]
     skipped_rows: int
     unlabelled_turns: int
 
@@ -112,6 +118,7 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
         )
     schema, columns = detect_schema(rows.column_names, where)
     _check_one_schema(rows, columns, where)
+    unused = [name for name in rows.column_names if name not in columns]
     rows = rows.select_columns(columns)
     items: list[Document] = []
     skipped = unlabelled = 0
@@ -131,7 +138,7 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
             f"{', '.join(columns)}); "
             "give documents that have some"
         )
-    return Documents(items, schema, skipped, unlabelled)
+    return Documents(items, schema, unused, skipped, unlabelled)
 
 
 def _batch(rows: Dataset, start: int, where: str) -> dict[str, list]:
@@ -151,7 +158,7 @@ def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
         return "chat", [chat]
     prompt, answer = first(PROMPT_COLUMNS), first(ANSWER_COLUMNS)
     if prompt and answer:
-        more = [first(SYSTEM_COLUMNS), first(INPUT_COLUMNS) if prompt == "instruction" else None]
+        more = [first(SYSTEM_COLUMNS), first(INPUT_COLUMNS) if prompt != "prompt" else None]
         return f"{prompt} + {answer}", [prompt, answer, *(name for name in more if name)]
     if text := first(TEXT_COLUMNS):
         return "text", [text]

@@ -323,6 +323,10 @@ class DyLoRAMoE(nn.Module):
         self._states.forget()
         return super().train(mode)
 
+    def load_state_dict(self, *args, **kwargs):
+        self._states.forget()
+        return super().load_state_dict(*args, **kwargs)
+
     def _plan(self) -> Plan:
         new = self._states.new()
         trained = tuple(i for i in range(self.num_experts) if i not in new)

@@ -20,6 +20,7 @@ from .config import MoELoraConfig, RouterConfig
 from .errors import UsageError
 from .model import DyLoRAMoE, seeded
 from .skills import NAME_BYTES, NoveltyDetector, SkillLibrary
+from .targets import shown
 
 SHOWN_EXPERTS = 8  # columns of the table
 
@@ -194,7 +195,28 @@ def describe(model: DyLoRAMoE, blocks: data.TokenBlocks) -> list[str]:
             f"data: {source.name}: {source.documents:,} documents ({source.schema}{skipped}), {source.blocks:,} blocks "
             f"of {blocks.block_size} tokens, {source.sampled_blocks:,} drawn per epoch; held out: {held_out}"
         )
+        lines += [f"data: {source.name}: {note}" for note in _not_learned(source)]
+    if model.base.dtype == torch.float16:
+        lines.append("float16: small gradients become zero; with bfloat16 or float32 they do not")
     return lines
+
+
+def _not_learned(source: data.SourceStats) -> Iterator[str]:
+    """What of a data set is not learned, though it could be thought so."""
+    if source.unused_columns:
+        yield f"columns that are not used: {shown(list(source.unused_columns))}"
+    if source.unlabelled_turns:
+        yield (
+            f"{source.unlabelled_turns:,} answers are not learned: the chat template writes them otherwise once the "
+            "chat goes on"
+        )
+    if source.dropped_tokens:
+        yield (
+            f"{source.dropped_tokens:,} of {source.tokens:,} tokens lie in blocks without an answer, and are left out; "
+            "a larger --block-size cuts fewer prompts from their answers"
+        )
+    if source.withheld_documents:
+        yield f"{source.withheld_documents:,} documents are not trained on: another data set holds them out"
 
 
 def add_skills(skills: SkillLibrary, model: DyLoRAMoE, blocks: data.TokenBlocks) -> None:

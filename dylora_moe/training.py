@@ -256,7 +256,8 @@ class MoETrainer(Trainer):
                     logs |= {f"usage/expert_{i}": round(share, 4) for i, share in enumerate(usage.shares())}
                 self.mixture.reset_usage()
         if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)  # of a resumed run, too
+            steps = self.state.global_step - self.start_step  # of a resumed run, too
+            logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
         broken = [f"{name} is {v}" for name, v in logs.items() if isinstance(v, float) and not math.isfinite(v)]
         if broken:
             raise UsageError(

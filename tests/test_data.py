@@ -424,6 +424,11 @@ def test_text_is_learned_whole_with_one_eos(tmp_path):
             "### System:\nBe 3\n\n### User:\nQ 3\n\n### Assistant:\nA 3<eos>",
             "A 3<eos>",
         ),
+        (
+            {"context": "C", "question": "Q", "answer": "A"},
+            "### User:\nQ 3\n\nC 3\n\n### Assistant:\nA 3<eos>",
+            "A 3<eos>",
+        ),
         ({"prompt": "Say", "completion": " yes"}, "Say 3 yes 3<eos>", " yes 3<eos>"),
     ],
 )
@@ -702,6 +707,25 @@ def test_split_is_independent_of_other_data_sets(tmp_path):
     held = {text for dataset in both.evaluation.values() for text, _ in pieces_of(dataset)}
     assert not held & {text for text, _ in pieces_of(both.train)}
     assert sum(source.withheld_documents for source in both.sources) > 0
+
+
+def test_what_is_held_out_as_text_is_not_trained_on_as_an_answer(tmp_path):
+    as_text = write_rows(tmp_path / "a.jsonl", texts(60))
+    halves = [(row["text"][:9], row["text"][9:]) for row in texts(60)]
+    as_pairs = write_rows(tmp_path / "b.jsonl", [{"prompt": one, "completion": two} for one, two in halves if two])
+    blocks = blocks_of(as_text, as_pairs, eval_fraction=0.2)
+    held = {text for dataset in blocks.evaluation.values() for text, _ in pieces_of(dataset)}
+    assert len(held) > 12
+    assert not held & {text for text, _ in pieces_of(blocks.train)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_document_that_is_too_long_to_evaluate_on_is_trained_on(tmp_path, seed):
+    rows = [{"text": "novel " * 600}, {"text": "saga " * 500}, {"text": "short story"}]
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows), seed=seed, max_eval_blocks=2)
+    assert [text for text, _ in pieces_of(blocks.evaluation["a"])] == ["short story<eos>"]
+    path = write_rows(tmp_path / "b.jsonl", rows[:2])
+    assert blocks_of(path, seed=seed, max_eval_blocks=2).sources[0].tokens == 3601, "the shorter one is held out"
 
 
 def test_document_split_by_tokens_is_not_trained_on_whole_elsewhere(tmp_path):

@@ -120,7 +120,36 @@ def test_usage_counts_labelled_tokens_once():
     assert model.usage() is None
 
 
+def test_padding_that_is_labelled_does_not_dilute_the_balance():
+    model, ids = tiny_mixture(experts=4, lora=MoELoraConfig(lora_dropout=0.0)).train(), random_ids(2, 8)
+    mask = (torch.arange(8) < 5).long().expand(2, -1)
+    expected = model(ids[:, :6], labels=ids[:, :6]).balance_loss  # the first 5 have a label after them
+    assert torch.allclose(model(ids, labels=ids, attention_mask=mask).balance_loss, expected)
+
+
 # ---- what is trained ----
+
+
+@pytest.mark.parametrize("reset", ["by a state dict", "in place"])
+def test_an_expert_that_is_reset_is_new_again(reset):
+    model, ids = tiny_mixture(), random_ids(1, 6)
+    model.mark_mature()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state |= {name: torch.zeros_like(value) for name, value in state.items() if "lora_B.expert_2" in name}
+    with torch.no_grad():
+        model(ids)
+        assert model.expert_states == ["mature"] * 3
+        if reset == "in place":
+            for name, tensor in model.expert_tensors(2).items():
+                tensor.mul_(0 if "lora_B" in name else 1)
+            model.eval()
+        else:
+            model.load_state_dict(state)
+        assert model.expert_states == ["mature", "mature", "new"]
+        fresh = tiny_mixture()
+        fresh.load_state_dict(state)
+        fresh.mark_mature()
+        assert torch.equal(model(ids).logits, fresh(ids).logits)
 
 
 @pytest.mark.parametrize("state", ["all new", "some new", "trained"])

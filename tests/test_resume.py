@@ -470,6 +470,10 @@ def test_training_state_missing_or_truncated(run_dir, capsys, name, content):
     assert steps(run_dir) == [4, 8, 12]
     with pytest.raises(AssertionError):  # what was left out does count
         assert_same(newest(uninterrupted()), newest(run_dir))
+    logged = trainer_state(newest(run_dir))["log_history"]
+    losses = [entry["loss"] for entry in logged if "loss" in entry and entry["step"] > 8]
+    mean = next(entry["train_loss"] for entry in logged if "train_loss" in entry)
+    assert min(losses) * 0.9 < mean < max(losses) * 1.1, "of the steps that it took itself"
 
 
 def test_weights_only_into_a_new_folder_begins_at_step_0(run_dir, tmp_path, capsys):
@@ -629,6 +633,14 @@ def test_the_same_data_and_model_elsewhere_are_the_same(run_dir, tmp_path):
     words = [word.replace(str(material()), str(moved)) for word in arguments(run_dir, "--resume")]
     assert str(moved) in words[1]
     assert train.main(words) == 0
+    assert steps(run_dir) == [4, 8, 12]
+
+
+def test_a_data_file_of_another_name_is_the_same_data(run_dir, tmp_path):
+    words = arguments(run_dir, "--resume")
+    at = words.index(str(material() / "two.jsonl"))
+    words[at] = shutil.copy(words[at], tmp_path / "renamed.jsonl")
+    assert train.main(list(map(str, words))) == 0
     assert steps(run_dir) == [4, 8, 12]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -334,6 +335,26 @@ def test_all_linear_and_one_expert(tmp_path, capsys):
     table = capsys.readouterr().out.partition("data set")[2].splitlines()
     assert table[0].split() == ["at", "the", "start", "held-out", "loss", "expert_0"]
     assert table[1].split()[3:] == ["100.0", "%"]
+
+
+def test_what_is_not_learned_is_said(tmp_path, capsys):
+    words = arguments(tmp_path / "run", "--dtype", "float16", steps=1)
+    assert run(words) == 0
+    out = capsys.readouterr().out
+    assert "float16: small gradients become zero" in out
+    assert not any(text in out for text in ("are not used", "are left out", "are not learned", "are not trained on"))
+    first = words.index("--data") + 1
+    rows = [{"prompt": f"{i} " * 90, "completion": "yes", "id": i} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words[first], words[first + 2] = str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")
+    words[words.index("--output-dir") + 1] = str(tmp_path / "other")
+    assert run([word for word in words if word not in ("--dtype", "float16")]) == 0
+    out = capsys.readouterr().out
+    assert "data: a: columns that are not used: id\n" in out
+    assert re.search(
+        r"data: a: [\d,]+ of [\d,]+ tokens lie in blocks without an answer, and are left out; a larger", out
+    )
+    assert "float16" not in out
 
 
 def test_weights_of_the_data(tmp_path, capsys):
