@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "google/codegemma-2b"
 WEIGHTS = ("auto", "pretrained", "random", "none")
 PRESETS = Path(__file__).parent / "presets"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 DTYPES |= {name: name for name in DTYPES.values()}
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -264,7 +264,7 @@ def load_base(
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig | None = None) -> torch.dtype:
-    """float32, bfloat16, float16 (or fp32, bf16, fp16); None means the config's, else float32."""
+    """float32, bfloat16, float16, float64 (or fp32, bf16, fp16, fp64); None means the config's, else float32."""
     import torch
 
     if dtype is None and config is not None:

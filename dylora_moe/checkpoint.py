@@ -30,8 +30,9 @@ from transformers import PreTrainedModel
 from . import __version__, bases, commit, formats, legacy, manifest, verify, verify_tensors
 from .config import MoELoraConfig, RouterConfig
 from .errors import CheckpointError, UsageError, listed
+from .isolation import as_found_on_error
 from .layers import expert_name
-from .model import DyLoRAMoE, untouched
+from .model import DyLoRAMoE, check_base, untouched
 from .probe import (
     PROBE_TOLERANCE,
     Outputs,
@@ -285,7 +286,7 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
             raise UsageError(f"{folder}/{formats.CONFIG} names no base model; pass base=")
         options.setdefault("dtype", config["base_model"]["dtype"])
         base = _load_base(name, revision=revision, **options)
-    with _as_found_on_error(base), manifest.held_still(folder):
+    with as_found_on_error(base), manifest.held_still(folder):
         model = _build(folder, config, base, smoothing)
         model.base_revision = revision
         _copy(folder, _read_all(folder, model), model, _states(config))
@@ -321,6 +322,7 @@ def _build(folder: Path, config: dict, base: PreTrainedModel, label_smoothing: f
 def _mixture(folder: Path, base: PreTrainedModel, adapters: list[MoELoraConfig], **options) -> DyLoRAMoE:
     if not 0 <= options["label_smoothing"] < 1:  # the caller's fault, not the checkpoint's
         raise UsageError(f"label smoothing must be at least 0 and less than 1, got {options['label_smoothing']!r}")
+    check_base(base)  # likewise
     try:
         return DyLoRAMoE(base, adapters, **options)
     except ValueError as error:
@@ -505,26 +507,6 @@ def _match(name: str, there: dict, here: dict, pairs: list, problems: list[str])
             pairs.append((there[key], here[key]))
 
 
-@contextmanager
-def _as_found_on_error(base: PreTrainedModel) -> Iterator[None]:
-    """A base model that is given to `load` is as it was where the checkpoint turns out not to fit."""
-    modules = [(module, dict(vars(module))) for module in base.modules()]
-    inside = [(found, dict(found)) for _, before in modules for found in before.values() if isinstance(found, dict)]
-    trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    try:
-        yield
-    except BaseException:
-        for module, before in modules:
-            vars(module).clear()
-            vars(module).update(before)
-        for found, before in inside:  # parameters, submodules, hooks
-            found.clear()
-            found.update(before)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
-        raise
-
-
 def _load_legacy(folder: Path, base: PreTrainedModel | None, **options) -> DyLoRAMoE:
     smoothing = options.pop("label_smoothing", 0.0)
     names = legacy.experts(folder)
@@ -537,7 +519,7 @@ def _load_legacy(folder: Path, base: PreTrainedModel | None, **options) -> DyLoR
         if not name:
             raise UsageError(f"{folder} is from before manifests and names no base model; pass base=")
         base = _load_base(name, **options)
-    with _as_found_on_error(base):
+    with as_found_on_error(base):
         model = _mixture(folder, base, configs, label_smoothing=smoothing)
         files = [(*found, model.expert_tensors(index)) for index, found in enumerate(adapters)]
         _copy(folder, [*files, (*gate, gate_tensors(model))], model, ["mature"] * len(names))

@@ -33,6 +33,26 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
+@contextmanager
+def as_found_on_error(base: PreTrainedModel) -> Iterator[None]:
+    """A base model is as it was where what is done to it inside fails: no layer wrapped, no hook, no flag changed."""
+    modules = [(module, dict(vars(module))) for module in base.modules()]
+    inside = [(found, dict(found)) for _, before in modules for found in before.values() if isinstance(found, dict)]
+    trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    try:
+        yield
+    except BaseException:
+        for module, before in modules:
+            vars(module).clear()
+            vars(module).update(before)
+        for found, before in inside:  # parameters, submodules, hooks
+            found.clear()
+            found.update(before)
+        for parameter, before in trainable:
+            parameter.requires_grad_(before)
+        raise
+
+
 def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
     """A base model of its own module tree, without experts, whose tensors are those of `base` (shared, not copied)."""
     with init_empty_weights(include_buffers=False):

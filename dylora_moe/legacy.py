@@ -21,8 +21,10 @@ _EXPERT = re.compile(r"expert_(0|[1-9]\d{0,3})", re.ASCII)
 
 
 def is_legacy(folder: Path) -> bool:
-    """Whether a folder has adapters and a router, but no manifest and no config of a known version."""
-    if not folder.is_dir() or (folder / formats.MANIFEST).exists():
+    """Whether a folder has adapters and a router, but nothing that only newer checkpoints have: a manifest, a probe, a
+    skill library, a config with a version."""
+    newer = (formats.MANIFEST, formats.PROBE, formats.SKILLS)
+    if not folder.is_dir() or any((folder / name).exists() for name in newer):
         return False
     has_router = (folder / formats.LEGACY_ROUTER).is_file() or (folder / formats.ROUTER).is_file()
     config = folder / formats.CONFIG

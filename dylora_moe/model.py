@@ -23,7 +23,7 @@ from .bases import decoder_layers
 from .config import MAX_EXPERTS, MoELoraConfig, RouterConfig
 from .cross_entropy import IGNORED_LABEL, summed_cross_entropy
 from .errors import UsageError, listed
-from .isolation import fresh_base, seeded, untouched
+from .isolation import as_found_on_error, fresh_base, seeded, untouched
 from .layers import EXPERT_PREFIX, NO_EXPERT, RoutedLinear, expert_name
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Plan, Routing
@@ -96,8 +96,7 @@ class DyLoRAMoE(nn.Module):
         label_smoothing: float = 0.0,
     ):
         super().__init__()
-        if not isinstance(base, PreTrainedModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
-            raise UsageError(f"expected a Hugging Face causal LM without adapters, got {_described(base)}")
+        check_base(base)
         layers = decoder_layers(base)
         configs = _expert_configs(experts, lora)
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
@@ -106,12 +105,13 @@ class DyLoRAMoE(nn.Module):
         self.notes: list[str] = []  # lines that a user should see
         resolved = {id(config): self._with_targets(base, config) for config in configs}
         configs = [replace_config(resolved[id(config)]) for config in configs]
-        base.requires_grad_(False)
         self._states = ExpertStates()
         self.peft_model: PeftModelForCausalLM | None = None
         self._layers_of: dict[str, list[RoutedLinear]] = {}
-        for config in configs:
-            self._inject(base, config)
+        with as_found_on_error(base):
+            base.requires_grad_(False)
+            for config in configs:
+                self._inject(base, config)
         hidden_size = self.base.config.get_text_config().hidden_size
         device = next(p.device for name, p in self.base.named_parameters() if _EXPERT_PARAMETER.search(name))
         self.router = Router(hidden_size, len(configs), router or RouterConfig(), device=device)
@@ -592,6 +592,12 @@ def _check_configs(configs: Sequence[MoELoraConfig]) -> None:
     rates = sorted({config.lora_dropout for config in configs})
     if len(rates) > 1:
         raise UsageError(f"all experts must have the same lora dropout, got {', '.join(map(str, rates))}")
+
+
+def check_base(base: object) -> None:
+    """Raises UsageError for what is no Hugging Face model, or has adapters."""
+    if not isinstance(base, PreTrainedModel) or any(isinstance(module, LoraLayer) for module in base.modules()):
+        raise UsageError(f"expected a Hugging Face causal LM without adapters, got {_described(base)}")
 
 
 def _described(base: object) -> str:

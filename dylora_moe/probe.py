@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from . import bases, formats, machine, tensorfile, verify_tensors
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .formats import PROBE_TOKENS
 from .hankel import HankelMatrix
 from .layers import expert_name
@@ -157,8 +157,18 @@ def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The same values on the CPU; not copied where they are there."""
-    return {name: tensor.detach().to("cpu").contiguous().numpy() for name, tensor in tensors.items()}
+    """The same values on the CPU, in float32 where they were rounded further; not copied where they are that already.
+
+    Raises:
+        UsageError: for float64, of which float32 would hold others.
+    """
+    return {name: _as_saved(name, tensor).contiguous().numpy() for name, tensor in tensors.items()}
+
+
+def _as_saved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype == torch.float64:
+        raise UsageError(f"{name} is in float64, experts and router are saved in float32: cast the mixture to it first")
+    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
 
 def tensor_digests(model: DyLoRAMoE) -> list[str]:

@@ -24,7 +24,8 @@ FACTS = ("base_weights", "device_type", "dtype", "machine")
 # Without effect in a plain LoRA; with another value the tensors would mean something else, or more would be loaded.
 _PLAIN = ("alora_invocation_tokens", "alpha_pattern", "auto_map", "auto_mapping", "layer_replication", "layers_pattern")
 _PLAIN += ("layers_to_transform", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters")
-_PLAIN += ("trainable_token_indices", "use_dora", "use_qalora")
+_PLAIN += ("trainable_token_indices", "use_dora", "use_qalora", "arrow_config", "ensure_weight_tying", "kasa_config")
+_PLAIN += ("megatron_config", "monteclora_config", "use_bdlora", "velora_config")
 
 
 # ---- experts ----
@@ -41,24 +42,26 @@ def check_experts(contents: Contents) -> None:
     dropouts: dict[float, str] = {}
     for expert in contents.config["experts"]:
         folder = formats.adapter_folder(contents.files, expert["name"])
-        _check_adapter_config(contents, f"{folder}/{formats.ADAPTER_CONFIG}", expert, dropouts)
-        _check_adapter(contents, f"{folder}/{formats.ADAPTER_WEIGHTS}", expert, sizes)
+        excluded = _check_adapter_config(contents, f"{folder}/{formats.ADAPTER_CONFIG}", expert, dropouts)
+        _check_adapter(contents, f"{folder}/{formats.ADAPTER_WEIGHTS}", expert, sizes, excluded)
 
 
-def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts: dict[float, str]) -> None:
+def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts: dict[float, str]) -> set[str]:
+    """Returns what PEFT would leave out of the targets."""
     before = len(contents.problems)
     found = contents.read(name, read_json)
     if name not in contents.files or len(contents.problems) > before:
-        return
+        return set()
     if not isinstance(found, dict):
         contents.expect(name, "", "a JSON object", type(found).__name__)
-        return
+        return set()
     revision, base = get(contents.config, "base_model.revision"), get(contents.config, "base_model.name")
     expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
     expected |= {"revision": revision, "base_model_name_or_path": base}
     expected |= {key: expert[key] for key in ("r", "lora_alpha", "use_rslora")}
     for key, value in expected.items():
-        if found.get(key) != value or isinstance(found.get(key), bool) != isinstance(value, bool):
+        whole = type(found.get(key)) is int or not isinstance(value, int) or key != "r"  # PEFT takes no 16.0
+        if found.get(key) != value or isinstance(found.get(key), bool) != isinstance(value, bool) or not whole:
             contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(found.get(key)))
     targets = found.get("target_modules")
     if not texts(targets) or sorted(targets) != expert["target_modules"]:
@@ -66,14 +69,17 @@ def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts:
             name, "target_modules", f"{short(expert['target_modules'])}, as in {formats.CONFIG}", short(targets)
         )
     for key in _PLAIN:
-        if found.get(key):
-            contents.expect(name, key, "none in an expert", short(found[key]))
+        value = found.get(key)
+        if value or (isinstance(value, (int, float, str)) and value is not False):  # layer 0 is one
+            contents.expect(name, key, "none in an expert", short(value))
     if contents.follow(name, found, _ADAPTER_RULES):
         other = next(iter(dropouts.values()), None)
         dropouts.setdefault(found["lora_dropout"], expert["name"])
         if len(dropouts) > 1 and dropouts[found["lora_dropout"]] == expert["name"]:
             rate = next(iter(dropouts))
             contents.expect(name, "lora_dropout", f"{rate} as of {other}", found["lora_dropout"])
+        return set(found.get("exclude_modules") or ())
+    return set()
 
 
 _ADAPTER_RULES: Rules = (
@@ -84,7 +90,7 @@ _ADAPTER_RULES: Rules = (
 )
 
 
-def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict) -> None:
+def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict, excluded: set[str]) -> None:
     header = contents.read(name, read_header)
     if header is None:
         return
@@ -103,6 +109,8 @@ def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict) -> 
         if info.dtype != "F32":
             contents.expect(name, f"tensor {tensor}", "dtype F32", info.dtype)
     contents.list(name, foreign, lambda t: f"tensor {t}: expected tensors of {expert['name']} only, found this one")
+    left_out = [module for module in pairs if _target(module, excluded)]
+    contents.list(name, left_out, lambda m: f"expected no tensors of {m}, which exclude_modules leaves out, found some")
     contents.list(name, targets - used, lambda t: f"expected tensors for the target {t[:200]}, found none")
     before = len(contents.problems)
     for module, pair in pairs.items():

@@ -18,6 +18,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from dylora_moe import bases, checkpoint, commit, formats, manifest, verify
 from dylora_moe.config import MoELoraConfig
@@ -42,7 +43,7 @@ from .mutations import (
     training_files,
     two_skills,
 )
-from .tiny import ARCHITECTURES, random_ids, tiny_base
+from .tiny import ARCHITECTURES, random_ids, randomise, tiny_base
 
 ROOT = Path(__file__).parents[1]
 FILES = {ADAPTER_0, ADAPTER_1, CONFIG_0, CONFIG_1, "config.json", "manifest.json", "router.safetensors"}
@@ -549,7 +550,48 @@ def test_row_10_what_goes_while_it_is_read_is_an_error_that_touches_nothing(tmp_
     assert describe_base(base) == base_before
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mixture_that_was_cast_as_a_whole_is_saved_in_float32(tmp_path, dtype):
+    model = tiny_mixture().to(dtype)
+    checkpoint.save(tmp_path / "a", model)
+    assert verify.verify(tmp_path / "a") == []
+    loaded = checkpoint.load(tmp_path / "a", tiny_base(dtype=dtype))
+    there, here = ({name: tensor.float() for name, tensor in tensors(m).items()} for m in (model, loaded))
+    assert equal(there, here)
+    assert all(tensor.dtype == torch.float32 for tensor in loaded.expert_tensors(0).values())
+    model.export_expert(1, tmp_path / "one")
+    with pytest.raises(UsageError, match="is in float64, experts and router are saved in float32"):
+        checkpoint.save(tmp_path / "b", model.double())
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_base_in_float64(tmp_path):
+    tiny_base(dtype=torch.float64).save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model = randomise(DyLoRAMoE(base, 2))
+    checkpoint.save(tmp_path / "a", model)
+    loaded = checkpoint.load(tmp_path / "a")
+    assert loaded.base.dtype == torch.float64
+    assert torch.equal(loaded(random_ids(1, 5)).logits, model(random_ids(1, 5)).logits)
+
+
+def test_a_base_with_adapters_is_not_the_fault_of_the_checkpoint(tmp_path):
+    model = tiny_mixture()
+    checkpoint.save(tmp_path / "a", model)
+    with pytest.raises(UsageError, match="without adapters, got LlamaForCausalLM with LoRA layers in it"):
+        checkpoint.load(tmp_path / "a", model.base)
+
+
 # ---- from before manifests ----
+
+
+@pytest.mark.parametrize("left", ["skill_library.safetensors", "probe.safetensors"])
+def test_a_checkpoint_that_lost_its_manifest_and_config_is_not_from_before_them(tmp_path, left):
+    folder = save_sound(tmp_path / "a")
+    for name in {"manifest.json", "config.json", "skill_library.safetensors", "probe.safetensors"} - {left}:
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="manifest"):
+        checkpoint.load(folder, tiny_base())
 
 
 def legacy_checkpoint(folder: Path, model: DyLoRAMoE) -> Path:

@@ -169,6 +169,16 @@ def test_targets_that_peft_refuses_are_one_clear_error():
         DyLoRAMoE(AutoModelForCausalLM.from_config(MAMBA), 2, lora=MoELoraConfig(target_modules=["out_proj"]))
 
 
+def test_a_base_that_was_refused_is_as_it_was():
+    base = AutoModelForCausalLM.from_config(MAMBA)
+    before = [(name, type(module)) for name, module in base.named_modules()]
+    with pytest.raises(UsageError, match="PEFT refuses"):
+        DyLoRAMoE(base, 2, lora=MoELoraConfig(target_modules=["x_proj", "out_proj"]))
+    assert [(name, type(module)) for name, module in base.named_modules()] == before
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert DyLoRAMoE(base, 2).num_experts == 2
+
+
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_all_linear_is_what_lies_inside_the_decoder_layers(kind):
     model = DyLoRAMoE(tiny_base(kind), 2, lora=MoELoraConfig(target_modules="all-linear"))

@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
 from dylora_moe import DyLoRAMoE, bases, checkpoint, checks, machine, validation_subject, workspace
@@ -373,6 +374,21 @@ def test_other_weights_than_the_checkpoint_was_trained_on(capsys, saved, tmp_pat
     outcome = run(full, capsys, "--checkpoint", saved, "--weights", "random")
     assert outcome.code == 0
     assert "not checked under random weights" in outcome.out
+
+
+def test_experts_of_little_effect_are_seen(capsys, tiny, tmp_path):
+    """As after the first steps of a run: spoiling them changes less than the tolerance, but more than loading."""
+    model = DyLoRAMoE.from_base(str(tiny), 2)
+    with torch.no_grad():
+        for index in range(2):
+            for name, tensor in model.expert_tensors(index).items():
+                if name.endswith("lora_B.weight"):
+                    tensor.normal_(std=1e-7)
+    model.save_checkpoint(tmp_path / "young")
+    outcome = run(full, capsys, "--checkpoint", tmp_path / "young")
+    assert outcome.code == 0, outcome.out
+    changes = [float(text) for text in re.findall(r"expert_. spoiled: differs by ([^ ]+)$", outcome.out, re.MULTILINE)]
+    assert len(changes) == 2 and all(0 < change < 1e-5 for change in changes)
 
 
 def test_another_dtype_than_the_probe(capsys, saved):
