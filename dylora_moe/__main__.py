@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import cli, commit, verify
+from . import cli, commit, formats, verify
 from .checks import MIB, file_sizes
 from .errors import UsageError
 from .manifest import FolderGone
@@ -89,6 +90,11 @@ def list_run(args: Namespace) -> int:
     folder = Path(os.path.expanduser(args.run))
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
+    if (folder / formats.MANIFEST).exists():
+        raise UsageError(
+            f"{folder}: expected a run folder, found a checkpoint; to look into it\n"
+            f"    python -m dylora_moe verify {shlex.quote(str(folder))}"
+        )
     complete = [(checkpoint.path, None) for checkpoint in commit.checkpoints(folder)]
     found = sorted(complete + commit.incomplete(folder), key=lambda item: int(item[0].name.rpartition("-")[2]))
     if not found:

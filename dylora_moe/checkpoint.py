@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import importlib.metadata
 import json
+import operator
 import os
 import shutil
 import warnings
@@ -106,6 +107,7 @@ def save(
     Raises:
         UsageError: where it could not be written, or verify.py would refuse it; nothing is left behind.
     """
+    step = operator.index(step)
     with commit.staged(target) as staging:
         if staging.path is None:
             return False
@@ -188,9 +190,12 @@ def export_expert(model: DyLoRAMoE, index: int, folder: str | Path) -> Path:
     """Write one expert as a LoRA of its own, flat, as `PeftModel.from_pretrained` reads it.
 
     Raises:
-        UsageError: where `folder` exists already or cannot be written.
+        UsageError: where `folder` exists already or cannot be written, or a number of the expert is not finite.
     """
-    model._check_expert(index)
+    model._check_expert(-1 if index is None else index)
+    broken = [name for name, tensor in model.expert_tensors(index).items() if not tensor.isfinite().all()]
+    if broken:
+        raise UsageError(f"{expert_name(index)} cannot be exported: {broken[0]} has numbers that are not finite")
     folder = Path(folder)
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already; an expert is exported into a new folder")
@@ -275,6 +280,9 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
         UsageError: where the base model cannot be had, or the folder is moved away meanwhile.
     """
     folder = Path(folder)
+    needless = sorted(options.keys() - {"label_smoothing", "revision"}) if base is not None else []
+    if needless:
+        raise UsageError(f"{', '.join(needless)}: of a base model that is to be loaded, but base= gives one; leave out")
     if legacy.is_legacy(folder):
         return _load_legacy(folder, base, **options)
     config = sound_config(folder)

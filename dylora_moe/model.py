@@ -166,10 +166,17 @@ class DyLoRAMoE(nn.Module):
         return checkpoint.load(folder, base, **options)
 
     def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> bool:
-        """Publish a checkpoint at `folder`, whole or not at all; `checkpoint.save` says more."""
+        """Publish a checkpoint at `folder`, whole or not at all; `checkpoint.save` says more.
+
+        Returns:
+            False, with a warning, where a checkpoint stood there already: it is left as it is.
+        """
         from . import checkpoint
 
-        return checkpoint.save(folder, self, step=step, skills=skills)
+        saved = checkpoint.save(folder, self, step=step, skills=skills)
+        if not saved:
+            warnings.warn(f"nothing was saved: {folder} is a checkpoint already, and is left as it is", stacklevel=2)
+        return saved
 
     def export_expert(self, expert: int, folder: str | Path) -> None:
         """Write one expert to a new folder, flat, as PEFT users expect; PEFT and what reads its files load it."""

@@ -85,7 +85,7 @@ class Router(nn.Module):
 
         In Python's numbers: on the CPU, ten operations on tensors of a few numbers take as long as a matmul of the
         base model. None where those are the way: on another device, in autocast, with all experts, or where a number
-        is not finite.
+        is not finite or two are equal.
         """
         weight = self._weight(experts)
         count, width = weight.shape
@@ -99,7 +99,10 @@ class Router(nn.Module):
         if not math.isfinite(sum(logits, square)):
             return None
         scale = 1 / math.sqrt(self.config.temperature**2 * (square / width + RMS_EPSILON))
-        best = sorted(range(count), key=logits.__getitem__, reverse=True)[:k]
+        best = sorted(range(count), key=logits.__getitem__, reverse=True)
+        if logits[best[k - 1]] == logits[best[k]]:
+            return None  # of equal ones, `top` has its own choice
+        best = best[:k]
         shares = [math.exp((logits[i] - logits[best[0]]) * scale) for i in best]
         total = sum(shares)
         return {i: share / total for i, share in zip(best, shares, strict=True)}

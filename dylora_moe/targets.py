@@ -19,6 +19,7 @@ from .errors import MAX_LISTED, UsageError
 ATTENTION_TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
 MAMBA, MAMBA_LEAVES = ("mamba", "mamba2", "falcon_mamba"), {"out_proj"}  # which PEFT refuses there
+CACHE_LEAVES = {"kv_b_proj"}  # it reads all tokens of the cache, of which the router sees the newest
 STACKED_LEAVES = {"gate_proj", "up_proj", "down_proj"}  # by which PEFT means a base's own experts where it has some
 
 
@@ -63,6 +64,7 @@ def _default(base: nn.Module, leaves: set[str]) -> set[str]:
         return set(ATTENTION_TARGETS)
     if base.config.model_type in MAMBA:
         return leaves - MAMBA_LEAVES
+    leaves = leaves - CACHE_LEAVES
     stacked = {name.rsplit(".", 1)[-1] for name, parameter in base.named_parameters() if parameter.ndim == 3}
     return leaves - STACKED_LEAVES if "down_proj" in stacked else leaves
 

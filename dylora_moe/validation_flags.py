@@ -85,7 +85,9 @@ def build_parser(script: Script, description: str) -> cli.Parser:
         "--dtype", type=cli.text, help="of the base: float32, bfloat16 or float16 (default: the config's)"
     )
     parser.add_argument("--output-dir", type=cli.text, metavar="DIR", help="write DIR/checkpoint and keep it")
-    parser.add_argument("--max-size-mb", type=cli.number(float, above=0), default=500, help="limit of the size (500)")
+    parser.add_argument(
+        "--max-size-mb", type=cli.number(float, most=1e12, above=0), default=500, help="limit of the size (500)"
+    )
     parser.add_argument("--seed", type=cli.number(int, 0, MAX_SEED), default=0, help="of what is random (0)")
     parser.add_argument("--keep-checkpoint", action="store_true", help="do not remove the checkpoint at the end")
     parser.add_argument(

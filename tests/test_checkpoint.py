@@ -575,6 +575,27 @@ def test_a_base_in_float64(tmp_path):
     assert torch.equal(loaded(random_ids(1, 5)).logits, model(random_ids(1, 5)).logits)
 
 
+def test_an_expert_that_is_not_finite_is_not_exported(tmp_path):
+    model = tiny_mixture()
+    with torch.no_grad():
+        next(iter(model.expert_tensors(1).values()))[0, 0] = float("nan")
+    with pytest.raises(UsageError, match=r"expert_1 cannot be exported: .*lora_A\.weight has numbers"):
+        model.export_expert(1, tmp_path / "one")
+    with pytest.raises(UsageError, match="expert must be None or 0 to 1"):
+        model.export_expert(None, tmp_path / "one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_given_in_vain_is_said(tmp_path):
+    model = tiny_mixture()
+    assert model.save_checkpoint(tmp_path / "a", step=np.int64(3))
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["step"] == 3
+    with pytest.warns(UserWarning, match="nothing was saved: .* is a checkpoint already"):
+        assert not model.save_checkpoint(tmp_path / "a", step=4)
+    with pytest.raises(UsageError, match="dtype, token: of a base model that is to be loaded"):
+        DyLoRAMoE.from_checkpoint(tmp_path / "a", tiny_base(), token="x", dtype="float32")
+
+
 def test_a_base_with_adapters_is_not_the_fault_of_the_checkpoint(tmp_path):
     model = tiny_mixture()
     checkpoint.save(tmp_path / "a", model)

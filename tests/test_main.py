@@ -68,6 +68,11 @@ def test_the_home_of_nobody(command, capsys):
     assert "~nosuch/x" in capsys.readouterr().err
 
 
+def test_a_checkpoint_is_not_a_run_folder(capsys, saved):
+    assert main.main(["list", str(saved)]) == 2
+    assert f"found a checkpoint; to look into it\n    python -m dylora_moe verify {saved}" in capsys.readouterr().err
+
+
 def test_bad_flags(capsys, saved):
     inside = ["verify", str(saved), "--json", str(saved / "config.json")]
     for argv in ([], ["nosuch"], ["verify"], ["verify", "a", "b"], ["list", "--json"], inside):

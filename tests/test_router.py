@@ -69,6 +69,7 @@ def test_what_is_not_chosen_in_numbers():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert gate.choose(hidden) is None
     assert gate.choose(hidden.to("meta")) is None
+    assert gate.choose(torch.zeros_like(hidden)) is None, "all are equal"
 
 
 def test_growing_keeps_the_rows_that_were_there():

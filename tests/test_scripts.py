@@ -181,6 +181,7 @@ def test_same_seed_same_bytes(capsys, tiny, tmp_path):
         (["--lora-r", "0"], "--lora-r: expected a whole number of at least 1, got 0"),
         (["--lora-alpha", "nan"], "--lora-alpha: expected a number above 0, got nan"),
         (["--max-size-mb", "-3"], "--max-size-mb"),
+        (["--max-size-mb", "1e308"], "--max-size-mb"),
         (["--seed", "-1"], "--seed"),
         (["--model", ""], "--model: expected a value, got an empty one"),
         (["--model", "/no/such/folder"], "There is no file or folder '/no/such/folder'"),
