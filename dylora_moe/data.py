@@ -58,6 +58,7 @@ __all__ = [
 COLUMNS = ("input_ids", "labels", "position_ids")
 HASH_ROWS = 1024
 LEAK_TOLERANCE = 1e-4
+MOST_REPETITIONS = 1000  # of a block, on average, before every block has been seen
 
 
 @dataclass(frozen=True)
@@ -445,6 +446,12 @@ def _mix(parts: list[Dataset], weights: list[float], seed: int) -> tuple[Dataset
     mixed = parts[0]
     if len(parts) > 1:
         shares = [weight / sum(weights) for weight in weights]
+        drawn = max(len(part) / share for part, share in zip(parts, shares, strict=True))
+        if drawn > MOST_REPETITIONS * sum(map(len, parts)):
+            raise UsageError(
+                f"--data: the weights {', '.join(f'{weight:g}' for weight in weights)} are too far apart: until all "
+                f"{sum(map(len, parts)):,} blocks have been seen, {drawn:,.0f} would be drawn; give less different ones"
+            )
         mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     drawn = np.bincount(np.asarray(mixed["source"]), minlength=len(parts)).tolist()
     return mixed.remove_columns("source"), drawn

@@ -307,6 +307,13 @@ def test_folders_without_documents_or_of_several_kinds(tmp_path):
         blocks_of(tmp_path)
 
 
+def test_weights_that_are_too_far_apart(tmp_path):
+    one, other = (write_rows(tmp_path / name, texts(60)) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(UsageError, match=r"the weights 1, 1e-06 are too far apart: until all [\d,]+ blocks"):
+        blocks_of(one, f"{other}=1e-6")
+    assert blocks_of(one, f"{other}=0.1").sources[0].sampled_blocks > 5 * blocks_of(one).sources[0].blocks
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
