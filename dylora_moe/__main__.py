@@ -90,7 +90,7 @@ def list_run(args: Namespace) -> int:
     folder = Path(os.path.expanduser(args.run))
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
-    if (folder / formats.MANIFEST).exists():
+    if (folder / formats.ADAPTERS).exists():
         raise UsageError(
             f"{folder}: expected a run folder, found a checkpoint; to look into it\n"
             f"    python -m dylora_moe verify {shlex.quote(str(folder))}"

@@ -86,7 +86,7 @@ def report_file(value: str) -> str:
     target = os.path.expanduser(target)
     folder = os.path.dirname(os.path.realpath(target))
     while folder != os.path.dirname(folder):
-        if any(os.path.exists(os.path.join(folder, name)) for name in (formats.MANIFEST, formats.ADAPTERS)):
+        if os.path.exists(os.path.join(folder, formats.ADAPTERS)):
             raise argparse.ArgumentTypeError(f"{value} lies in a checkpoint, {folder}; give a file outside of it")
         folder = os.path.dirname(folder)
     return target

@@ -36,6 +36,7 @@ INPUT_COLUMNS = ("input", "context")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 CHAT_COLUMNS = ("messages", "conversations")
 TEXT_COLUMNS = ("text", "content")
+READ_COLUMNS = (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *INPUT_COLUMNS, *SYSTEM_COLUMNS, *CHAT_COLUMNS, *TEXT_COLUMNS)
 KNOWN_SCHEMAS = [
     "messages: a list of {role, content}",
     "conversations: a list of {from, value}",
@@ -172,10 +173,11 @@ def _check_one_schema(rows: Dataset, columns: list[str], where: str) -> None:
     """`datasets` reads rows of several schemas as rows of all their columns, with None where a row has none."""
     others = [name for name in (*CHAT_COLUMNS, *ANSWER_COLUMNS, *TEXT_COLUMNS) if name in rows.column_names]
     others = [name for name in others if name not in columns]
+    rows = rows.select_columns([*columns, *others])
     for start in range(0, len(rows), BATCH_ROWS) if others else ():
         batch = _batch(rows, start, where)
         for offset, values in enumerate(zip(*(batch[name] for name in columns), strict=True)):
-            filled = [name for name in others if batch[name][offset]]
+            filled = [name for name in others if (value := batch[name][offset]) and value == value]  # NaN is nothing
             if filled and not any(values):
                 raise UsageError(
                     f"{where}, row {start + offset + 1}: has nothing in {', '.join(columns)}, by which the rows are "

@@ -29,13 +29,16 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import pandas
 from datasets import Dataset, DatasetDict, Features, List, Value
 
+from .data_documents import READ_COLUMNS
 from .errors import UsageError, listed
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 DATA_SUFFIXES = (*LOADERS, ".txt")
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+WORDS = ("content", "value", "text")  # of a chat's message
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "evaluation"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
 NO_ROWS = "corresponds to no data"  # `datasets` of a file that can be read and is empty: [], a header alone
@@ -175,11 +178,12 @@ def _load(paths: list[Path], loader: str, where: str) -> Dataset:
             keep_in_memory=True,
         )
         try:
-            rows = load()
             if loader == "csv":
-                texts = Features(dict.fromkeys(rows.column_names, Value("string")))
+                columns = dict.fromkeys(name for path in paths for name in pandas.read_csv(path, nrows=0).columns)
+                texts = Features(dict.fromkeys(columns, Value("string")))
                 return load(features=texts, keep_default_na=False)
-            return _parse_json(paths) if loader == "json" and _has_times(rows.features) else rows
+            rows = load()
+            return _without_times(rows, paths) if loader == "json" else rows
         except (MemoryError, KeyboardInterrupt):
             raise
         except Exception as error:  # what each loader raises for bad content is not documented, and changes
@@ -196,19 +200,32 @@ def _has_times(feature: object) -> bool:
         return feature.dtype.startswith(("timestamp", "date", "time"))
     if isinstance(feature, List):
         return _has_times(feature.feature)
-    return isinstance(feature, dict) and any(map(_has_times, feature.values()))
+    return isinstance(feature, dict) and any(_has_times(feature[name]) for name in WORDS if name in feature)
 
 
-def _parse_json(paths: list[Path]) -> Dataset:
-    """For what `datasets` reads as times, which cannot be turned back into what was written."""
-    rows = []
+def _without_times(rows: Dataset, paths: list[Path]) -> Dataset:
+    """The rows with the texts that `datasets` has read as times, which cannot be turned back into what was written."""
+    times = [name for name in READ_COLUMNS if name in rows.column_names and _has_times(rows.features[name])]
+    if not times:
+        return rows
+    written = []
     for path in paths:
-        content = path.read_text(encoding="utf-8-sig")
-        lines = [content] if content.lstrip().startswith("[") else filter(str.strip, content.splitlines())
-        for value in map(json.loads, lines):
-            rows += value if isinstance(value, list) else [value]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    return Dataset.from_dict({name: [row.get(name) for row in rows] for name in columns})
+        for value in _json_values(path.read_text(encoding="utf-8-sig")):
+            written += value if isinstance(value, list) else [value]
+    written = [value if isinstance(value, dict) else {"text": value} for value in written]
+    if len(written) != len(rows):
+        raise ValueError(f"{len(rows)} rows were found, and {len(written)} where texts look like times")
+    columns = [{name: row.get(name) for name in times} for row in written]
+    texts = Dataset.from_list(columns)
+    return datasets.concatenate_datasets([rows.remove_columns(times), texts], axis=1)
+
+
+def _json_values(content: str) -> Iterator[object]:
+    """Those that stand one after the other, on lines of their own or not."""
+    decoder, at = json.JSONDecoder(), 0
+    while match := re.compile(r"[^ \t\r\n]").search(content, at):
+        value, at = decoder.raw_decode(content, match.start())
+        yield value
 
 
 @contextmanager

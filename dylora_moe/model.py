@@ -327,11 +327,11 @@ class DyLoRAMoE(nn.Module):
         self._states.mark_immature()
 
     def train(self, mode: bool = True) -> DyLoRAMoE:
-        self._states.forget()
+        self._states.forget(reset=not mode)
         return super().train(mode)
 
     def load_state_dict(self, *args, **kwargs):
-        self._states.forget()
+        self._states.forget(reset=True)
         return super().load_state_dict(*args, **kwargs)
 
     def _plan(self) -> Plan:
@@ -438,9 +438,10 @@ class DyLoRAMoE(nn.Module):
             self._routing.wrap_checkpointing(decoder_layers(self.base))
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        collect = labels is not None and self._looks_at_routing(expert)
-        with self._routing.force(expert), self._routing.record(collect) as probs:
-            out = self.base(input_ids, **kwargs)
+        with self._routing.its_turn():
+            collect = labels is not None and self._looks_at_routing(expert)
+            with self._routing.force(expert), self._routing.record(collect) as probs:
+                out = self.base(input_ids, **kwargs)
         losses = {}
         if labels is not None:
             losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs)
@@ -485,7 +486,7 @@ class DyLoRAMoE(nn.Module):
     def generate(self, *args, expert: int | None = None, **kwargs):
         """As the base model's `generate`; every token is routed, or goes to `expert` alone."""
         self._check_expert(expert)
-        with self._routing.force(expert), self._routing.settle():
+        with self._routing.its_turn(), self._routing.force(expert), self._routing.settle():
             return self.base.generate(*args, **kwargs)
 
     def _check_expert(self, expert: int | None) -> None:

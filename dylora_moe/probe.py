@@ -91,8 +91,13 @@ def probe_facts(model: DyLoRAMoE) -> dict[str, str]:
 
 
 def saved_on(facts: Mapping[str, str], model: DyLoRAMoE) -> bool:
-    """Whether the base's weights are those of a probe's facts; true as well where their dtypes make that unknown."""
-    return facts.get("dtype") != dtype_name(model) or facts.get("base_weights") == bases.weights_fingerprint(model.base)
+    """Whether the base's weights are those of a probe's facts; true as well where it cannot be told: for weights of
+    another dtype, on the meta device, or kept elsewhere."""
+    return (
+        not model.has_base_weights
+        or facts.get("dtype") != dtype_name(model)
+        or facts.get("base_weights") == bases.weights_fingerprint(model.base)
+    )
 
 
 def _is_compact(model: DyLoRAMoE) -> bool:

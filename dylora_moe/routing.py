@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -110,14 +110,19 @@ class Routing:
     def force(self, expert: Expert) -> Iterator[None]:
         """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing.
 
-        A tuple: one expert for each row of the batch. Inside, other threads wait.
+        A tuple: one expert for each row of the batch. Inside, it holds for the passes of all threads.
         """
-        with nullcontext() if torch.compiler.is_compiling() else self.turn:
+        with self.its_turn():
             before, self.forced = self.forced, self.forced if expert is None else expert
-            try:
-                yield
-            finally:
+        try:
+            yield
+        finally:
+            with self.its_turn():
                 self.forced = before
+
+    def its_turn(self) -> AbstractContextManager:
+        """Inside, no other thread is: around a forward pass, and around what a pass must not see changing."""
+        return nullcontext() if torch.compiler.is_compiling() else self.turn
 
     @contextmanager
     def record(self, wanted: bool = True) -> Iterator[list[torch.Tensor] | None]:

@@ -46,7 +46,7 @@ class ExpertStates:
         if unknown or len(states) != len(self):
             raise UsageError(f"expected {len(self)} states of {', '.join(STATES)}, got {list(states)}")
         self._mature = [state == MATURE for state in states]
-        self.forget()
+        self.forget(reset=True)
 
     def mark_mature(self, experts: Sequence[int]) -> None:
         """Those that are new are not matured by a run that left them as they were."""
@@ -63,15 +63,15 @@ class ExpertStates:
     def all_mature(self, experts: Sequence[int]) -> bool:
         return all(self._mature[index] for index in experts)
 
-    def forget(self) -> None:
-        """Look at every expert again the next time: one that was trained may have been reset."""
-        self._untrained = {i: None for i in range(len(self))}
+    def forget(self, reset: bool = False) -> None:
+        """Look at the tensors again the next time; with `reset` also at those of experts that have been trained."""
+        self._untrained = {index: None for index in (range(len(self)) if reset else self._untrained)}
 
     def new(self) -> tuple[int, ...]:
         """The experts whose B is still all zero.
 
         In evaluation a tensor is read again only when it shows a change. An expert that has been seen to be trained
-        is not looked at any more, until `forget`.
+        is not looked at any more, until one may have been reset.
         """
         for index, before in list(self._untrained.items()):
             weights = [module.weight for module in self._b[index]]

@@ -283,6 +283,40 @@ def test_texts_are_learned_as_they_are_written(tmp_path, kind):
         assert sorted(learned) == sorted(f"{text}<eos>" for text in answers)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "2024-01-01", "note": "a\u2028b\u0085c"}\n{"text": "2024-01-02", "note": "x"}\n',
+        '{\n "text": "2024-01-01",\n "created": "2024-01-01T00:00:00"\n}\n\n{\n "text": "2024-01-02"}',
+        '["2024-01-01", "2024-01-02"]',
+    ],
+    ids=["separators that are none", "objects over lines", "a list of texts"],
+)
+def test_texts_like_times_in_every_form_of_json(tmp_path, content):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    rows = data_sources.read_rows(str(tmp_path / "a.json")).dataset
+    assert rows["text"][:] == ["2024-01-01", "2024-01-02"]
+
+
+def test_times_that_are_not_read_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_sources, "_json_values", lambda *_: pytest.fail("read again"))
+    chat = [{"role": "user", "content": "a", "at": "2024-01-01"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": chat, "created": "2024-01-01"}] * 3)
+    assert len(data_sources.read_rows(str(path)).dataset) == 3
+
+
+def test_what_another_kind_of_rows_would_read_is_not_decoded():
+    rows = datasets.Dataset.from_dict(
+        {"question": ["a"], "answer": ["b"], "text": [""], "picture": [{"path": "none.png", "bytes": b"x"}]},
+        features=datasets.Features(
+            {name: datasets.Value("string") for name in ("question", "answer", "text")} | {"picture": datasets.Image()}
+        ),
+    )
+    assert len(data_documents.read_documents(rows, byte_tokenizer(), "x").items) == 1
+    nothing = datasets.Dataset.from_dict({"text": ["abc", ""], "answer": [1.0, float("nan")]})
+    assert data_documents.read_documents(nothing, byte_tokenizer(), "x").skipped_rows == 1
+
+
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_file(tmp_path, case):
     name, content, message = BAD_FILES[case]

@@ -681,6 +681,12 @@ def test_json_never_goes_into_a_checkpoint(capsys, saved, tmp_path, name):
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
+def test_a_manifest_of_something_else_does_not_make_a_checkpoint(capsys, tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    assert run(quick, capsys, "--json", tmp_path / "result.json").code == 0
+    assert (tmp_path / "result.json").exists()
+
+
 def test_json_to_standard_output(capsys, tiny, tmp_path):
     outcome = run(minimal, capsys, "--model", tiny, "--json", "-", "--output-dir", tmp_path / "out")
     result = json.loads(outcome.out)
