@@ -192,7 +192,7 @@ def build_parser() -> cli.Parser:
         "--weights", choices=("auto", "pretrained", "random"), default="pretrained", help="of the base (pretrained)"
     )
     model.add_argument("--hf-token", help="for gated models and data; default HF_TOKEN or the login")
-    model.add_argument("--dtype", help="of the base: float32, bfloat16 or float16 (default: the config's)")
+    model.add_argument("--dtype", help="of the base: float32, bfloat16, float16 or float64 (default: the config's)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     model.add_argument("--experts", type=cli.number(int, 1, MAX_EXPERTS), default=2, help="number of experts (2)")
     model.add_argument("--lora-r", type=whole(1), default=16, help="rank of each expert (16)")

@@ -8,7 +8,6 @@ python -m dylora_moe list runs/first
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 from argparse import Namespace
@@ -34,11 +33,11 @@ def build_parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m dylora_moe", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="{verify,list}")
     check = commands.add_parser("verify", help="0: complete and sound, 1: every problem listed, 2: not a folder")
-    check.add_argument("checkpoint", metavar="DIR", type=cli.text)
+    check.add_argument("checkpoint", metavar="DIR", type=cli.path)
     check.add_argument("--json", metavar="FILE", type=cli.report_file, help=cli.JSON_HELP)
     check.set_defaults(command=verify_checkpoint)
     listing = commands.add_parser("list", help="one line for each checkpoint of a run folder")
-    listing.add_argument("run", metavar="RUN_DIR", type=cli.text)
+    listing.add_argument("run", metavar="RUN_DIR", type=cli.path)
     listing.set_defaults(command=list_run)
     return parser
 
@@ -47,7 +46,7 @@ def build_parser() -> cli.Parser:
 
 
 def verify_checkpoint(args: Namespace) -> int:
-    folder = Path(os.path.expanduser(args.checkpoint))
+    folder = Path(args.checkpoint)
     contents = verify.inspect(folder)
     code = cli.FAILED if contents.problems else cli.PASSED
     lines = sys.stderr if args.json == "-" else sys.stdout
@@ -87,7 +86,7 @@ def _write_json(target: str, folder: Path, contents: verify.Contents, code: int)
 
 def list_run(args: Namespace) -> int:
     """By step; hashes nothing, so that it is fast on a run of any size."""
-    folder = Path(os.path.expanduser(args.run))
+    folder = Path(args.run)
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
     if (folder / formats.ADAPTERS).exists():

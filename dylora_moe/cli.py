@@ -78,12 +78,16 @@ def text(value: str) -> str:
     return value
 
 
+def path(value: str) -> str:
+    """An argparse type: a shell leaves the ~ of --output-dir=~/run alone. The home of nobody stays as it is written."""
+    return os.path.expanduser(text(value))
+
+
 def report_file(value: str) -> str:
     """An argparse type: where the value of --json is written, which must not change a checkpoint."""
-    target = text(value)
+    target = path(value)
     if target == "-":
         return target
-    target = os.path.expanduser(target)
     folder = os.path.dirname(os.path.realpath(target))
     while folder != os.path.dirname(folder):
         if os.path.exists(os.path.join(folder, formats.ADAPTERS)):

@@ -222,8 +222,8 @@ def _without_times(rows: Dataset, paths: list[Path]) -> Dataset:
 
 def _json_values(content: str) -> Iterator[object]:
     """Those that stand one after the other, on lines of their own or not."""
-    decoder, at = json.JSONDecoder(), 0
-    while match := re.compile(r"[^ \t\r\n]").search(content, at):
+    decoder, something, at = json.JSONDecoder(), re.compile(r"[^ \t\r\n]"), 0
+    while match := something.search(content, at):
         value, at = decoder.raw_decode(content, match.start())
         yield value
 

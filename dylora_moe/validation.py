@@ -165,7 +165,7 @@ class Run:
     def target(self) -> Iterator[Path]:
         """Where the checkpoint is to be written; what is not to be kept is gone afterwards."""
         if self.args.output_dir:
-            place = workspace.output_folder(Path(os.path.expanduser(self.args.output_dir)))
+            place = workspace.output_folder(Path(self.args.output_dir))
         else:
             place = workspace.temporary(self.script.folder_prefix, keep=self.args.keep_checkpoint)
         target = None
@@ -217,7 +217,7 @@ class Run:
 
     def validate(self) -> None:
         try:
-            folder = commit.checkpoint_folder(Path(os.path.expanduser(self.args.checkpoint)))
+            folder = commit.checkpoint_folder(Path(self.args.checkpoint))
         except UsageError as error:
             raise UsageError(f"--checkpoint {error}") from None
         with held_still(folder):  # training may rotate it away

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +81,9 @@ def build_parser(script: Script, description: str) -> cli.Parser:
     )
     parser.add_argument("--device", type=cli.text, default="cpu", help="cpu, cuda, mps or auto (%(default)s)")
     parser.add_argument(
-        "--dtype", type=cli.text, help="of the base: float32, bfloat16 or float16 (default: the config's)"
+        "--dtype", type=cli.text, help="of the base: float32, bfloat16, float16 or float64 (default: the config's)"
     )
-    parser.add_argument("--output-dir", type=cli.text, metavar="DIR", help="write DIR/checkpoint and keep it")
+    parser.add_argument("--output-dir", type=cli.path, metavar="DIR", help="write DIR/checkpoint and keep it")
     parser.add_argument(
         "--max-size-mb", type=cli.number(float, most=1e12, above=0), default=500, help="limit of the size (500)"
     )
@@ -92,7 +91,7 @@ def build_parser(script: Script, description: str) -> cli.Parser:
     parser.add_argument("--keep-checkpoint", action="store_true", help="do not remove the checkpoint at the end")
     parser.add_argument(
         "--checkpoint",
-        type=cli.text,
+        type=cli.path,
         metavar="DIR",
         help="validate this checkpoint instead of saving one; it is not changed",
     )
@@ -122,7 +121,7 @@ def check_contradictions(script: Script, args: Namespace) -> None:
     if args.checkpoint and (args.output_dir or args.keep_checkpoint):
         raise UsageError("--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it.")
     if args.output_dir:
-        workspace.check_output_folder(Path(os.path.expanduser(args.output_dir)))
+        workspace.check_output_folder(Path(args.output_dir))
     bases.resolve_device(args.device)
     bases.resolve_dtype(args.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +76,7 @@ def check_room_to_save(script: Script, args: Namespace, source: Base, weights: s
     experts = setting(args, "experts")
     per_expert = 4 * adapter_parameters(source.config, setting(args, "lora_r"))
     instead = f"python {QUICK.file}"
-    folder = Path(os.path.expanduser(args.output_dir)) if args.output_dir else workspace.temporary_root()
+    folder = Path(args.output_dir) if args.output_dir else workspace.temporary_root()
     machine.need_disk(experts * per_expert + SMALL_FILES, folder, f"a checkpoint of {experts} experts", instead)
     what = f"{experts} experts on {source.name} with {weights} weights"
     mixtures = 3 if script.reloads else 1  # the saved one, the loaded one and stock PEFT's

@@ -60,9 +60,9 @@ def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts:
     expected |= {"revision": revision, "base_model_name_or_path": base}
     expected |= {key: expert[key] for key in ("r", "lora_alpha", "use_rslora")}
     for key, value in expected.items():
-        whole = type(found.get(key)) is int or not isinstance(value, int) or key != "r"  # PEFT takes no 16.0
-        if found.get(key) != value or isinstance(found.get(key), bool) != isinstance(value, bool) or not whole:
-            contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(found.get(key)))
+        there, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
+        if there != value or (type(there) is kind) != (type(value) is kind):
+            contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(there))
     targets = found.get("target_modules")
     if not texts(targets) or sorted(targets) != expert["target_modules"]:
         contents.expect(
@@ -70,7 +70,7 @@ def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts:
         )
     for key in _PLAIN:
         value = found.get(key)
-        if value or (isinstance(value, (int, float, str)) and value is not False):  # layer 0 is one
+        if value is not None and value is not False and value not in ([], {}):  # the layer 0 is one
             contents.expect(name, key, "none in an expert", short(value))
     if contents.follow(name, found, _ADAPTER_RULES):
         other = next(iter(dropouts.values()), None)
