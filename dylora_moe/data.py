@@ -450,7 +450,8 @@ def _mix(parts: list[Dataset], weights: list[float], seed: int) -> tuple[Dataset
         if needed > MOST_REPETITIONS * sum(map(len, parts)):
             raise UsageError(
                 f"--data: the weights {', '.join(f'{weight:g}' for weight in weights)} are too far apart: until all "
-                f"{sum(map(len, parts)):,} blocks have been seen, {needed:,.0f} would be drawn; give less different ones"
+                f"{sum(map(len, parts)):,} blocks have been seen, {needed:,.0f} would be drawn; "
+                "give less different ones"
             )
         mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
     drawn = np.bincount(np.asarray(mixed["source"]), minlength=len(parts)).tolist()
