@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.pytorch_utils import Conv1D
 
 from .mix import Layout
@@ -31,6 +32,19 @@ def _operations_are_watched() -> bool:
     """Whether something sees each operation and may keep what it returned: torch.compile, or a dispatch mode, as that
     of selective checkpointing."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+
+
+def _is_seen(module: nn.Module) -> bool:
+    """Whether something may keep what the module returns."""
+    return bool(module._forward_hooks or _global_forward_hooks)
+
+
+def _is_a_plain_product(base: nn.Module) -> bool:
+    """Whether calling it does no more than x W^T + bias: nobody looks on, and the weight is a tensor as any other."""
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in base.__dict__:
+        return False
+    before = base._forward_pre_hooks or _global_forward_pre_hooks
+    return not (before or _is_seen(base) or _operations_are_watched())
 
 
 class RoutedLinear(lora.Linear):
@@ -59,6 +73,8 @@ class RoutedLinear(lora.Linear):
         idle = slot is None or (slot.expert is None and slot.mixes is None)
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
+        if not args and not kwargs and (result := self._base_onto_the_sum(x, slot)) is not None:
+            return result
         result = self._modules["base_layer"](x, *args, **kwargs)
         if isinstance(slot.expert, tuple):
             return self._add_by_row(result, x, slot.expert)
@@ -75,10 +91,27 @@ class RoutedLinear(lora.Linear):
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
 
+    def _base_onto_the_sum(self, x: torch.Tensor, slot: LayerSlot) -> torch.Tensor | None:
+        """In evaluation the base's product is added onto the experts' sum, where that is a tensor of its own: this way
+        round, no further pass over it is needed. None where it cannot be done so.
+        """
+        if slot.settled is None or slot.expert is not None or len(slot.mixes) != 1 or len(slot.mixes[0]) == 1:
+            return None
+        base = self._modules["base_layer"]
+        if not _is_a_plain_product(base) or base.weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        total = slot.terms(self, x)[0].sum(self, x.dtype)  # (S, d_out)
+        if total is None:
+            return None
+        total.addmm_(x.flatten(0, -2), base.weight.t())
+        if base.bias is not None:
+            total.add_(base.bias)
+        return total.view(*x.shape[:-1], -1)
+
     def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""
         base = self._modules["base_layer"]
-        if base._forward_hooks or type(base) not in (nn.Linear, Conv1D):
+        if _is_seen(base) or type(base) not in (nn.Linear, Conv1D):
             return False
         if slot.settled is not None:  # there is no backward pass, and nothing is compiled
             return True

@@ -18,7 +18,7 @@ from torch import nn
 
 from .errors import UsageError
 from .mix import Mix, Way
-from .ways import Few, Scratch, can_be_grouped, join
+from .ways import ByExpert, Few, Scratch, can_be_grouped, join
 
 if TYPE_CHECKING:
     from .layers import RoutedLinear
@@ -73,6 +73,14 @@ class Term:
             return total
         part, b = self.parts[layer]
         return self.way.add(total, part, b, in_place)
+
+    def sum(self, layer: RoutedLinear, dtype: torch.dtype) -> torch.Tensor | None:
+        """The term of a layer (S, d_out), a new tensor; None where it is worked out only while it is added, or in
+        another dtype."""
+        if not isinstance(self.way, ByExpert):
+            return None
+        part, b = self.parts[layer]
+        return self.way.sum(part, b) if b.dtype == dtype else None
 
 
 class SharedInput:

@@ -2,6 +2,7 @@
 
 A way has two halves. `hidden` is worked out once for all layers that read the same input: what the A make of it,
 weighted. `add` puts one layer's B to its part of that. Between the halves a part has whatever form suits the way.
+Where the sum of the experts is a tensor of its own before it is added, `sum` gives that.
 
 In evaluation with few experts per token, the tokens' choices are sorted by expert, so that one grouped matmul serves
 all experts however unevenly they are wanted. A few tokens, as in generation, need no sorting: the A of the experts that
@@ -114,7 +115,7 @@ class Few:
 
 
 @dataclass(eq=False)
-class _ByExpert:
+class ByExpert:
     """Each token's own experts: only the rows of B that they have are read.
 
     gate: (S * k, 1), the weight of each choice, scaling included, in the order of the units.
@@ -136,15 +137,23 @@ class _ByExpert:
         """(n, M * r) -> M parts (n, r)."""
         return units.view(len(units), -1, self.rank).unbind(1)  # Tensor.split is written in Python, and slow
 
-    def add_units(self, total: torch.Tensor, units: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """total (S, d_out), units (S * k * r,) in the order of the tokens, b (N * r, d_out) -> (S, d_out)."""
-        out = sum_rows(b.contiguous(), self.rows, self.begins, units)
+    def in_order(self, part: torch.Tensor) -> torch.Tensor:
+        """A part (S * k, r) of `hidden` -> (S * k, r) in the order of the tokens."""
+        return part
+
+    def sum(self, part: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """b (N * r, d_out) -> (S, d_out), a new tensor."""
+        return sum_rows(b.contiguous(), self.rows, self.begins, self.in_order(part).flatten())
+
+    def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
+        out = self.sum(part, b)
         # In place on what is new here: nobody else has seen it, and there are no gradients.
         return out.add_(total) if out.dtype == total.dtype else total + out
 
 
 @dataclass(eq=False)
-class Fetch(_ByExpert):
+class Fetch(ByExpert):
     """Few tokens' experts, their A copied together. index: (S, k) int64."""
 
     index: torch.Tensor
@@ -155,13 +164,9 @@ class Fetch(_ByExpert):
         units = torch.matmul(x[:, None, None], fetched).flatten(0, 2)  # (S * k, M * r)
         return self.parts(units * self.gate.to(x.dtype))
 
-    def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        return self.add_units(total, part.reshape(-1), b)
-
 
 @dataclass(eq=False)
-class Dispatch(_ByExpert):
+class Dispatch(ByExpert):
     """The tokens' choices, sorted by expert.
 
     tokens: (S * k,) int64, the token of each choice.
@@ -179,9 +184,8 @@ class Dispatch(_ByExpert):
         units = F.grouped_mm(rows, a, offs=self.ends).mul_(self.gate)  # (S * k, M * r)
         return self.parts(units)
 
-    def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        return self.add_units(total, part.index_select(0, self.places).flatten(), b)
+    def in_order(self, part: torch.Tensor) -> torch.Tensor:
+        return part.index_select(0, self.places)
 
 
 def join(matrices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:

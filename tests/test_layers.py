@@ -1,21 +1,36 @@
 """The routed layer against a plain loop over experts in float64, and each expert against stock PEFT."""
 
+import contextlib
 import copy
+import functools
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from torch.func import functional_call
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
+from dylora_moe.hankel import HankelMatrix
 from dylora_moe.shared_input import SharedInput
 from dylora_moe.ways import Dispatch, Fetch, can_be_grouped, sparse_way
 
 from .tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
 
 TOLERANCE = 1e-5
+ONLOOKERS = (
+    "a hook",
+    "a pre-hook",
+    "a global hook",
+    "a global pre-hook",
+    "a forward of its own",
+    "a weight of its own kind",
+    "a dispatch mode",
+    "autocast",
+)
 PLAIN = {"lora_dropout": 0.0}
 MIXED = {
     "llama": [
@@ -124,6 +139,60 @@ def eager_dispatch(monkeypatch):
         monkeypatch.setattr(ways, name, 1)
     monkeypatch.setattr("dylora_moe.mix.sparse_way", lambda *args: plans.append(plan(*args)) or plans[-1])
     return plans
+
+
+class EveryOperation(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def looking_on(how, layers):
+    """Somebody who must see what each of these layers does."""
+    with contextlib.ExitStack() as stack:
+        if how == "a dispatch mode":
+            stack.enter_context(EveryOperation())
+        elif how == "autocast":
+            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        elif how == "a global hook":
+            stack.callback(register_module_forward_hook(lambda *args: None).remove)
+        elif how == "a global pre-hook":
+            stack.callback(register_module_forward_pre_hook(lambda *args: None).remove)
+        for layer in layers:
+            if how == "a hook":
+                stack.callback(layer.register_forward_hook(lambda *args: None).remove)
+            elif how == "a pre-hook":
+                stack.callback(layer.register_forward_pre_hook(lambda *args: None).remove)
+            elif how == "a forward of its own":  # as accelerate puts it, to fetch the weights from elsewhere
+                layer.forward = functools.partial(type(layer).forward, layer)
+                stack.callback(layer.__dict__.pop, "forward")
+            elif how == "a weight of its own kind":
+                stack.callback(setattr, layer, "weight", layer.weight)
+                layer.weight = HankelMatrix(layer.weight, requires_grad=False)
+        yield
+
+
+@pytest.mark.parametrize("shape", [(2, 9), (2, 1)])
+@pytest.mark.parametrize("kind", ["qwen2", "llama"])  # with and without a bias
+def test_the_base_is_added_onto_what_was_dispatched(kind, shape, eager_dispatch, monkeypatch):
+    """In evaluation its linear layers are called only where somebody looks: their product goes onto the sum."""
+    model, ids = tiny_mixture(kind, 16), random_ids(*shape)
+    layers = [layer.base_layer for _, layer in model.routed_layers()]
+    for layer in layers:
+        if layer.bias is not None:
+            torch.nn.init.normal_(layer.bias)
+    model.mark_mature()
+    called, forward = [], torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: called.append(self) or forward(self, x))
+    with torch.no_grad():
+        alone = model(ids).logits
+        assert not {*layers} & {*called}
+        for how in ONLOOKERS:
+            called.clear()
+            with looking_on(how, layers):
+                seen = model(ids).logits
+            assert [layer for layer in called if layer in {*layers}] == layers, how
+            assert difference(alone, seen) <= (0.1 if how == "autocast" else TOLERANCE), how
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
