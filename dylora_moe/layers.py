@@ -39,12 +39,12 @@ def _is_seen(module: nn.Module) -> bool:
     return bool(module._forward_hooks or _global_forward_hooks)
 
 
-def _is_a_plain_product(base: nn.Module) -> bool:
-    """Whether calling it does no more than x W^T + bias: nobody looks on, and the weight is a tensor as any other."""
-    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in base.__dict__:
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling it does no more than x W^T + bias, and nobody looks on."""
+    if type(module) is not nn.Linear or "forward" in module.__dict__:
         return False
-    before = base._forward_pre_hooks or _global_forward_pre_hooks
-    return not (before or _is_seen(base) or _operations_are_watched())
+    before = module._forward_pre_hooks or _global_forward_pre_hooks
+    return not (before or _is_seen(module) or _operations_are_watched())
 
 
 class RoutedLinear(lora.Linear):
@@ -98,7 +98,9 @@ class RoutedLinear(lora.Linear):
         if slot.settled is None or slot.expert is not None or len(slot.mixes) != 1 or len(slot.mixes[0]) == 1:
             return None
         base = self._modules["base_layer"]
-        if not _is_a_plain_product(base) or base.weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        if not is_plain_linear(base) or type(base.weight) is not nn.Parameter or base.weight.dtype != x.dtype:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
             return None
         total = slot.terms(self, x)[0].sum(self, x.dtype)  # (S, d_out)
         if total is None:

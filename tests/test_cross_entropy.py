@@ -1,15 +1,20 @@
-"""The loss of a language model is what F.cross_entropy makes of it, with one tensor of the logits' size, not three."""
+"""The loss of a language model is what F.cross_entropy makes of it, with one tensor of the logits' size or none."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from dylora_moe import cross_entropy
-from dylora_moe.cross_entropy import IGNORED_LABEL, summed_cross_entropy
+from dylora_moe import RouterConfig, cross_entropy
+from dylora_moe.cross_entropy import IGNORED_LABEL, summed_cross_entropy, watched_head
 
-TOKENS, VOCABULARY = 11, 37
+from .tiny import ARCHITECTURES, random_ids, tiny_mixture
+
+TOKENS, VOCABULARY, WIDTH = 11, 37, 5
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +61,31 @@ def test_nothing_but_the_logits_is_kept_for_the_backward_pass():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         summed_cross_entropy(logits, targets)
-    assert {t.data_ptr() for t in kept} == {logits.data_ptr(), targets.data_ptr()}
+    assert {t.data_ptr() for t in kept if t.numel() > TOKENS} == {logits.data_ptr()}
+
+
+def test_a_logit_that_is_ruled_out_and_no_tokens_at_all():
+    logits, targets = made()
+    with torch.no_grad():
+        logits[:, :3] = -torch.inf
+        targets[targets < 3] = 3
+    loss = summed_cross_entropy(logits, targets)
+    assert torch.allclose(loss, reference(logits, targets), rtol=1e-6) and loss.isfinite()
+    (found,) = torch.autograd.grad(loss, logits)
+    assert found.isfinite().all() and not found[:, :3].any()
+    nothing = logits.detach()[:0].requires_grad_()
+    assert torch.autograd.grad(summed_cross_entropy(nothing, targets[:0]), nothing)[0].shape == (0, VOCABULARY)
+
+
+def test_large_logits_lose_no_digits():
+    """What is divided by is kept beside the largest logit: their sum as one number would be rounded to its size."""
+    logits, targets = made()
+    logits = (logits.detach() + 3000).requires_grad_()
+    wanted = F.cross_entropy(logits.double(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+    loss = summed_cross_entropy(logits, targets)
+    assert abs(loss - wanted) < 1e-4
+    (found,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(found, torch.autograd.grad(wanted, logits)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_logits_in_any_layout():
@@ -103,3 +132,112 @@ def test_compiled_it_is_one_operation_which_a_compiler_fuses():
     assert torch.allclose(compiled(logits, targets), reference(logits, targets), rtol=1e-6)
     called = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
     assert called.count(F.cross_entropy) == 1
+
+
+# ---- past the logits ----
+
+
+def headed(dtype=torch.float32, bias=False) -> tuple[nn.Linear, torch.Tensor, torch.Tensor]:
+    """A frozen head, its input and the targets."""
+    targets = made()[1]
+    generator = torch.Generator().manual_seed(1)
+    head = nn.Linear(WIDTH, VOCABULARY, bias=bias, dtype=dtype).requires_grad_(False)
+    for parameter in head.parameters():
+        parameter.normal_(generator=generator)
+    return head, torch.randn(1, TOKENS, WIDTH, generator=generator).to(dtype).requires_grad_(), targets
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_past_the_logits_loss_and_gradient_are_those_of_torch(dtype, bias, smoothing):
+    layer, hidden, targets = headed(dtype, bias)
+    with watched_head(layer) as head:
+        logits = layer(hidden)
+    logits.retain_grad()
+    loss = summed_cross_entropy(logits, targets, smoothing, head)
+    expected = reference(layer(hidden).flatten(0, 1), targets, smoothing)
+    assert loss.dtype == torch.float32 and torch.allclose(loss, expected, rtol=1e-5)
+    assert torch.equal(loss, summed_cross_entropy(logits, targets, smoothing)), "one loss, whatever its gradient"
+    (wanted,) = torch.autograd.grad(expected / 7, hidden)
+    (loss / 7).backward()
+    assert logits.grad is None, "it went past them"
+    assert hidden.grad.dtype == dtype and wanted.abs().max() > 0.1
+    rtol, atol = (2e-2, 1e-2) if dtype == torch.bfloat16 else (1e-5, 1e-6)
+    torch.testing.assert_close(hidden.grad, wanted, rtol=rtol, atol=atol)
+    assert not hidden.grad[0, targets == IGNORED_LABEL].any()
+
+
+def test_past_the_logits_a_gradient_can_be_differentiated_again():
+    layer, hidden, targets = headed(bias=True)
+    direction = torch.linspace(-1, 1, hidden.numel()).view_as(hidden)
+    products = []
+    for ours in (True, False):
+        with watched_head(layer) as head:
+            logits = layer(hidden)
+        loss = summed_cross_entropy(logits, targets, 0.1, head) if ours else reference(logits[0], targets, 0.1)
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        products.append(torch.autograd.grad((gradient * direction).sum(), hidden)[0])
+    assert torch.allclose(*products, atol=1e-5) and products[1].abs().max() > 0.01
+
+
+ELSEWHERE = {
+    "the head is trained": lambda layer: layer.requires_grad_(True),
+    "a hook": lambda layer: layer.register_forward_hook(lambda *args: None),
+    "a pre-hook": lambda layer: layer.register_forward_pre_hook(lambda *args: None),
+    "a backward hook": lambda layer: layer.register_full_backward_hook(lambda *args: None),
+    "a backward pre-hook": lambda layer: layer.register_full_backward_pre_hook(lambda *args: None),
+    "a forward of its own": lambda layer: setattr(layer, "forward", functools.partial(nn.Linear.forward, layer)),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_a_head_that_must_see_its_gradient_does(what):
+    layer, hidden, targets = headed()
+    ELSEWHERE[what](layer)
+    with watched_head(layer) as head:
+        logits = layer(hidden)
+    assert head is None
+    logits.retain_grad()
+    summed_cross_entropy(logits, targets, 0.0, head).backward()
+    assert logits.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("what", ["scaled", "called twice", "in another dtype", "without gradients"])
+def test_logits_that_are_not_what_the_head_returned_get_their_gradient(what):
+    layer, hidden, targets = headed()
+    with watched_head(layer) as head:
+        if what == "in another dtype":
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits = layer(hidden)
+        else:
+            logits = layer(hidden.detach() if what == "without gradients" else hidden)
+        if what == "called twice":
+            layer(hidden)
+        if what == "scaled":
+            logits = logits * 2
+    if what == "without gradients":
+        logits.requires_grad_()
+    else:
+        logits.retain_grad()
+    summed_cross_entropy(logits, targets, 0.0, head).backward()
+    assert logits.grad.abs().sum() > 0
+    assert not layer._forward_hooks, "nothing is left behind"
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_in_training_a_mixture_has_the_gradients_that_it_has_in_evaluation(kind):
+    router = RouterConfig(balance_coefficient=0.0)  # of training alone
+    model, ids = tiny_mixture(kind, router=router), random_ids(2, 9)
+    found = []
+    for training in (False, True):
+        model.train(training).zero_grad()
+        output = model(ids, labels=ids)
+        output.logits.retain_grad()
+        output.loss.backward()
+        assert (output.logits.grad is None) == training
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 6
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+    assert not model.base.get_output_embeddings()._forward_hooks
