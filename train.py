@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -224,14 +223,13 @@ def build_parser() -> cli.Parser:
     )
 
     run = parser.add_argument_group("run")
-    path = os.path.expanduser  # a shell leaves the ~ of --output-dir=~/run alone
-    run.add_argument("--output-dir", type=path, help="the run folder (runs/demo with --demo)")
+    run.add_argument("--output-dir", type=cli.path, help="the run folder (runs/demo with --demo)")
     run.add_argument("--logging-steps", type=whole(1), default=10, help="(10)")
     run.add_argument("--eval-steps", type=whole(0), default=0, help="0: at the end only (0)")
     run.add_argument("--save-steps", type=whole(0), default=100, help="0: at the end only (100)")
     run.add_argument("--save-total-limit", type=whole(1), help="keep that many checkpoints, and the best")
     run.add_argument(
-        "--resume", type=path, nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or DIR"
+        "--resume", type=cli.path, nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or DIR"
     )
     run.add_argument(
         "--resume-weights-only",
@@ -240,7 +238,9 @@ def build_parser() -> cli.Parser:
     )
     run.add_argument("--accept-changes", action="store_true", help="resume although settings differ")
     run.add_argument("--report-to", choices=REPORTS, default="none", help="(none)")
-    run.add_argument("--config", type=path, metavar="FILE", help="YAML or JSON with any of these settings; flags win")
+    run.add_argument(
+        "--config", type=cli.path, metavar="FILE", help="YAML or JSON with any of these settings; flags win"
+    )
     run.add_argument("--demo", action="store_true", help="train a tiny model on this machine's Python sources, offline")
     return parser
 
@@ -310,6 +310,8 @@ def _read_config(parser: cli.Parser, path: str) -> dict:
         action = actions.get(str(name).replace("-", "_"))
         if action is None:
             raise UsageError(f"--config {path}: there is no setting {name!r}; see train.py --help")
+        if action.dest in found:
+            raise UsageError(f"--config {path}: {action.dest} is there twice, with - and with _; leave one out")
         if value is None or value is False:
             continue
         if isinstance(value, dict) or (isinstance(value, list) and name not in LISTS):

@@ -274,6 +274,8 @@ def test_folders_below_the_home_folder(tmp_path, monkeypatch):
         ("experts: 0", "argument --experts: expected a whole number from 1 to 1024, got 0"),
         ("experts: [2, 3]", "experts: expected a value, got [2, 3]"),
         ("targets: {q_proj: 1}", "targets: expected a value, got {'q_proj': 1}"),
+        ("max_steps: 2\nmax-steps: 3", "max_steps is there twice"),
+        ("output_dir: ''", "--output-dir: expected a value, got an empty one"),
         ("expertz: 2", "there is no setting 'expertz'"),
         ("- experts", "expected settings by name, found list"),
         ("experts: [", "is not valid YAML"),
