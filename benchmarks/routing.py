@@ -26,7 +26,7 @@ from . import common, loop, models
 from .common import Case, Result, Timing
 
 # Experts -> rounds of the training step and of the evaluation: more where a limit is narrow.
-ROUNDS, QUICK_ROUNDS = {4: (5, 7), 16: (9, 13), 64: (2, 3)}, 1
+ROUNDS, QUICK_ROUNDS = {4: (7, 9), 16: (9, 13), 64: (2, 3)}, 1
 WARM_UPS = 2  # the second time, ours keeps the experts' matrices
 # Experts -> (batch, length) in training and in evaluation.
 SHAPES = {4: ((4, 128), (4, 128)), 16: ((2, 128), (2, 128)), 64: ((1, 128), (4, 128))}

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -141,6 +142,7 @@ def write_weights(folder: Path) -> Path:
     made = child.run([PYTHON, "-c", WRITE_WEIGHTS, str(target), REAL_MODEL])
     if made.code != 0:
         raise RuntimeError(f"the base model could not be written: {made.output[-500:]}")
+    os.sync()  # what is still on its way to the disk would be waited for by the scripts that are timed
     return target
 
 

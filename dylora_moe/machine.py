@@ -192,12 +192,16 @@ def _version(package: str) -> str | None:
 def arithmetic(device) -> str:
     """What rounding depends on: two processes with the same text compute the same bits for the same input.
 
-    Processor, torch's version and vector instructions, number of threads; for another device its name too.
+    Processor, vector instructions, number of threads, for another device its name too, and the versions of what
+    computes: another one may add up in another order.
     """
     import torch
+    import transformers
 
-    parts = [_cpu_name(), f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability()]
-    parts.append(f"{torch.get_num_threads()} threads")
+    from . import __version__
+
+    parts = [_cpu_name(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    parts += [f"torch {torch.__version__}", f"transformers {transformers.__version__}", f"dylora_moe {__version__}"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     elif device.type != "cpu":

@@ -117,3 +117,16 @@ def test_describe_says_what_a_measurement_ran_on():
     facts = machine.describe()
     assert facts["cores"] >= 1 and facts["memory_bytes"] > 1 << 20
     assert facts["torch"] and facts["transformers"] and facts["cpu"]
+
+
+@pytest.mark.parametrize("package", ["torch", "transformers", "dylora_moe"])
+def test_another_version_may_round_differently(package, monkeypatch):
+    import importlib
+
+    import torch
+
+    before = machine.arithmetic(torch.device("cpu"))
+    assert machine.arithmetic(torch.device("cpu")) == before
+    monkeypatch.setattr(importlib.import_module(package), "__version__", "99")
+    after = machine.arithmetic(torch.device("cpu"))
+    assert after != before and f"{package} 99" in after
