@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .errors import UsageError
 from .layers import is_plain_linear
 
 IGNORED_LABEL = -100
@@ -34,29 +35,33 @@ class Head:
 
     def __init__(self, layer: nn.Linear):
         self._layer = layer
-        self._calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._calls: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def note(self, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         """A forward hook."""
-        self._calls.append((args[0], output))
+        self._calls.append((args[0], output, output._version))
 
-    def factors(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
-        """The input (S, d), the weight (V, d) and the bias (V,) that have made these logits (..., V).
+    def factors(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The input (..., d) and the weight (V, d) that have made these logits (..., V); the weight without a gradient.
 
         None where they were made otherwise. Of a sharded base every rank must ask.
         """
-        if len(self._calls) != 1 or self._calls[0][1] is not logits:
+        if len(self._calls) != 1:
             return None
-        hidden = self._calls[0][0]
-        weight, bias = (p if p is None else _whole_tensor(p.detach()) for p in (self._layer.weight, self._layer.bias))
-        same = hidden.dtype == logits.dtype == weight.dtype and hidden.device == logits.device == weight.device
-        if not same or not hidden.requires_grad or type(weight) is not torch.Tensor:
+        (hidden, output, version), weight = self._calls[0], self._layer.weight
+        if output is not logits or logits._version != version or not (logits.requires_grad and hidden.requires_grad):
             return None
-        return hidden.flatten(0, -2), weight, bias
+        if not hidden.dtype == logits.dtype == weight.dtype or not hidden.device == logits.device == weight.device:
+            return None
+        if weight.requires_grad:
+            return None
+        weight = weight.detach()
+        return hidden, weight.full_tensor() if self.is_sharded else weight
 
-
-def _whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a DTensor, of a sharded base
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of the weight: it is a DTensor."""
+        return hasattr(self._layer.weight, "full_tensor")
 
 
 @contextmanager
@@ -83,16 +88,22 @@ def summed_cross_entropy(
         logits: (..., V) of any floating-point dtype.
         targets: (...) int64; IGNORED_LABEL leaves a token out.
         label_smoothing: the share of a target's probability that is spread over the vocabulary.
-        head: what has made the logits; the gradient goes to its input then, and the logits have none.
+        head: what has made the logits; the gradient goes to its input then, and the logits have none, unless somebody
+            wants it: by a hook, `retain_grad` or `torch.autograd.grad`.
+
+    Raises:
+        UsageError: where there are not as many targets as logits.
     """
-    rows, targets = logits.flatten(0, -2), targets.flatten()
+    if logits.shape[:-1] != targets.shape:
+        shapes = f"targets {tuple(targets.shape)}, logits {tuple(logits.shape)}"
+        raise UsageError(f"each label needs the logits of its place, found {shapes}; leave out what shortens either")
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     if transformed or type(logits) is not torch.Tensor:  # a DTensor, for one
-        return _whole(rows, targets, label_smoothing)
+        return _whole(logits.flatten(0, -2), targets.flatten(), label_smoothing)
     factors = head.factors(logits) if head is not None and torch.is_grad_enabled() else None
     if factors is None:
-        return _ToLogits.apply(rows, targets, label_smoothing)
-    return _ToHidden.apply(*factors, rows, targets, label_smoothing)
+        return _ToLogits.apply(logits, targets, label_smoothing)
+    return _ToHidden.apply(*factors, logits, targets, label_smoothing, head.is_sharded)
 
 
 def _whole(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
@@ -103,37 +114,22 @@ def _whole(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) 
 class _ToLogits(Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-        loss, *scale = _loss(logits, targets, label_smoothing)
+        rows, targets = logits.flatten(0, -2), targets.flatten()
+        loss, *scale = _loss(rows, targets, label_smoothing)
         ctx.save_for_backward(logits, targets, *scale)
         ctx.label_smoothing = label_smoothing
         return loss
 
     @staticmethod
     def backward(ctx, weight: torch.Tensor) -> tuple:
-        logits, targets, largest, total = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            loss = _whole(logits, targets, ctx.label_smoothing)
-            return *torch.autograd.grad(loss, logits, weight, create_graph=True), None, None
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        kept = targets != IGNORED_LABEL  # (S,)
-        weights, places = weight * kept.unsqueeze(1), targets.where(kept, 0).unsqueeze(1)  # (S, 1) each
-        smoothing, share = ctx.label_smoothing, ctx.label_smoothing / logits.shape[1]
-        for part in _chunks(logits, 0):
-            own = gradient[part] if gradient.dtype == torch.float32 else None
-            found = torch.sub(logits[part].float(), largest[part], out=own).exp_()  # (chunk, V)
-            found *= weights[part] / total[part]
-            found.scatter_add_(1, places[part], (smoothing - 1) * weights[part])
-            if smoothing:
-                found -= share * weights[part]
-            if own is None:
-                gradient[part] = found
-        return gradient, None, None
+        return _gradient(weight, *ctx.saved_tensors, ctx.label_smoothing), None, None
 
 
 class _ToHidden(Function):
     """The gradient is worked out beside the loss, while the logits are at hand: backward has to scale it only.
 
-    The logits are an input without a gradient: the hooks of what has returned them run, as FSDP2 needs.
+    The logits are an input, too, mostly without a gradient. So those who want one get it; and the hooks of whoever has
+    returned them run in any case, as FSDP2 needs.
     """
 
     @staticmethod
@@ -141,18 +137,19 @@ class _ToHidden(Function):
         ctx,
         hidden: torch.Tensor,
         weight: torch.Tensor,
-        bias: torch.Tensor | None,
         logits: torch.Tensor,
         targets: torch.Tensor,
         label_smoothing: float,
+        is_sharded: bool,
     ) -> torch.Tensor:
-        loss, largest, total = _loss(logits, targets, label_smoothing)
+        rows, targets = logits.flatten(0, -2), targets.flatten()
+        loss, largest, total = _loss(rows, targets, label_smoothing)
         kept = targets != IGNORED_LABEL  # (S,)
-        gradient = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)  # (S, d)
-        share = label_smoothing / logits.shape[1]
-        buffer = _buffer(logits)
-        for part in _chunks(logits, 1):
-            found = _exponentials(logits[:, part], largest, buffer)  # (S, chunk)
+        gradient = torch.zeros(len(rows), hidden.shape[-1], dtype=torch.float32, device=hidden.device)  # (S, d)
+        share = label_smoothing / rows.shape[1]
+        buffer = _buffer(rows)
+        for part in _chunks(rows, 1):
+            found = _exponentials(rows[:, part], largest, buffer)  # (S, chunk)
             if label_smoothing:
                 found -= share * total
             if weight.dtype == torch.float32:
@@ -163,19 +160,48 @@ class _ToHidden(Function):
             gradient /= total
         gradient -= (1 - label_smoothing) * weight[targets.where(kept, 0)]
         gradient *= kept.unsqueeze(1)
-        ctx.save_for_backward(gradient.to(hidden.dtype), hidden, weight, bias, targets)
-        ctx.label_smoothing = label_smoothing
+        ctx.save_for_backward(gradient.view(hidden.shape), logits, targets, largest, total)
+        ctx.made_by, ctx.dtype = hidden.grad_fn, hidden.dtype
+        ctx.label_smoothing, ctx.is_sharded = label_smoothing, is_sharded
         return loss
 
     @staticmethod
     def backward(ctx, scale: torch.Tensor) -> tuple:
-        gradient, hidden, weight, bias, targets = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated again
-            loss = _whole(F.linear(hidden, weight, bias), targets, ctx.label_smoothing)
-            (gradient,) = torch.autograd.grad(loss, hidden, scale, create_graph=True)
-        else:
-            gradient = gradient * scale.to(gradient.dtype)
-        return gradient, None, None, None, None, None
+        gradient, logits, *others = ctx.saved_tensors
+        wanted = not ctx.is_sharded and (logits._backward_hooks or logits.retains_grad)
+        past = ctx.made_by is None or torch._C._will_engine_execute_node(ctx.made_by)
+        if torch.is_grad_enabled() or wanted or not past:
+            return None, None, _gradient(scale, logits, *others, ctx.label_smoothing), None, None, None
+        return (gradient * scale).to(ctx.dtype), None, None, None, None, None
+
+
+def _gradient(
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    largest: torch.Tensor,
+    total: torch.Tensor,
+    label_smoothing: float,
+) -> torch.Tensor:
+    """Of the loss, times weight, by the logits (..., V)."""
+    if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        loss = _whole(logits.flatten(0, -2), targets, label_smoothing)
+        return torch.autograd.grad(loss, logits, weight, create_graph=True)[0]
+    rows = logits.flatten(0, -2)
+    gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    kept = targets != IGNORED_LABEL  # (S,)
+    weights, places = weight * kept.unsqueeze(1), targets.where(kept, 0).unsqueeze(1)  # (S, 1) each
+    share = label_smoothing / rows.shape[1]
+    for part in _chunks(rows, 0):
+        own = gradient[part] if gradient.dtype == torch.float32 else None
+        found = torch.sub(rows[part].float(), largest[part], out=own).exp_()  # (chunk, V)
+        found *= weights[part] / total[part]
+        found.scatter_add_(1, places[part], (label_smoothing - 1) * weights[part])
+        if label_smoothing:
+            found -= share * weights[part]
+        if own is None:
+            gradient[part] = found
+    return gradient.view(logits.shape)
 
 
 def _loss(
@@ -201,7 +227,8 @@ def _exponentials(logits: torch.Tensor, largest: torch.Tensor, buffer: torch.Ten
 
 def _buffer(logits: torch.Tensor) -> torch.Tensor:
     """For a chunk of float32 logits: fresh pages would take longer to get than to fill."""
-    return torch.empty(max(_limit(logits), *logits.shape), device=logits.device)
+    size = min(max(_limit(logits), *logits.shape), logits.numel())
+    return torch.empty(size, dtype=torch.float32, device=logits.device)
 
 
 def _chunks(logits: torch.Tensor, dim: int) -> Iterator[slice]:

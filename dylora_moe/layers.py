@@ -108,7 +108,7 @@ class RoutedLinear(lora.Linear):
         total.addmm_(x.flatten(0, -2), base.weight.t())
         if base.bias is not None:
             total.add_(base.bias)
-        return total.view(*x.shape[:-1], -1)
+        return total.view(*x.shape[:-1], total.shape[-1])
 
     def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""
