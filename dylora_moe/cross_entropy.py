@@ -53,8 +53,6 @@ class Head:
             return None
         if not hidden.dtype == logits.dtype == weight.dtype or not hidden.device == logits.device == weight.device:
             return None
-        if weight.requires_grad:
-            return None
         weight = weight.detach()
         return hidden, weight.full_tensor() if self.is_sharded else weight
 
@@ -68,7 +66,7 @@ class Head:
 def watched_head(layer: nn.Module | None) -> Iterator[Head | None]:
     """Inside, what the layer that makes the logits is given is noted; None where a gradient may not pass it by."""
     plain = layer is not None and is_plain_linear(layer) and not (layer._backward_hooks or layer._backward_pre_hooks)
-    if not plain or any(parameter.requires_grad for parameter in layer.parameters()):
+    if not plain or any(tensor is not None and tensor.requires_grad for tensor in (layer.weight, layer.bias)):
         yield None
         return
     head = Head(layer)
@@ -115,14 +113,14 @@ class _ToLogits(Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
         rows, targets = logits.flatten(0, -2), targets.flatten()
-        loss, *scale = _loss(rows, targets, label_smoothing)
-        ctx.save_for_backward(logits, targets, *scale)
+        loss, *normaliser = _loss(rows, targets, label_smoothing)
+        ctx.save_for_backward(logits, targets, *normaliser)
         ctx.label_smoothing = label_smoothing
         return loss
 
     @staticmethod
-    def backward(ctx, weight: torch.Tensor) -> tuple:
-        return _gradient(weight, *ctx.saved_tensors, ctx.label_smoothing), None, None
+    def backward(ctx, scale: torch.Tensor) -> tuple:
+        return _gradient(scale, *ctx.saved_tensors, ctx.label_smoothing), None, None
 
 
 class _ToHidden(Function):
@@ -146,17 +144,18 @@ class _ToHidden(Function):
         loss, largest, total = _loss(rows, targets, label_smoothing)
         kept = targets != IGNORED_LABEL  # (S,)
         gradient = torch.zeros(len(rows), hidden.shape[-1], dtype=torch.float32, device=hidden.device)  # (S, d)
-        share = label_smoothing / rows.shape[1]
-        buffer = _buffer(rows)
+        share, buffer = label_smoothing / rows.shape[1], _buffer(rows)
+        # Divided by at the end, which is less work, only where a sum over the whole vocabulary cannot overflow.
+        in_float32 = weight.dtype == torch.float32
         for part in _chunks(rows, 1):
             found = _exponentials(rows[:, part], largest, buffer)  # (S, chunk)
             if label_smoothing:
                 found -= share * total
-            if weight.dtype == torch.float32:
+            if in_float32:
                 gradient.addmm_(found, weight[part])
             else:
                 gradient += found.div_(total).to(weight.dtype) @ weight[part]
-        if weight.dtype == torch.float32:
+        if in_float32:
             gradient /= total
         gradient -= (1 - label_smoothing) * weight[targets.where(kept, 0)]
         gradient *= kept.unsqueeze(1)
@@ -176,29 +175,29 @@ class _ToHidden(Function):
 
 
 def _gradient(
-    weight: torch.Tensor,
+    scale: torch.Tensor,
     logits: torch.Tensor,
     targets: torch.Tensor,
     largest: torch.Tensor,
     total: torch.Tensor,
     label_smoothing: float,
 ) -> torch.Tensor:
-    """Of the loss, times weight, by the logits (..., V)."""
+    """Of the loss, times scale, by the logits (..., V)."""
     if torch.is_grad_enabled():  # the gradient is to be differentiated again
         loss = _whole(logits.flatten(0, -2), targets, label_smoothing)
-        return torch.autograd.grad(loss, logits, weight, create_graph=True)[0]
+        return torch.autograd.grad(loss, logits, scale, create_graph=True)[0]
     rows = logits.flatten(0, -2)
     gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
     kept = targets != IGNORED_LABEL  # (S,)
-    weights, places = weight * kept.unsqueeze(1), targets.where(kept, 0).unsqueeze(1)  # (S, 1) each
+    scales, places = scale * kept.unsqueeze(1), targets.where(kept, 0).unsqueeze(1)  # (S, 1) each
     share = label_smoothing / rows.shape[1]
     for part in _chunks(rows, 0):
         own = gradient[part] if gradient.dtype == torch.float32 else None
         found = torch.sub(rows[part].float(), largest[part], out=own).exp_()  # (chunk, V)
-        found *= weights[part] / total[part]
-        found.scatter_add_(1, places[part], (label_smoothing - 1) * weights[part])
+        found *= scales[part] / total[part]
+        found.scatter_add_(1, places[part], (label_smoothing - 1) * scales[part])
         if label_smoothing:
-            found -= share * weights[part]
+            found -= share * scales[part]
         if own is None:
             gradient[part] = found
     return gradient.view(logits.shape)
