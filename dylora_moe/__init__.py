@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-__version__ = "0.2.0"
+__version__ = "0.2.1"
 
 _HOMES = {
     "CheckpointError": "errors",

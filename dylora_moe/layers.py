@@ -79,7 +79,9 @@ class RoutedLinear(lora.Linear):
         if isinstance(slot.expert, tuple):
             return self._add_by_row(result, x, slot.expert)
         if slot.expert is not None:
-            return self._add_one(result, x, expert_name(slot.expert))
+            result = self._add_one(result, x, expert_name(slot.expert))
+            if not slot.mixes:
+                return result
         in_place, recorded = self._owns_its_result(result, slot), torch.is_grad_enabled()
         # As a view of the result, what is added in place would be recorded as a change of a part of it.
         rows = _unsafe_view(result, (-1, result.shape[-1])) if in_place and recorded else result.flatten(0, -2)

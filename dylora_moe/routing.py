@@ -151,7 +151,11 @@ class Routing:
         expert = self.forced
         if expert is None and self.router.num_experts == 1:
             expert = 0
-        mixes = self._mixes(self.plan, hidden) if expert is None else None
+        mixes = None
+        if expert is None:
+            mixes = self._mixes(self.plan, hidden)
+            if len(self.plan.trained) == 1:
+                expert = self.plan.trained[0]
         self.slots[index].set(expert, mixes, self.settled)
 
     def leave_layer(self, index: int) -> None:
@@ -161,8 +165,10 @@ class Routing:
             self.scratch.clear()
 
     def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
+        """Without a single trained expert: its weight is 1, and it is added alone as it was before there were others,
+        operation for operation."""
         with_new = torch.is_grad_enabled() or self.recorded is not None  # otherwise their terms are zero
-        if not plan.trained and not with_new:
+        if len(plan.trained) <= 1 and not with_new:
             return ()
         if plan.sparse and not with_new and hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling():
             chosen = self.router.choose(hidden, plan.trained if plan.new else None)
@@ -174,7 +180,7 @@ class Routing:
             self._note(probs)
             return (mix,)
         trained = self.router.logits(hidden, plan.trained)  # (B, T, N trained)
-        mixes = (self._mix(plan.trained, trained, plan.sparse)[0],)
+        mixes = () if len(plan.trained) == 1 else (self._mix(plan.trained, trained, plan.sparse)[0],)
         if with_new:
             new = self.router.logits(hidden, plan.new)  # (B, T, N new)
             own = torch.sigmoid(new - trained.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)

@@ -30,8 +30,8 @@ Expert = int | tuple[int, ...] | None
 class LayerSlot:
     """What the routed layers of one decoder layer do in the forward pass that is under way.
 
-    Either one expert alone (`expert` is its index; NO_EXPERT: the base layer alone; a tuple: one for each row of the
-    batch), or the sum of `mixes`. With neither, a routed layer is PEFT's own layer with its active adapters.
+    They add one expert (`expert` is its index; NO_EXPERT: none; a tuple: one for each row of the batch), the sum of
+    `mixes`, or both. With neither, a routed layer is PEFT's own layer with its active adapters.
 
     Args:
         scratch: where hidden units are put; all slots of a model share it.
