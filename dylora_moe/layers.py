@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.pytorch_utils import Conv1D
 
@@ -73,9 +74,10 @@ class RoutedLinear(lora.Linear):
         idle = slot is None or (slot.expert is None and slot.mixes is None)
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        if not args and not kwargs and (result := self._base_onto_the_sum(x, slot)) is not None:
-            return result
-        result = self._modules["base_layer"](x, *args, **kwargs)
+        base = self._modules["base_layer"]
+        if slot.settled is not None and slot.expert is None and not args and not kwargs and self._is_bare(base, x):
+            return self._evaluate(base, x, slot)
+        result = base(x, *args, **kwargs)
         if isinstance(slot.expert, tuple):
             return self._add_by_row(result, x, slot.expert)
         if slot.expert is not None:
@@ -93,24 +95,32 @@ class RoutedLinear(lora.Linear):
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
 
-    def _base_onto_the_sum(self, x: torch.Tensor, slot: LayerSlot) -> torch.Tensor | None:
-        """In evaluation the base's product is added onto the experts' sum, where that is a tensor of its own: this way
-        round, no further pass over it is needed. None where it cannot be done so.
+    def _is_bare(self, base: nn.Module, x: torch.Tensor) -> bool:
+        """Whether the base layer's result is the product with its weight and no more, and is seen by nobody."""
+        if not is_plain_linear(base) or torch.is_autocast_enabled(x.device.type):
+            return False
+        weight = base._parameters.get("weight")  # nn.Module's __getattr__ takes longer
+        return type(weight) is nn.Parameter
+
+    def _evaluate(self, base: nn.Linear, x: torch.Tensor, slot: LayerSlot) -> torch.Tensor:
+        """The forward pass in evaluation, on a bare base layer.
+
+        Its product is added onto the experts' sum, where that is a tensor of its own: this way round, no further pass
+        over it is needed. Otherwise the experts are added onto the product.
         """
-        if slot.settled is None or slot.expert is not None or len(slot.mixes) != 1 or len(slot.mixes[0]) == 1:
-            return None
-        base = self._modules["base_layer"]
-        if not is_plain_linear(base) or type(base.weight) is not nn.Parameter or base.weight.dtype != x.dtype:
-            return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
-        total = slot.terms(self, x)[0].sum(self, x.dtype)  # (S, d_out)
-        if total is None:
-            return None
-        total.addmm_(x.flatten(0, -2), base.weight.t())
-        if base.bias is not None:
-            total.add_(base.bias)
-        return total.view(*x.shape[:-1], total.shape[-1])
+        weight, bias = base.weight, base.bias
+        terms = slot.terms(self, x)  # one or none
+        total = terms[0].sum(self, x.dtype) if terms else None  # (S, d_out)
+        if total is not None:
+            total.addmm_(x.flatten(0, -2), weight.t())
+            if bias is not None:
+                total.add_(bias)
+            return total.view(*x.shape[:-1], total.shape[-1])
+        result = F.linear(x, weight, bias)
+        rows = total = result.flatten(0, -2)
+        for term in terms:
+            total = term.add(total, self, in_place=True)
+        return result if total is rows else total.view(result.shape).to(result.dtype)
 
     def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""

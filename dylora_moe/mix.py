@@ -35,9 +35,10 @@ class Mix:
         self.top = top
         self._ways: list[tuple[Layout, bool, Way]] = []
 
-    def __len__(self) -> int:
-        """S, the number of tokens."""
-        return len(self._weights)
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return self._weights.shape[0]  # Tensor.__len__ is written in Python, and slow
 
     def fresh(self) -> Mix:
         """The same weights, with nothing derived from them yet."""
@@ -90,7 +91,8 @@ class OneToken(Mix):
         self.experts = experts
         self._chosen = chosen
 
-    def __len__(self) -> int:
+    @property
+    def num_tokens(self) -> int:
         return 1
 
     def fresh(self) -> OneToken:

@@ -165,12 +165,13 @@ class Routing:
             self.scratch.clear()
 
     def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
-        """Without a single trained expert: its weight is 1, and it is added alone as it was before there were others,
-        operation for operation."""
-        with_new = torch.is_grad_enabled() or self.recorded is not None  # otherwise their terms are zero
-        if len(plan.trained) <= 1 and not with_new:
+        """At most one without gradients. Not that of a single trained expert: its weight is 1, and it is added alone as
+        it was before there were others, operation for operation."""
+        trains, noted = torch.is_grad_enabled(), self.recorded is not None
+        if len(plan.trained) <= 1 and not trains and not noted:
             return ()
-        if plan.sparse and not with_new and hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling():
+        one_token = hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling()
+        if plan.sparse and one_token and not trains and not noted:
             chosen = self.router.choose(hidden, plan.trained if plan.new else None)
             if chosen is not None:
                 return (OneToken(plan.trained, chosen),)
@@ -181,13 +182,14 @@ class Routing:
             return (mix,)
         trained = self.router.logits(hidden, plan.trained)  # (B, T, N trained)
         mixes = () if len(plan.trained) == 1 else (self._mix(plan.trained, trained, plan.sparse)[0],)
-        if with_new:
+        if trains or noted:
             new = self.router.logits(hidden, plan.new)  # (B, T, N new)
+        if trains:  # otherwise it is not worth adding: it is zero
             own = torch.sigmoid(new - trained.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
             mixes += (Mix(plan.new, own.flatten(0, -2)),)
-            if self.recorded is not None:
-                order = torch.tensor(plan.trained + plan.new, device=new.device).argsort()
-                self._note(torch.cat([trained, new], -1).softmax(-1).index_select(-1, order))
+        if noted:
+            order = torch.tensor(plan.trained + plan.new, device=new.device).argsort()
+            self._note(torch.cat([trained, new], -1).softmax(-1).index_select(-1, order))
         return mixes
 
     def _mix(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> tuple[Mix, torch.Tensor | None]:

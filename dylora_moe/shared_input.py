@@ -103,15 +103,15 @@ class SharedInput:
         if not found.names:
             return Term(None, {layer: None})
         x = x.flatten(0, -2).to(found.dtype)  # (S, d_in)
-        if len(mix) != len(x):
-            raise UsageError(f"a routed layer was given {len(x)} tokens, the router saw {len(mix)}: not supported")
+        if mix.num_tokens != x.shape[0]:
+            given = f"a routed layer was given {x.shape[0]} tokens, the router saw {mix.num_tokens}"
+            raise UsageError(f"{given}: not supported")
         if found.dropout.training:
             x = found.dropout(x)
         way = mix.way(found.layout, found.can_be_grouped)
-        settled = slot.settled is not None
         # What lies in the scratch is good until the next call: only where no other is made for these layers.
-        alone = len(slot.mixes) == 1 and len(found.members) == len(self.members)
-        parts = way.hidden(x, found.a(way.arrange), slot.scratch if settled and alone else None)
+        alone = slot.settled is not None and len(found.members) == len(self.members)
+        parts = way.hidden(x, found.a(way.arrange), slot.scratch if alone else None)
         b = found.b_by_expert() if isinstance(way, Few) else found.b()
         return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)))
 

@@ -44,9 +44,10 @@ class Scratch:
 
     def product(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         """x (S, d), a (R, d) -> x a^T (S, R), good until the next call."""
-        if len(x) * len(a) * x.element_size() < self.SMALLEST:
+        rows, columns = x.shape[0], a.shape[0]
+        if rows * columns * x.element_size() < self.SMALLEST:
             return F.linear(x, a)
-        return torch.mm(x, a.t(), out=self._take(x, len(x), len(a)))
+        return torch.mm(x, a.t(), out=self._take(x, rows, columns))
 
     def _take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         buffer, size = self._buffer, rows * columns
@@ -72,7 +73,7 @@ class Dense:
     def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S, R)."""
         gate = self.gate.unsqueeze(1)  # (S, 1, R)
-        shape = len(x), -1, gate.shape[-1]
+        shape = x.shape[0], -1, gate.shape[-1]
         if scratch is None:
             return (F.linear(x, a).view(shape) * gate.to(x.dtype)).unbind(1)
         return scratch.product(x, a).view(shape).mul_(gate).unbind(1)

@@ -173,17 +173,21 @@ def looking_on(how, layers):
         yield
 
 
+@pytest.mark.parametrize("dispatched", [True, False])
 @pytest.mark.parametrize("shape", [(2, 9), (2, 1)])
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])  # with and without a bias
-def test_the_base_is_added_onto_what_was_dispatched(kind, shape, eager_dispatch, monkeypatch):
-    """In evaluation its linear layers are called only where somebody looks: their product goes onto the sum."""
+def test_base_layers_are_called_in_evaluation_only_where_somebody_looks(
+    kind, shape, dispatched, eager_dispatch, monkeypatch
+):
+    """Otherwise their product goes onto the sum of what was dispatched, or the experts onto their product."""
     model, ids = tiny_mixture(kind, 16), random_ids(*shape)
     layers = [layer.base_layer for _, layer in model.routed_layers()]
     with seeded(0), torch.no_grad():
         for layer in layers:
             if layer.bias is not None:
                 layer.bias.normal_()
-    model.mark_mature()
+    if dispatched:
+        model.mark_mature()
     called, forward = [], torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: called.append(self) or forward(self, x))
     with torch.no_grad():
