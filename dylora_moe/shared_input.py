@@ -166,8 +166,10 @@ class Matrices:
             return self._b
         stacks = [self._weights(member.lora_B) for member in self.members]
         made = [join(b, dim=1).t() for b in stacks]
+        if self.settled is not None:
+            made = [b.contiguous() for b in made]  # kept or not: some processors add up a transposed one otherwise
         if self.are_kept:
-            self._b = made = [b.contiguous() for b in made]
+            self._b = made
         return made
 
     def b_by_expert(self) -> list[list[torch.Tensor]]:
