@@ -22,6 +22,7 @@ from .shared_input import LayerSlot, SharedInput
 
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1
+_linear = nn.Linear.forward
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -42,7 +43,7 @@ def _is_seen(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling it does no more than x W^T + bias, and nobody looks on."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__:
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or nn.Linear.forward is not _linear:
         return False
     before = module._forward_pre_hooks or _global_forward_pre_hooks
     return not (before or _is_seen(module) or _operations_are_watched())

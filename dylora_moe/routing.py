@@ -156,7 +156,8 @@ class Routing:
             mixes = self._mixes(self.plan, hidden)
             if len(self.plan.trained) == 1:
                 expert = self.plan.trained[0]
-        self.slots[index].set(expert, mixes, self.settled)
+        # A later layer may be run by itself, with gradients after a pass without.
+        self.slots[index].set(expert, mixes, None if torch.is_grad_enabled() else self.settled)
 
     def leave_layer(self, index: int) -> None:
         """Let go of what the forward pass has left in the slot."""

@@ -47,17 +47,21 @@ class LayerSlot:
         """settled: while it is the same object, no parameter has changed; None where that is not known."""
         self.expert, self.mixes, self.settled = expert, mixes, settled
         self.source = self._shared = None
-        self._terms: list[Term] = []
+        self._terms: list[tuple[Mix, Term]] = []
 
     def terms(self, layer: RoutedLinear, x: torch.Tensor) -> list[Term]:
         """The terms of a layer's sum, one for each mix, worked out once for all layers that share the input x."""
         if self.source is not x or self._shared is not layer.shared:
             self.source, self._shared, self._terms = x, layer.shared, []
-        found = [term for term in self._terms if layer in term.parts]
-        if not found:
-            found = [layer.shared.term(layer, x, mix, self) for mix in self.mixes]
-            self._terms += found
-        return found
+        return [self._term(layer, x, mix) for mix in self.mixes]
+
+    def _term(self, layer: RoutedLinear, x: torch.Tensor, mix: Mix) -> Term:
+        for known, term in self._terms:
+            if known is mix and layer in term.parts:
+                return term
+        term = layer.shared.term(layer, x, mix, self)
+        self._terms.append((mix, term))
+        return term
 
 
 @dataclass(eq=False)

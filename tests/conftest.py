@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a fork of a process with OpenMP threads hangs in a matmul
+# Before torch, whatever the environment says: a fork of a process with OpenMP threads hangs in a matmul.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError, ways
 from dylora_moe.bases import decoder_layers
 from dylora_moe.hankel import HankelMatrix
+from dylora_moe.layers import RoutedLinear
 from dylora_moe.model import seeded
 from dylora_moe.shared_input import SharedInput
 from dylora_moe.ways import Dispatch, Fetch, can_be_grouped, sparse_way
@@ -28,6 +29,7 @@ ONLOOKERS = (
     "a global hook",
     "a global pre-hook",
     "a forward of its own",
+    "a forward of the class",
     "a weight of its own kind",
     "a dispatch mode",
     "autocast",
@@ -155,6 +157,9 @@ def looking_on(how, layers):
             stack.enter_context(EveryOperation())
         elif how == "autocast":
             stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
+        elif how == "a forward of the class":
+            patch, forward = stack.enter_context(pytest.MonkeyPatch.context()), torch.nn.Linear.forward
+            patch.setattr(torch.nn.Linear, "forward", lambda self, x: forward(self, x))
         elif how == "a global hook":
             stack.callback(register_module_forward_hook(lambda *args: None).remove)
         elif how == "a global pre-hook":
@@ -188,18 +193,20 @@ def test_base_layers_are_called_in_evaluation_only_where_somebody_looks(
                 layer.bias.normal_()
     if dispatched:
         model.mark_mature()
-    called, forward = [], torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: called.append(self) or forward(self, x))
+    spared, evaluate = [], RoutedLinear._evaluate
+    monkeypatch.setattr(
+        RoutedLinear, "_evaluate", lambda self, base, *args: spared.append(base) or evaluate(self, base, *args)
+    )
     with torch.no_grad():
         alone = model(ids).logits
-        assert not {*layers} & {*called}
+        assert spared == layers
         with looking_on("autocast", layers), looking_on("a hook", layers):
             rounded = model(ids).logits  # in bfloat16 another expert may be chosen
         for how in ONLOOKERS:
-            called.clear()
+            spared.clear()
             with looking_on(how, layers):
                 seen = model(ids).logits
-            assert [layer for layer in called if layer in {*layers}] == layers, how
+            assert not spared, how
             assert difference(rounded if how == "autocast" else alone, seen) <= TOLERANCE, how
 
 
@@ -670,6 +677,29 @@ def test_a_layer_that_is_given_an_input_of_its_own_computes_with_that(grad, top_
         assert difference(together[name][1], seen[name][1]) <= TOLERANCE
     bare = {name: getattr(attention, name).base_layer(seen[name][0]) for name in seen}
     assert all(difference(bare[name], seen[name][1]) > 1e-3 for name in seen)
+
+
+def test_a_decoder_layer_run_by_itself_after_evaluation_has_gradients(monkeypatch):
+    """That evaluation keeps its matrices, and overwrites its hidden units, has no say in a pass with gradients."""
+    monkeypatch.setattr(ways.Scratch, "SMALLEST", 0)
+    model, ids = tiny_mixture("llama", 3), random_ids(2, 9)
+    model.add_expert()
+    layer, hidden = decoder_layers(model.base)[1], torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+    rotation = model.base.model.rotary_emb(hidden, torch.arange(9)[None])
+
+    def run():
+        model.zero_grad()
+        out = layer(hidden, position_embeddings=rotation)
+        out.square().sum().backward()
+        return [out, *(p.grad for name, p in model.trained_parameters().items() if "layers.1." in name)]
+
+    model(ids)
+    expected = run()
+    with torch.no_grad():
+        for _ in range(3):
+            model(ids)
+    found = run()
+    assert len(found) == 1 + 4 * 4 * 2 and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_nothing_overwrites_hidden_units_that_are_still_needed(monkeypatch):

@@ -220,6 +220,27 @@ def test_adding_an_expert_changes_no_output_until_it_is_trained(kind, experts):
         assert not torch.equal(model(ids).logits, logits)
 
 
+@pytest.mark.parametrize("targets", [[["k_proj"], ["q_proj"]], [["q_proj", "k_proj"]] * 2, [["v_proj"]]])
+@pytest.mark.parametrize("new", [["q_proj", "k_proj"], ["k_proj"], ["v_proj"]])
+def test_an_expert_of_other_targets_takes_nothing_from_those_there(targets, new):
+    """Layers that share a product for the trained experts need not share one for the new, nor the other way round."""
+    with_targets = functools.partial(MoELoraConfig, r=4, lora_dropout=0.0)
+    model, ids = tiny_mixture("llama", [with_targets(target_modules=t) for t in targets]), random_ids(2, 8)
+
+    def run():
+        model.zero_grad()
+        out = model(ids, labels=ids)
+        out.lm_loss.backward()
+        return [out.logits, *(p.grad for i in range(len(targets)) for p in model.expert_tensors(i).values())]
+
+    before = run()
+    model.add_expert(with_targets(target_modules=new))
+    after = run()
+    assert all(a.abs().max() > 0 and torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    of_new = model.expert_tensors(len(targets))
+    assert all(of_new[name].grad.abs().max() > 0 for name in of_new if "lora_B" in name)
+
+
 def test_a_layer_that_only_a_later_expert_has_is_routed():
     model, ids = tiny_mixture(lora=MoELoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0)), random_ids(1, 5)
     model.add_expert(MoELoraConfig(r=4, target_modules=["down_proj"], lora_dropout=0.0))
