@@ -23,8 +23,6 @@ LLAMA = FAMILIES["llama"].to_dict()
 
 def isolate(monkeypatch, tmp_path):
     """No token, an empty cache, and a hub that refuses every connection at once."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     use_hub(monkeypatch, "http://127.0.0.1:9")

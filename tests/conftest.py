@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# Before torch, whatever the environment says: a fork of a process with OpenMP threads hangs in a matmul.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Whatever the environment says, and before anything reads it.
+os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with OpenMP threads hangs in a matmul
+for _name in (
+    *("MKL_NUM_THREADS", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "TRANSFORMERS_VERBOSITY"),
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+):
+    os.environ.pop(_name, None)
 
 
 def pytest_configure(config: pytest.Config) -> None:
