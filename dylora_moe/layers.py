@@ -18,11 +18,11 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from transformers.pytorch_utils import Conv1D
 
 from .mix import Layout
-from .shared_input import LayerSlot, SharedInput
+from .shared_input import LayerSlot, SharedInput, Term
 
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1
-_linear = nn.Linear.forward
+_linear_forward = nn.Linear.forward
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
 
@@ -43,10 +43,17 @@ def _is_seen(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling it does no more than x W^T + bias, and nobody looks on."""
-    if type(module) is not nn.Linear or "forward" in module.__dict__ or nn.Linear.forward is not _linear:
+    if type(module) is not nn.Linear or "forward" in module.__dict__ or nn.Linear.forward is not _linear_forward:
         return False
     before = module._forward_pre_hooks or _global_forward_pre_hooks
     return not (before or _is_seen(module) or _operations_are_watched())
+
+
+def is_bare(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether its result for x is the product with its weight, in x's dtype, and is seen by nobody."""
+    if not is_plain_linear(module) or torch.is_autocast_enabled(x.device.type):
+        return False
+    return type(module._parameters.get("weight")) is nn.Parameter  # nn.Module's __getattr__ takes longer
 
 
 class RoutedLinear(lora.Linear):
@@ -76,7 +83,7 @@ class RoutedLinear(lora.Linear):
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        if slot.settled is not None and slot.expert is None and not args and not kwargs and self._is_bare(base, x):
+        if slot.settled is not None and slot.expert is None and not args and not kwargs and is_bare(base, x):
             return self._evaluate(base, x, slot)
         result = base(x, *args, **kwargs)
         if isinstance(slot.expert, tuple):
@@ -85,23 +92,20 @@ class RoutedLinear(lora.Linear):
             result = self._add_one(result, x, expert_name(slot.expert))
             if not slot.mixes:
                 return result
-        in_place, recorded = self._owns_its_result(result, slot), torch.is_grad_enabled()
+        return self._add_terms(result, slot.terms(self, x), self._owns_its_result(result, slot))
+
+    def _add_terms(self, result: torch.Tensor, terms: list[Term], in_place: bool) -> torch.Tensor:
+        """result (..., d_out) -> the same shape and dtype. in_place: result may be written to."""
+        recorded = torch.is_grad_enabled()
         # As a view of the result, what is added in place would be recorded as a change of a part of it.
         rows = _unsafe_view(result, (-1, result.shape[-1])) if in_place and recorded else result.flatten(0, -2)
         total = rows  # (S, d_out)
-        for term in slot.terms(self, x):
+        for term in terms:
             total = term.add(total, self, in_place)
         if total is rows and not recorded and rows.data_ptr() == result.data_ptr():
             return result  # nothing was added, or all of it in place
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
-
-    def _is_bare(self, base: nn.Module, x: torch.Tensor) -> bool:
-        """Whether the base layer's result is the product with its weight and no more, and is seen by nobody."""
-        if not is_plain_linear(base) or torch.is_autocast_enabled(x.device.type):
-            return False
-        weight = base._parameters.get("weight")  # nn.Module's __getattr__ takes longer
-        return type(weight) is nn.Parameter
 
     def _evaluate(self, base: nn.Linear, x: torch.Tensor, slot: LayerSlot) -> torch.Tensor:
         """The forward pass in evaluation, on a bare base layer.
@@ -117,11 +121,7 @@ class RoutedLinear(lora.Linear):
             if bias is not None:
                 total.add_(bias)
             return total.view(*x.shape[:-1], total.shape[-1])
-        result = F.linear(x, weight, bias)
-        rows = total = result.flatten(0, -2)
-        for term in terms:
-            total = term.add(total, self, in_place=True)
-        return result if total is rows else total.view(result.shape).to(result.dtype)
+        return self._add_terms(F.linear(x, weight, bias), terms, in_place=True)
 
     def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""

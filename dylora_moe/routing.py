@@ -45,6 +45,12 @@ class Plan:
     new: tuple[int, ...]
     sparse: bool
 
+    @property
+    def alone(self) -> int | None:
+        """The only expert in its normaliser: its weight is 1 whatever the router says."""
+        normalised = self.trained or self.new
+        return normalised[0] if len(normalised) == 1 else None
+
 
 class Turn:
     """Of the thread whose forward pass is under way: slots and scratch serve one at a time. A copy is a fresh one."""
@@ -148,14 +154,9 @@ class Routing:
             self.plan = self.make_plan()
             if self.settled is None or not self.still:
                 self.settled = self.watch.look()
-        expert = self.forced
-        if expert is None and self.router.num_experts == 1:
-            expert = 0
-        mixes = None
+        expert, mixes = self.forced, None
         if expert is None:
-            mixes = self._mixes(self.plan, hidden)
-            if len(self.plan.trained) == 1:
-                expert = self.plan.trained[0]
+            expert, mixes = self.plan.alone, self._mixes(self.plan, hidden)
         # A later layer may be run by itself, with gradients after a pass without.
         self.slots[index].set(expert, mixes, None if torch.is_grad_enabled() else self.settled)
 
@@ -166,13 +167,13 @@ class Routing:
             self.scratch.clear()
 
     def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
-        """At most one without gradients. Not that of a single trained expert: its weight is 1, and it is added alone as
-        it was before there were others, operation for operation."""
+        """At most one without gradients. Without `plan.alone`, which is added as PEFT adds it: with others beside it as
+        before there were any, operation for operation."""
         trains, noted = torch.is_grad_enabled(), self.recorded is not None
-        if len(plan.trained) <= 1 and not trains and not noted:
+        with_new = trains or noted
+        if self.router.num_experts == 1 or (len(plan.trained) <= 1 and not with_new):
             return ()
-        one_token = hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling()
-        if plan.sparse and one_token and not trains and not noted:
+        if plan.sparse and not with_new and hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling():
             chosen = self.router.choose(hidden, plan.trained if plan.new else None)
             if chosen is not None:
                 return (OneToken(plan.trained, chosen),)
@@ -182,9 +183,10 @@ class Routing:
             self._note(probs)
             return (mix,)
         trained = self.router.logits(hidden, plan.trained)  # (B, T, N trained)
-        mixes = () if len(plan.trained) == 1 else (self._mix(plan.trained, trained, plan.sparse)[0],)
-        if trains or noted:
-            new = self.router.logits(hidden, plan.new)  # (B, T, N new)
+        mixes = () if plan.alone is not None else (self._mix(plan.trained, trained, plan.sparse)[0],)
+        if not with_new:
+            return mixes
+        new = self.router.logits(hidden, plan.new)  # (B, T, N new)
         if trains:  # otherwise it is not worth adding: it is zero
             own = torch.sigmoid(new - trained.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
             mixes += (Mix(plan.new, own.flatten(0, -2)),)

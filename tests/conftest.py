@@ -14,8 +14,15 @@ ROOT = Path(__file__).parents[1]
 # Whatever the environment says, and before anything reads it.
 os.environ["OMP_NUM_THREADS"] = "1"  # a fork of a process with OpenMP threads hangs in a matmul
 for _name in (
-    *("MKL_NUM_THREADS", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "TRANSFORMERS_VERBOSITY"),
-    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    "GITHUB_ACTIONS",
+    "GITHUB_STEP_SUMMARY",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "MKL_NUM_THREADS",
+    "TRANSFORMERS_OFFLINE",
+    "TRANSFORMERS_VERBOSITY",
 ):
     os.environ.pop(_name, None)
 

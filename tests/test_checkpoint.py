@@ -105,7 +105,7 @@ def test_bytes_depend_on_the_model_alone(tmp_path):
     there.parent.mkdir()
     seed = str(hash("any") % 1000)  # another one than this process has
     command = [sys.executable, "-c", code, str(there)]
-    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PYTHONHASHSEED": seed})
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

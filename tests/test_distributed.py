@@ -19,7 +19,7 @@ from .runs import arguments, assert_same, newest, states, steps
 
 ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # as `accelerate launch` says it
 # One tensor for all layers, and in evaluation two batches for the first rank and one for the other.
 COMBINED = "--weights random --dtype bfloat16 --gradient-checkpointing --grad-accum 2 --batch-size 1 --max-steps 3"

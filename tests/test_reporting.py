@@ -59,7 +59,6 @@ def test_json_goes_to_a_file_or_to_standard_output(report, tmp_path, capsys):
 
 
 def test_annotations(report, capsys, monkeypatch, tmp_path):
-    monkeypatch.delenv("GITHUB_ACTIONS", raising=False)
     annotate(report, Printer())
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("GITHUB_ACTIONS", "true")

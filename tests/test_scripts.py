@@ -718,7 +718,7 @@ def test_github(capsys, saved, tmp_path, monkeypatch):
 
 
 def process(*args: object, **options) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    environment = os.environ | options.pop("env", {})
     command = [sys.executable, *(str(arg) for arg in args)]
     return subprocess.Popen(command, stdout=-1, stderr=-1, env=environment, **options)
 
