@@ -608,6 +608,20 @@ def test_evaluation_keeps_nothing_after_one_pass_and_training_nothing_at_all():
     assert not kept()
 
 
+def test_b_is_laid_out_the_same_whether_it_is_kept_or_not(monkeypatch):
+    """Some processors add up a transposed matrix in another order."""
+    model, ids, seen, add = tiny_mixture("llama", 3), random_ids(2, 6), [], ways.Dense.add
+    monkeypatch.setattr(
+        ways.Dense,
+        "add",
+        lambda self, total, part, b, in_place: seen.append(b.stride()) or add(self, total, part, b, in_place),
+    )
+    with torch.no_grad():
+        for _ in range(3):
+            model(ids)
+    assert len(seen) == 3 * 3 * 4 and seen[:12] == seen[12:24] == seen[24:]
+
+
 def test_a_layer_that_sees_other_tokens_than_the_router_is_an_error():
     model = tiny_mixture()
     layer = decoder_layers(model.base)[0]
