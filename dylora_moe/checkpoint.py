@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from . import __version__, bases, commit, formats, legacy, manifest, verify, verify_tensors
+from . import __version__, bases, commit, formats, manifest, verify, verify_tensors
 from .config import MoELoraConfig, RouterConfig
 from .errors import CheckpointError, UsageError, listed
 from .isolation import as_found_on_error
@@ -283,8 +283,6 @@ def load(folder: str | Path, base: PreTrainedModel | None = None, **options) -> 
     needless = sorted(options.keys() - {"label_smoothing", "revision"}) if base is not None else []
     if needless:
         raise UsageError(f"{', '.join(needless)}: of a base model that is to be loaded, but base= gives one; leave out")
-    if legacy.is_legacy(folder):
-        return _load_legacy(folder, base, **options)
     config = sound_config(folder)
     smoothing = options.pop("label_smoothing", 0.0)
     revision = options.pop("revision", None) or config["base_model"]["revision"]
@@ -513,27 +511,3 @@ def _match(name: str, there: dict, here: dict, pairs: list, problems: list[str])
             problems.append(f"{name}: tensor {key}: expected {expected}, found {found}; {_REMEDY}")
         else:
             pairs.append((there[key], here[key]))
-
-
-def _load_legacy(folder: Path, base: PreTrainedModel | None, **options) -> DyLoRAMoE:
-    smoothing = options.pop("label_smoothing", 0.0)
-    names = legacy.experts(folder)
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    adapters = [legacy.tensors(folder, present, name) for name in names]
-    gate = legacy.gate(folder)
-    configs = [_adapter_config(folder, name) for name in names]
-    if base is None:
-        name = legacy.base_name(folder)
-        if not name:
-            raise UsageError(f"{folder} is from before manifests and names no base model; pass base=")
-        base = _load_base(name, **options)
-    with as_found_on_error(base):
-        model = _mixture(folder, base, configs, label_smoothing=smoothing)
-        files = [(*found, model.expert_tensors(index)) for index, found in enumerate(adapters)]
-        _copy(folder, [*files, (*gate, gate_tensors(model))], model, ["mature"] * len(names))
-    warnings.warn(
-        f"{folder} is from before manifests: nothing but names and shapes could be checked; save it again to make it "
-        "sound",
-        stacklevel=4,
-    )
-    return model

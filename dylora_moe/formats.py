@@ -27,10 +27,6 @@ TRAINER_STATE = "trainer_state.json"
 RNG_STATE = re.compile(r"rng_state(_(0|[1-9]\d{0,5}))?\.pth", re.ASCII)
 TRAINING_FILES = (OPTIMIZER, SCHEDULER, TRAINER_STATE)
 
-# From before manifests; read by `load`, never by the validators.
-LEGACY_ROUTER = "router.pt"
-LEGACY_ADAPTER_WEIGHTS = "adapter_model.bin"
-
 PROBE_TOKENS = 16
 
 _WEIGHTS = r"(safetensors|bin|pt|pth)"

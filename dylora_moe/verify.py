@@ -112,9 +112,8 @@ def _check_file_set(contents: Contents, besides: set[str]) -> None:
             contents.report(name, "expected in this checkpoint, found nothing")
     for name in set(contents.files).difference(expected):
         if not contents.is_known(name):
-            contents.report(
-                name, f"expected no such file in a checkpoint of {config['num_experts']} experts", _hint(name)
-            )
+            expected_none = f"expected no such file in a checkpoint of {config['num_experts']} experts"
+            contents.report(name, expected_none, "remove it, or restore the checkpoint from a copy")
 
 
 def _expected_training_files(files) -> set[str]:
@@ -128,12 +127,6 @@ def _expected_training_files(files) -> set[str]:
     else:
         random = {"rng_state.pth"}
     return {*formats.TRAINING_FILES, *random} | (found & {formats.SCALER})
-
-
-def _hint(name: str) -> str:
-    if PurePosixPath(name).name in (formats.LEGACY_ROUTER, formats.LEGACY_ADAPTER_WEIGHTS):
-        return "it is from before manifests: load the checkpoint and save it again"
-    return "remove it, or restore the checkpoint from a copy"
 
 
 # ---- config.json ----

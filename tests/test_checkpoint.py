@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from dylora_moe import bases, checkpoint, commit, formats, manifest, verify
@@ -601,60 +601,6 @@ def test_a_base_with_adapters_is_not_the_fault_of_the_checkpoint(tmp_path):
     checkpoint.save(tmp_path / "a", model)
     with pytest.raises(UsageError, match="without adapters, got LlamaForCausalLM with LoRA layers in it"):
         checkpoint.load(tmp_path / "a", model.base)
-
-
-# ---- from before manifests ----
-
-
-@pytest.mark.parametrize("left", ["skill_library.safetensors", "probe.safetensors"])
-def test_a_checkpoint_that_lost_its_manifest_and_config_is_not_from_before_them(tmp_path, left):
-    folder = save_sound(tmp_path / "a")
-    for name in {"manifest.json", "config.json", "skill_library.safetensors", "probe.safetensors"} - {left}:
-        (folder / name).unlink()
-    with pytest.raises(CheckpointError, match="manifest"):
-        checkpoint.load(folder, tiny_base())
-
-
-def legacy_checkpoint(folder: Path, model: DyLoRAMoE) -> Path:
-    for index in range(model.num_experts):
-        where = folder / "peft_adapters" / f"expert_{index}"
-        where.mkdir(parents=True)
-        state = {name: tensor.detach().clone() for name, tensor in model.expert_tensors(index).items()}
-        torch.save(state, where / "adapter_model.bin")
-        config = model.expert_configs[index].to_dict()
-        (where / "adapter_config.json").write_text(json.dumps(config))
-    torch.save({"weight": model.router.gate.weight.detach().clone()}, folder / "router.pt")
-    (folder / "config.json").write_text(json.dumps({"num_experts": model.num_experts, "base_model": "x/y"}))
-    return folder
-
-
-def test_files_from_before_manifests_are_read_with_one_warning(tmp_path):
-    model = tiny_mixture()
-    folder = legacy_checkpoint(tmp_path / "a", model)
-    with pytest.warns(UserWarning, match="before manifests") as caught:
-        loaded = checkpoint.load(folder, tiny_base())
-    assert sum("before manifests" in str(w.message) for w in caught) == 1
-    assert equal(tensors(loaded), tensors(model))
-    assert verify.verify(folder)
-    with pytest.raises(CheckpointError):
-        checkpoint.load_into(folder, tiny_mixture())
-
-
-def test_a_pickle_among_files_from_before_manifests_is_not_run(tmp_path):
-    folder = legacy_checkpoint(tmp_path / "a", tiny_mixture())
-    for name in ("router.pt", "peft_adapters/expert_1/adapter_model.bin"):
-        before = (folder / name).read_bytes()
-        (folder / name).write_bytes(b"cposix\nsystem\n(S'touch %s'\ntR." % os.fsencode(tmp_path / "PWNED"))
-        base = tiny_base()
-        found = describe_base(base)
-        with pytest.raises(CheckpointError, match="tensors by name and nothing else"):
-            checkpoint.load(folder, base)
-        assert describe_base(base) == found
-        (folder / name).write_bytes(before)
-    save_file({"a": torch.ones(1), "b": torch.ones(2)}, folder / "router.safetensors")
-    with pytest.raises(CheckpointError, match=r"router.safetensors: tensor a"):
-        checkpoint.load(folder, tiny_base())
-    assert not (tmp_path / "PWNED").exists()
 
 
 # ---- faults at every operation of a full save ----

@@ -407,7 +407,7 @@ def test_pollution(capsys, saved, tmp_path):
         assert "size" in outcome.failed()
 
 
-def test_legacy_checkpoint(capsys, saved, tmp_path):
+def test_a_checkpoint_without_manifest_and_router(capsys, saved, tmp_path):
     folder = copy_of(saved, tmp_path)
     (folder / "manifest.json").unlink()
     (folder / "router.safetensors").rename(folder / "router.pt")

@@ -272,7 +272,7 @@ CASES = {
     "22 optimizer without the rest": (both(*map(remove, (formats.SCHEDULER, TRAINER))), formats.SCHEDULER, "nothing"),
     "22 random states of some ranks": (write("rng_state_1.pth"), "rng_state_1.pth", "expected"),
     "22 random state missing": (remove("rng_state.pth"), "rng_state.pth", "nothing"),
-    "22 a router from before manifests": (write("router.pt"), "router.pt", "before manifests"),
+    "22 a pickled router beside it": (write("router.pt"), "router.pt", "remove it"),
     "22 a file of another name": (lambda f: (f / ROUTER).rename(f / "gate.safetensors"), "gate.safetensors"),
     # row 23: counts that disagree
     "23 num_experts": (config(num_experts=3), "config.json", "expected 3", "found 2"),
