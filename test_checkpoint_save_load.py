@@ -9,11 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dylora_moe import validation
+from dylora_moe.validation.flags import FULL
+from dylora_moe.validation.script import run_script
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return validation.main(validation.FULL, __doc__, argv)
+    return run_script(FULL, __doc__, checkpoint_callback, argv)
+
+
+def checkpoint_callback() -> type:
+    from train import PeftCheckpointCallback  # takes seconds: imported once the flags are known to be right
+
+    return PeftCheckpointCallback
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ Stopped by SIGTERM or Ctrl-C it saves at the end of the step; --resume goes on a
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
+from dylora_moe.base.find import DEFAULT_MODEL
+from dylora_moe.constants import MAX_EXPERTS, MAX_SEED
+from dylora_moe.errors import CheckpointError, UsageError
+from dylora_moe.system import command_line, interrupts
+from dylora_moe.training import demo, ranks
+from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
 
-from dylora_moe import bases, checkpoint, cli, commit, demo, interrupts, ranks, training_state
-from dylora_moe.config import MAX_EXPERTS, MAX_SEED
-from dylora_moe.errors import CheckpointError, UsageError, listed
-from dylora_moe.model import DyLoRAMoE
-from dylora_moe.skills import SkillLibrary
+__all__ = ["PeftCheckpointCallback", "main"]
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 WEIGHTS = ("auto", "pretrained", "random")
@@ -36,170 +34,37 @@ REPORTS = ("none", "tensorboard", "wandb", "trackio")
 RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # a flag wins over a file's or the demo's setting of the other
 
 
-class PeftCheckpointCallback(TrainerCallback, ExportableState):
-    """Writes every checkpoint of a run, whole or not at all, and rotates afterwards.
-
-    For `dylora_moe.training.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would write
-    the merged model into every checkpoint; with `save_strategy="no"` it does not, and this callback saves by itself
-    every `save_steps` steps and at the end, and keeps `save_total_limit`. Such a run can be resumed with
-    --resume-weights-only.
-
-    Args:
-        skills: the skill library to save.
-        run: the settings of the run, kept in trainer_state.json so that a resumption can be compared with it.
-        interrupted: says whether the run is being stopped before its end; otherwise the last save makes the experts
-            mature.
-        name: of the folder inside `args.output_dir`, with {step}.
-    """
-
-    def __init__(
-        self,
-        skills: SkillLibrary | None = None,
-        run: dict | None = None,
-        interrupted: Callable[[], bool] = lambda: False,
-        name: str = "checkpoint-{step}",
-    ):
-        self.skills = skills if skills is not None else SkillLibrary()
-        self.run = run or {}
-        self.interrupted = interrupted
-        self.name = name
-        self.trainer_saves = True  # MoETrainer says that it does not
-        self._due = False
-
-    def state(self) -> dict:
-        """What trainer_state.json keeps of this callback."""
-        return {"args": {}, "attributes": {"run": self.run}}
-
-    # ---- as the Trainer calls it ----
-
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Refuse to start where a save would fail or a part of the mixture would stay as it is."""
-        with ranks.together():
-            if self.trainer_saves and args.save_strategy != "no":
-                raise UsageError(
-                    "this Trainer would write the merged model into every checkpoint: use "
-                    'dylora_moe.training.MoETrainer, or save_strategy="no", with which this callback saves by itself '
-                    "every save_steps steps"
-                )
-            model.check_optimizer(optimizer)
-            if args.should_save:
-                commit.make_run_dir(args.output_dir)
-                commit.check_writable(args.output_dir)
-        model.mark_immature()
-
-    def on_save(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
-        """Publish `checkpoint-<step>`: adapters, router, skill library, config, probe and, in training, its state.
-
-        One rank writes. Every rank takes part, since each has its own random generators, and since a failure must stop
-        all of them.
-
-        Raises:
-            UsageError: on every rank, where the checkpoint could not be written.
-        """
-        if control.should_training_stop and not self.interrupted():
-            model.mark_mature()
-        with ranks.together():
-            _check_finite(model, state.global_step)
-            rng_state, digest = training_state.rng_state(), _digest(model)
-        rng_states = _agreed(rng_state, digest)
-        outputs = checkpoint.probe_outputs(model) if model.sharded else None  # every rank takes part
-
-        def training_files(folder: Path) -> None:
-            training_state.write(
-                folder, optimizer=optimizer, scheduler=lr_scheduler, trainer_state=state, rng_states=rng_states
-            )
-
-        with ranks.together():
-            if ranks.is_first():
-                checkpoint.save(
-                    Path(args.output_dir, self.name.format(step=state.global_step)),
-                    model,
-                    step=state.global_step,
-                    skills=self.skills,
-                    training_files=training_files if optimizer is not None else None,
-                    outputs=outputs,
-                )
-                if getattr(args, "save_total_limit", None):
-                    _rotate(args, state)
-
-    # ---- with a stock Trainer ----
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if self._due:
-            self._due = False
-            self.on_save(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Only now is the step evaluated and logged: what is due is saved when the next one begins."""
-        self._due = self.trainer_saves and args.save_steps >= 1 and state.global_step % args.save_steps == 0
-
-    def on_train_end(self, args, state, control, model=None, **kwargs):
-        if self.trainer_saves:
-            control.should_training_stop = True
-            self.on_save(args, state, control, model=model, **kwargs)
-
-
-def _check_finite(model: DyLoRAMoE, step: int) -> None:
-    extremes = {name: torch.stack(torch.aminmax(p.detach())) for name, p in model.trained_parameters().items()}
-    broken = [
-        name for name, least_and_most in extremes.items() if not least_and_most.isfinite().all()
-    ]  # NaN shows, too
-    if broken:
-        raise UsageError(
-            f"training has diverged at step {step}, nothing was saved: NaN or infinity in\n{listed(broken)}\n"
-            "Go on from an earlier checkpoint or start again, with a lower learning rate"
-        )
-
-
-def _agreed(rng_state: dict, digest: str) -> list[dict]:
-    """The random generators of every rank; an error where the ranks' experts or routers are not the same."""
-    states, digests = zip(*ranks.gather((rng_state, digest)), strict=True)
-    if len(set(digests)) > 1:
-        found = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
-        raise UsageError(f"the ranks have drifted apart, nothing was saved: experts or router differ ({found})")
-    return list(states)
-
-
-def _digest(model: DyLoRAMoE) -> str:
-    """A hash of what is trained, to compare ranks with; empty where there is one."""
-    if ranks.world()[1] == 1:
-        return ""
-    digest = hashlib.sha256()
-    for parameter in model.trained_parameters().values():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _rotate(args, state) -> None:
-    """Keep the newest checkpoints and, of those that were evaluated, the best."""
-    steps = [found.step for found in commit.checkpoints(args.output_dir)]
-    metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-    best = training_state.best_step(state.log_history, steps, metric, greater=bool(args.greater_is_better))
-    commit.rotate(args.output_dir, args.save_total_limit, keep=[] if best is None else [best])
-
-
 # ---- command line ----
 
 
-def build_parser() -> cli.Parser:
-    parser = cli.Parser(prog="train.py", description=__doc__)
-    whole, real = (lambda least: cli.number(int, least)), (lambda least, most=None: cli.number(float, least, most))
+def build_parser() -> command_line.Parser:
+    parser = command_line.Parser(prog="train.py", description=__doc__)
+    whole, real = (
+        (lambda least: command_line.number(int, least)),
+        (lambda least, most=None: command_line.number(float, least, most)),
+    )
 
     model = parser.add_argument_group("model")
-    model.add_argument("--model", help=f"hub id, folder, GGUF file or preset ({bases.DEFAULT_MODEL})")
+    model.add_argument("--model", help=f"hub id, folder, GGUF file or preset ({DEFAULT_MODEL})")
     model.add_argument(
         "--weights", choices=("auto", "pretrained", "random"), default="pretrained", help="of the base (pretrained)"
     )
     model.add_argument("--hf-token", help="for gated models and data; default HF_TOKEN or the login")
     model.add_argument("--dtype", help="of the base: float32, bfloat16, float16 or float64 (default: the config's)")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    model.add_argument("--experts", type=cli.number(int, 1, MAX_EXPERTS), default=2, help="number of experts (2)")
+    model.add_argument(
+        "--experts", type=command_line.number(int, 1, MAX_EXPERTS), default=2, help="number of experts (2)"
+    )
     model.add_argument("--lora-r", type=whole(1), default=16, help="rank of each expert (16)")
-    model.add_argument("--lora-alpha", type=cli.number(float, above=0), default=32, help="scales by alpha / r (32)")
+    model.add_argument(
+        "--lora-alpha", type=command_line.number(float, above=0), default=32, help="scales by alpha / r (32)"
+    )
     model.add_argument("--lora-dropout", type=real(0, 0.99), default=0.05, help="(0.05)")
     model.add_argument("--targets", nargs="+", help="names of linear layers, or all-linear (default: q/k/v/o_proj)")
     model.add_argument("--top-k", type=whole(1), help="experts per token once mature (default: min(2, experts))")
-    model.add_argument("--temperature", type=cli.number(float, above=0), default=1.0, help="of the router (1.0)")
+    model.add_argument(
+        "--temperature", type=command_line.number(float, above=0), default=1.0, help="of the router (1.0)"
+    )
     model.add_argument("--balance-coefficient", type=real(0), default=0.01, help="of the balance loss (0.01)")
 
     data = parser.add_argument_group("data")
@@ -207,7 +72,7 @@ def build_parser() -> cli.Parser:
     data.add_argument("--block-size", type=whole(8), default=512, help="tokens per block (512)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--learning-rate", type=cli.number(float, above=0), default=1e-3, help="(1e-3)")
+    training.add_argument("--learning-rate", type=command_line.number(float, above=0), default=1e-3, help="(1e-3)")
     training.add_argument("--lr-schedule", choices=SCHEDULES, default="cosine", help="(cosine)")
     training.add_argument("--warmup", type=real(0), default=0.03, help="steps, or a fraction below 1 (0.03)")
     training.add_argument("--weight-decay", type=real(0), default=0.0, help="(0)")
@@ -215,21 +80,26 @@ def build_parser() -> cli.Parser:
     training.add_argument("--batch-size", type=whole(1), default=4, help="blocks per step and process (4)")
     training.add_argument("--grad-accum", type=whole(1), default=1, help="micro-batches per step (1)")
     training.add_argument("--max-steps", type=whole(1), help="default: --epochs")
-    training.add_argument("--epochs", type=cli.number(float, above=0), help="(1)")
+    training.add_argument("--epochs", type=command_line.number(float, above=0), help="(1)")
     training.add_argument("--gradient-checkpointing", action="store_true", help="less memory, about a third slower")
-    training.add_argument("--seed", type=cli.number(int, 0, MAX_SEED), default=0, help="(0)")
+    training.add_argument("--seed", type=command_line.number(int, 0, MAX_SEED), default=0, help="(0)")
     training.add_argument(
         "--early-stopping", type=whole(1), metavar="N", help="stop after N evaluations without a better one"
     )
 
     run = parser.add_argument_group("run")
-    run.add_argument("--output-dir", type=cli.path, help="the run folder (runs/demo with --demo)")
+    run.add_argument("--output-dir", type=command_line.path, help="the run folder (runs/demo with --demo)")
     run.add_argument("--logging-steps", type=whole(1), default=10, help="(10)")
     run.add_argument("--eval-steps", type=whole(0), default=0, help="0: at the end only (0)")
     run.add_argument("--save-steps", type=whole(0), default=100, help="0: at the end only (100)")
     run.add_argument("--save-total-limit", type=whole(1), help="keep that many checkpoints, and the best")
     run.add_argument(
-        "--resume", type=cli.path, nargs="?", const="auto", metavar="DIR", help="from the newest checkpoint, or DIR"
+        "--resume",
+        type=command_line.path,
+        nargs="?",
+        const="auto",
+        metavar="DIR",
+        help="from the newest checkpoint, or DIR",
     )
     run.add_argument(
         "--resume-weights-only",
@@ -239,7 +109,7 @@ def build_parser() -> cli.Parser:
     run.add_argument("--accept-changes", action="store_true", help="resume although settings differ")
     run.add_argument("--report-to", choices=REPORTS, default="none", help="(none)")
     run.add_argument(
-        "--config", type=cli.path, metavar="FILE", help="YAML or JSON with any of these settings; flags win"
+        "--config", type=command_line.path, metavar="FILE", help="YAML or JSON with any of these settings; flags win"
     )
     run.add_argument("--demo", action="store_true", help="train a tiny model on this machine's Python sources, offline")
     return parser
@@ -256,7 +126,7 @@ def parse_arguments(argv: Sequence[str] | None) -> object:
     parser.set_defaults(**_over(lower, given))
     args = parser.parse_args([])
     args.model_is_default = args.model is None
-    args.model = args.model or bases.DEFAULT_MODEL
+    args.model = args.model or DEFAULT_MODEL
     if args.demo:
         args.output_dir = args.output_dir or "runs/demo"
     _check_arguments(parser, args)
@@ -277,7 +147,7 @@ def _over(lower: dict, upper: dict) -> dict:
     return {name: value for name, value in lower.items() if RIVALS.get(name) not in upper} | upper
 
 
-def _check_arguments(parser: cli.Parser, args) -> None:
+def _check_arguments(parser: command_line.Parser, args) -> None:
     """What no single flag can see."""
     if not args.output_dir:
         parser.error("--output-dir is needed: the folder for checkpoints")
@@ -297,7 +167,7 @@ def _check_arguments(parser: cli.Parser, args) -> None:
         parser.error(f"--report-to {args.report_to}: the package {args.report_to} is not installed")
 
 
-def _read_config(parser: cli.Parser, path: str) -> dict:
+def _read_config(parser: command_line.Parser, path: str) -> dict:
     """The settings of a --config file, checked as the flags are."""
     settings = _load_config(path)
     actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config")}
@@ -353,13 +223,13 @@ def _load_config(path: str) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(_main, argv, prog="train.py")
+    return command_line.run(_main, argv, prog="train.py")
 
 
 def _main(argv: Sequence[str] | None) -> int:
     args = parse_arguments(argv)
 
-    from dylora_moe import run  # the Trainer and the data sets, which the callback's other users do not need
+    from dylora_moe.training.run import execute  # the Trainer and the data sets, which the callback does not need
 
     def say(line: str) -> None:
         if ranks.is_first():
@@ -367,7 +237,7 @@ def _main(argv: Sequence[str] | None) -> int:
 
     try:
         with interrupts.handled():  # before the first step and after the last; in between, a signal saves
-            return run.execute(args, PeftCheckpointCallback, say)
+            return execute(args, PeftCheckpointCallback, say)
     except interrupts.Interrupted as error:
         print(f"train.py: {error}", file=sys.stderr)
         return error.exit_code

@@ -21,11 +21,18 @@ from pathlib import Path
 
 import torch
 
-from dylora_moe import DyLoRAMoE, MoELoraConfig, bases, checkpoint, formats, verify
-from dylora_moe.checks import file_sizes, fill_experts
+from dylora_moe import DyLoRAMoE, MoELoraConfig
+from dylora_moe.base.find import DEFAULT_MODEL, find_base
+from dylora_moe.base.load import load_base
+from dylora_moe.base.preserve import fresh_base, seeded, untouched
+from dylora_moe.checkpoint import formats
+from dylora_moe.checkpoint.probe import make_probe
+from dylora_moe.checkpoint.read import load_into
+from dylora_moe.checkpoint.verify import find_problems
+from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.errors import CheckpointError
-from dylora_moe.model import fresh_base, seeded, untouched
-from dylora_moe.probe import make_probe
+from dylora_moe.store import run_folder
+from dylora_moe.validation.saved import fill_experts
 
 from . import common, models
 from .common import MIB, Case, Result, Timing
@@ -68,8 +75,8 @@ def build(experts: int, quick: bool, seed: int = 0) -> DyLoRAMoE:
     if quick:
         base = models.random_base(models.tiny_config(), torch.float32, "cpu").to("meta")
     else:
-        source, weights = bases.find_base(bases.DEFAULT_MODEL, weights="none")
-        base = bases.load_base(source, weights)
+        source, weights = find_base(DEFAULT_MODEL, weights="none")
+        base = load_base(source, weights)
     with seeded(seed):
         model = DyLoRAMoE(base, experts, lora=MoELoraConfig(r=R))
     fill_experts(model, seed)
@@ -83,7 +90,7 @@ def measure_folder(model: DyLoRAMoE, folder: Path, rounds: int, result: Result) 
     """Timings by what is done, and the checkpoint's bytes."""
     kept, other = folder / "kept" / "checkpoint", build(model.num_experts, model.base.config.hidden_size < 100, seed=1)
     kept.parent.mkdir()
-    checkpoint.save(kept, model)
+    save_checkpoint(kept, model)
     files = [path for path in kept.rglob("*") if path.is_file()]
     data = b"".join(path.read_bytes() for path in files)
     source, target = torch.frombuffer(bytearray(data), dtype=torch.uint8), torch.empty(len(data), dtype=torch.uint8)
@@ -94,9 +101,9 @@ def measure_folder(model: DyLoRAMoE, folder: Path, rounds: int, result: Result) 
         HASH: Case(lambda: hashlib.sha256(data).digest()),
         HASH_ALL: Case(lambda: hash_in_parts(data)),
         READ: Case(lambda: read_all(files)),
-        VERIFY: Case(lambda: verify.verify(kept)),
+        VERIFY: Case(lambda: find_problems(kept)),
         COPY: Case(lambda: target.copy_(source)),
-        LOAD: Case(lambda: checkpoint.load_into(kept, other)),
+        LOAD: Case(lambda: load_into(kept, other)),
     }
     timings = common.interleaved(cases, rounds)
     check(model, other, kept, result)
@@ -117,7 +124,7 @@ def write_raw(path: Path, data: bytes) -> float:
 def save_and_remove(folder: Path, model: DyLoRAMoE) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as run_folder:
         started = time.perf_counter()
-        checkpoint.save(Path(run_folder) / "checkpoint-1", model)
+        save_checkpoint(Path(run_folder) / "checkpoint-1", model)
         return time.perf_counter() - started
 
 
@@ -140,14 +147,14 @@ def check(model: DyLoRAMoE, loaded: DyLoRAMoE, folder: Path, result: Result) -> 
     """Every tensor came back to the bit; one changed byte is found by verify and refused by load."""
     wrong = different_tensors(model, loaded)
     result.check("tensors that differ after loading", wrong, 0)
-    problems = verify.verify(folder)
+    problems = find_problems(folder)
     result.check("problems of a sound checkpoint", len(problems), 0)
     path = folder / formats.expert_folder("expert_1") / formats.ADAPTER_WEIGHTS
     flip_last_byte(path)
-    found = sum(formats.ADAPTER_WEIGHTS in problem for problem in verify.verify(folder))
+    found = sum(formats.ADAPTER_WEIGHTS in problem for problem in find_problems(folder))
     result.check("changed bytes that verify missed", 1 - min(found, 1), 0)
     try:
-        checkpoint.load_into(folder, loaded)
+        load_into(folder, loaded)
         result.check("changed bytes that load missed", 1, 0)
     except CheckpointError:
         result.check("changed bytes that load missed", 0, 0)
@@ -209,8 +216,8 @@ def _sizes(folder: Path, quick: bool, r: int) -> tuple[int, int, int]:
             model = DyLoRAMoE(fresh_base(model.base), 2, lora=MoELoraConfig(r=r))
         fill_experts(model, 0)
     folder.mkdir()
-    checkpoint.save(folder / "checkpoint", model)
-    sizes = file_sizes(folder / "checkpoint")
+    save_checkpoint(folder / "checkpoint", model)
+    sizes = run_folder.file_sizes(folder / "checkpoint")
     tensors = sum(t.nbytes for index in range(2) for t in model.expert_tensors(index).values())
     return sum(sizes.values()), tensors, sum(n for path, n in sizes.items() if not path.startswith(formats.ADAPTERS))
 
@@ -220,7 +227,7 @@ def _sizes(folder: Path, quick: bool, r: int) -> tuple[int, int, int]:
 
 def probe(args: argparse.Namespace, rounds: int, result: Result) -> None:
     """The probe's forward passes, one routed and one for each expert, by one routed pass over as many tokens."""
-    source, _ = bases.find_base(models.CPU_MODEL, weights="none")
+    source, _ = find_base(models.CPU_MODEL, weights="none")
     config = models.tiny_config() if args.quick else source.config
     base = models.random_base(config, torch.float32, "cpu")
     title = f"The probe, {formats.PROBE_TOKENS} tokens, on {config._name_or_path or source.name} in float32"

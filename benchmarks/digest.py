@@ -119,7 +119,8 @@ def _training(model: DyLoRAMoE, rows: torch.Tensor) -> Iterable[tuple[str, str]]
         settings = TrainingArguments(
             output_dir=folder, max_steps=STEPS, per_device_train_batch_size=ROWS, learning_rate=1e-2, logging_steps=1,
             save_strategy="steps", save_steps=STEPS, report_to="none", use_cpu=True, seed=3,
-            remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, dataloader_pin_memory=False, log_level="error",
+            remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, dataloader_pin_memory=False,
+            log_level="error",
         )  # fmt: skip
         data = [{"input_ids": row, "labels": row} for row in rows]
         trainer = MoETrainer(

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from dylora_moe import DyLoRAMoE
-from dylora_moe.model import untouched
+from dylora_moe.base.preserve import untouched
 
 from . import common, models
 from .common import Case, Result, Timing
@@ -44,7 +44,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, result: Result) -> None:
     result.settings["threads"] = common.fix_threads()
-    base = models.load_base(args, result.settings)
+    base = models.base_of(args, result.settings)
     prompt, new = (QUICK_PROMPT, QUICK_NEW) if args.quick else (PROMPT, NEW)
     rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
     with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as folder:

@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from dylora_moe import DyLoRAMoE
-from dylora_moe.bases import decoder_layers
-from dylora_moe.model import fresh_base, untouched
+from dylora_moe.base.preserve import fresh_base, untouched
+from dylora_moe.base.structure import decoder_layers
 
 RMS_EPSILON = 1e-6
 NEAR_TIE = 1e-4  # where the last logit kept and the first left out are closer, rounding decides the choice

@@ -18,9 +18,13 @@ from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_pe
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, bases, checkpoint
-from dylora_moe.checks import fill_experts
-from dylora_moe.model import ATTENTION_TARGETS, fresh_base, linear_layers, seeded
+from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
+from dylora_moe.base.find import find_base
+from dylora_moe.base.load import load_base, resolve_dtype
+from dylora_moe.base.preserve import fresh_base, seeded
+from dylora_moe.checkpoint.write import export_expert
+from dylora_moe.mixture.targets import ATTENTION_TARGETS, linear_layers
+from dylora_moe.validation.saved import fill_experts
 
 PLAIN, UNROUTED, X_LORA, ARROW = "plain LoRA", "PEFT, all active, unrouted", "PEFT X-LoRA", "PEFT Arrow, top-2"
 OURS, OURS_SPARSE = "ours, dense", "ours, top-2"
@@ -37,19 +41,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="of the base; default float32, on a GPU bfloat16")
 
 
-def load_base(args: argparse.Namespace, settings: dict) -> PreTrainedModel:
+def base_of(args: argparse.Namespace, settings: dict) -> PreTrainedModel:
     """The base that the flags name; which one it was goes into the settings."""
     on_gpu = args.device != "cpu"
-    dtype = bases.resolve_dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
+    dtype = resolve_dtype(args.dtype or ("bfloat16" if on_gpu else "float32"))
     if args.quick:
         base, weights = random_base(tiny_config(), dtype, args.device), "random"
     else:
         name = args.model or (GPU_MODEL if on_gpu else CPU_MODEL)
         path = gguf_file() if name == CPU_MODEL else None
-        source, _ = bases.find_base(str(path or name), weights="none")
+        source, _ = find_base(str(path or name), weights="none")
         weights = "real" if path else "random"
         if path:
-            base = bases.load_base(source, "pretrained", dtype=dtype, device=args.device)
+            base = load_base(source, "pretrained", dtype=dtype, device=args.device)
         else:
             base = random_base(source.config, dtype, args.device)
         base.config._name_or_path = name
@@ -115,7 +119,7 @@ def build_ours(base: PreTrainedModel, experts: int, r: int = 16, seed: int = 0) 
 
 def export_experts(model: DyLoRAMoE, folder: Path) -> list[str]:
     """Every expert as the LoRA that PEFT reads."""
-    return [str(checkpoint.export_expert(model, i, folder / f"expert_{i}")) for i in range(model.num_experts)]
+    return [str(export_expert(model, i, folder / f"expert_{i}")) for i in range(model.num_experts)]
 
 
 def plain_lora(base: PreTrainedModel, adapters: list[str]) -> nn.Module:

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dylora_moe import machine
+from dylora_moe.system import machine
 
 from .common import MARKS, RESULTS, RIGHT, ROOT, WRONG
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from dylora_moe import DyLoRAMoE
-from dylora_moe.model import untouched
+from dylora_moe.base.preserve import untouched
 
 from . import common, loop, models
 from .common import Case, Result, Timing
@@ -55,7 +55,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 def measure(args: argparse.Namespace, result: Result) -> None:
     result.settings["threads"] = common.fix_threads()
-    base = models.load_base(args, result.settings)
+    base = models.base_of(args, result.settings)
     shapes = QUICK_SHAPES if args.quick else SHAPES if args.device == "cpu" else GPU_SHAPES
     fixed = args.rounds or (QUICK_ROUNDS if args.quick else None)
     bars: dict[str, dict[str, list]] = {"training": {}, "evaluation": {}}

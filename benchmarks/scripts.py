@@ -155,7 +155,7 @@ def _last_word(command: list[str]) -> str:
 
 
 def check_parent(result: Result) -> None:
-    from dylora_moe import machine
+    from dylora_moe.system import machine
 
     own = machine.peak_memory()
     result.check(

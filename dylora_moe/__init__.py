@@ -11,14 +11,16 @@ __version__ = "0.2.1"
 
 _HOMES = {
     "CheckpointError": "errors",
-    "DyLoRAMoE": "model",
+    "DyLoRAMoE": "api",
     "DyLoRAMoEError": "errors",
-    "MoELoraConfig": "config",
-    "NoveltyDetector": "skills",
-    "RoutedLinear": "layers",
-    "Router": "router",
-    "RouterConfig": "config",
-    "SkillLibrary": "skills",
+    "MoELoraConfig": "mixture.config",
+    "MoETrainer": "training.trainer",
+    "NoveltyDetector": "skills.novelty",
+    "PeftCheckpointCallback": "training.checkpoint_callback",
+    "RoutedLinear": "mixture.routed_linear",
+    "Router": "mixture.router",
+    "RouterConfig": "mixture.config",
+    "SkillLibrary": "skills.library",
     "UsageError": "errors",
 }
 

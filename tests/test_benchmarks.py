@@ -239,7 +239,7 @@ def test_parameters_of_a_70b_llama():
 
 def test_quick_base_is_what_the_flags_say():
     settings: dict = {}
-    models.load_base(argparse.Namespace(device="cpu", dtype=None, quick=True, model=None), settings)
+    models.base_of(argparse.Namespace(device="cpu", dtype=None, quick=True, model=None), settings)
     assert settings["weights"] == "random" and settings["dtype"] == "float32"
     assert settings["model"] == "tiny Llama"
 

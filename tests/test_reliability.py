@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/reliability.md"
 ROWS = 35
 ROW = re.compile(r"\| (\d+) \| (.+?) \| (.+?) \| (.+) \|")
-TEST = re.compile(r"`(tests/\w+\.py)::(\w+)(?:\[([^`]+)\])?`")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)(?:\[([^`]+)\])?`")
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 NOT_RUN = {"skip", "skipif", "xfail", "slow"}
 
@@ -80,12 +80,12 @@ def test_every_file_that_the_page_links_is_there():
     ("named", "problem"),
     [
         (("tests/test_nothing.py", "test_x", ""), "there is no such file"),
-        (("tests/test_commit.py", "test_nothing", ""), "there is no such test"),
-        (("tests/test_commit.py", "add_strangers", ""), "there is no such test"),
-        (("tests/test_routing.py", "test_compiled_it_computes_the_same", ""), "is marked slow"),
-        (("tests/test_commit.py", "test_a_fault_at_every_operation_of_a_save", "limit 9"), "has no such case"),
-        (("tests/test_commit.py", "test_times_play_no_part", "limit 1"), "has no such case"),
-        (("tests/test_commit.py", "test_a_fault_at_every_operation_of_a_save", "limit 1-kill"), None),
+        (("tests/store/test_publish.py", "test_nothing", ""), "there is no such test"),
+        (("tests/store/test_publish.py", "add_strangers", ""), "there is no such test"),
+        (("tests/mixture/test_routing.py", "test_compiled_it_computes_the_same", ""), "is marked slow"),
+        (("tests/store/test_publish.py", "test_a_fault_at_every_operation_of_a_save", "limit 9"), "has no such case"),
+        (("tests/store/test_publish.py", "test_times_play_no_part", "limit 1"), "has no such case"),
+        (("tests/store/test_publish.py", "test_a_fault_at_every_operation_of_a_save", "limit 1-kill"), None),
     ],
 )
 def test_what_is_wrong_with_a_name_is_found(named, problem):

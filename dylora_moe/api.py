@@ -1,0 +1,93 @@
+"""`DyLoRAMoE`: the mixture as users know it, built on a base model by name, read from checkpoints and saved to them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .base.find import find_base
+from .base.load import load_base
+from .base.preserve import seeded
+from .checkpoint.read import load_mixture
+from .checkpoint.write import export_expert, save_checkpoint
+from .mixture.config import MoELoraConfig, RouterConfig
+from .mixture.model import Mixture
+from .skills.library import SkillLibrary
+
+
+class DyLoRAMoE(Mixture):
+    """A mixture of LoRA experts on a frozen causal LM, with one trainable router.
+
+    `DyLoRAMoE(base, experts)` takes a base model that is loaded, with the arguments of `Mixture`; `from_base` loads
+    one by name, and `from_checkpoint` reads what was saved.
+    """
+
+    @classmethod
+    def from_base(
+        cls,
+        model: str,
+        experts: int | Sequence[MoELoraConfig] = 2,
+        *,
+        lora: MoELoraConfig | None = None,
+        router: RouterConfig | None = None,
+        label_smoothing: float = 0.0,
+        weights: str = "auto",
+        dtype: str | torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        token: str | None = None,
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> DyLoRAMoE:
+        """Load a base model (hub id, folder, GGUF file or preset) and put fresh experts, seeded by `seed`, on it.
+
+        Raises:
+            UsageError: where the base model cannot be had, or experts and base do not go together.
+        """
+        source, weights = find_base(model, weights=weights, token=token, revision=revision)
+        base = load_base(source, weights, dtype=dtype, device=device, seed=seed)
+        with seeded(seed):
+            mixture = cls(base, experts, lora=lora, router=router, label_smoothing=label_smoothing)
+        mixture.base_revision = source.revision
+        if source.note:
+            mixture.notes.append(source.note)
+        return mixture
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, base: PreTrainedModel | None = None, **options: Any) -> DyLoRAMoE:
+        """Read a checkpoint into a fresh mixture, on `base` or on the base model which the checkpoint names.
+
+        Args:
+            options: as of `checkpoint.read.load_mixture`.
+
+        Raises:
+            CheckpointError: with every problem, before anything is built.
+            UsageError: where the base model cannot be had.
+        """
+        return load_mixture(folder, base, kind=cls, **options)
+
+    def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> bool:
+        """Publish a checkpoint at `folder`, whole or not at all.
+
+        Returns:
+            False, with a warning, where a checkpoint stood there already: it is left as it is.
+
+        Raises:
+            UsageError: where it could not be written; nothing is left behind.
+        """
+        saved = save_checkpoint(folder, self, step=step, skills=skills)
+        if not saved:
+            warnings.warn(f"nothing was saved: {folder} is a checkpoint already, and is left as it is", stacklevel=2)
+        return saved
+
+    def export_expert(self, expert: int, folder: str | Path) -> None:
+        """Write one expert to a new folder as a plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.
+
+        Raises:
+            UsageError: where there is no such expert, the folder exists already, or it cannot be written.
+        """
+        export_expert(self, expert, folder)

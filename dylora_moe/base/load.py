@@ -1,0 +1,234 @@
+"""Loads a base model that `find.find_base` has found: on the device and in the dtype that are wanted; its tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import UsageError, listed
+from ..system import machine
+from . import hub
+from .config import read_object
+from .quiet import quiet, refused
+from .random_weights import random_model, shared_bytes
+from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, need_gguf
+from .structure import skeleton
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_PATTERNS = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+DTYPES |= {name: name for name in DTYPES.values()}
+TOKENIZER_PATTERNS += ["spiece.model", "tekken.json", "chat_template*", "config.json"]
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+def load_base(
+    base: Base,
+    weights: str,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = "cpu",
+    seed: int = 0,
+    compact: bool = False,
+) -> PreTrainedModel:
+    """The model in eval mode with every parameter frozen.
+
+    weights: "pretrained", "random" or "none", as find_base returned it. dtype: default the config's. With "none"
+    parameters are on `meta`, buffers real. compact: of random weights, as `random_weights.random_model` takes it.
+    Raises UsageError; weights that are missing are never made up.
+    """
+    dtype = resolve_dtype(dtype, base.config)
+    device = resolve_device(device)
+    if weights == "none":
+        model = skeleton(base.config, dtype)
+    elif weights == "random":
+        model = random_model(base.config, dtype, device, seed, compact=compact)
+    elif weights == "pretrained":
+        model = _pretrained(base, dtype, device)
+    else:
+        raise UsageError(f"Unknown weights {weights!r}: expected pretrained, random or none.")
+    # A checkpoint takes its base's name from here, and must find it from any working directory.
+    local = base.kind in ("folder", "gguf")
+    model.config._name_or_path = str(Path(base.location).resolve()) if local else base.name
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig | None = None) -> torch.dtype:
+    """float32, bfloat16, float16, float64 (or fp32, bf16, fp16, fp64); None means the config's, else float32."""
+    if dtype is None and config is not None:
+        dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    name = str(dtype or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"Unknown dtype {name!r}: expected one of {', '.join(DTYPES)}.")
+    return getattr(torch, DTYPES[name])
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device, if it is there; None and "auto" mean the best there is."""
+    if device is None or device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"Unknown device {device!r}: expected cpu, cuda, cuda:0, mps or auto.") from error
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not there.get(found.type, False):
+        usable = [name for name in ("cpu", "mps") if there[name]]
+        usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise UsageError(f"The device {device} is not available on this machine. Available: {', '.join(usable)}.")
+    return found
+
+
+def load_tokenizer(base: Base, token: str | None = None) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, from where its weights come from. Raises UsageError if there is none."""
+    source, extra = _tokenizer_source(base, token)
+    with quiet(), refused(f"The tokenizer of {base.name} cannot be loaded", "Restore its files."):
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **extra)
+
+
+def _tokenizer_source(base: Base, token: str | None) -> tuple[str, dict]:
+    if base.kind == "gguf":
+        path = Path(base.location)
+        need_gguf(base.name)
+        return str(path.parent), {"gguf_file": path.name}
+    folder = Path(base.location) if base.location else hub.cached(base.name, base.revision)
+    if base.kind != "folder" and not _has_tokenizer(folder):
+        commit, folder = hub.ask(base.name, base.revision, token or base.token)
+        folder = hub.download(base.name, commit, TOKENIZER_PATTERNS, token or base.token)
+    if not _has_tokenizer(folder):
+        # Without this, transformers 5 makes an empty tokenizer of the model's class.
+        raise UsageError(f"There is no tokenizer in {folder}: expected one of {', '.join(TOKENIZER_FILES)}.")
+    return str(folder), {}
+
+
+def _has_tokenizer(folder: Path | None) -> bool:
+    return folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+# ---------------------------------------------------------------------------------------------- pretrained
+
+
+def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+
+    source, extra = base.location, {}
+    if base.kind == "gguf":
+        need_gguf(base.name)
+        source, extra = str(Path(base.location).parent), {"gguf_file": Path(base.location).name}
+    else:
+        folder = _weights_folder(base)
+        _check_weight_files(folder)
+        source = str(folder)
+    if device.type != "cpu":
+        extra["device_map"] = {"": device}
+    with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=copy.deepcopy(base.config),
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are listed below, with the rest, instead
+            **extra,
+        )
+    _check_complete(info, source)
+    return model
+
+
+def _weights_folder(base: Base) -> Path:
+    if base.kind == "folder":
+        folder = Path(base.location)
+        if (folder / "adapter_config.json").exists():
+            # transformers would load that adapter on top, and its base instead of this one.
+            raise UsageError(f"{folder} has an adapter_config.json beside the model: move the adapter elsewhere.")
+        return folder
+    if base.kind != "hub":
+        raise UsageError(f"{base.name} is a preset: it has an architecture but no weights. Use find_base to get them.")
+    folder = Path(base.location)
+    if hub.is_offline() or (has_weights(folder) and not _missing_shards(folder)):
+        return folder
+
+    machine.need_disk(parameter_bytes(base.config), constants.HF_HUB_CACHE, f"the download of {base.name}")
+    safe = hub.download(base.name, base.revision, _patterns("model", "safetensors"), base.token)
+    if has_weights(safe):
+        return safe
+    return hub.download(base.name, base.revision, _patterns("pytorch_model", "bin"), base.token)
+
+
+def _patterns(stem: str, suffix: str) -> list[str]:
+    names = [f"{stem}.{suffix}", f"{stem}.{suffix}.index.json", f"{stem}-*-of-*.{suffix}"]
+    return [*names, "generation_config.json", "config.json"]
+
+
+def _shard_names(folder: Path) -> list[str]:
+    """The files that hold the weights, as transformers would choose them: safetensors first."""
+    for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
+        if (folder / single).exists():
+            return [single]
+        if (folder / index).exists():
+            shards = read_object(folder / index).get("weight_map")
+            if not isinstance(shards, dict) or not all(_plain(name) for name in shards.values()):
+                raise UsageError(f"{folder / index} is damaged: expected a weight_map to plain file names.")
+            return sorted(set(shards.values()))
+    raise UsageError(f"{folder} holds no weights: expected {' or '.join(WEIGHT_FILES)}.")
+
+
+def _plain(name: object) -> bool:
+    return isinstance(name, str) and name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..")
+
+
+def _missing_shards(folder: Path) -> list[str]:
+    return [name for name in _shard_names(folder) if not (folder / name).is_file()]
+
+
+def _check_weight_files(folder: Path) -> None:
+
+    problems = [f"{name}: missing" for name in _missing_shards(folder)]
+    for name in _shard_names(folder):
+        if name.endswith(".safetensors") and (folder / name).is_file():
+            try:
+                with safe_open(folder / name, framework="pt"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                problems.append(f"{name}: not a sound safetensors file ({str(error).splitlines()[0]})")
+    if problems:
+        raise UsageError(f"The weights in {folder} are damaged:\n{listed(problems)}\nRestore them from their source.")
+
+
+def _check_complete(info: dict, source: str) -> None:
+    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        problems.append(f"of another shape: {name}: expected {list(expected)}, found {list(found)}")
+    if problems:
+        raise UsageError(
+            f"The weights in {source} are not those of its config.json:\n{listed(problems)}\n"
+            "Missing weights are never made up; restore the files, or use --weights random."
+        )
+
+
+# ---------------------------------------------------------------------------------------------- sizes
+
+
+def parameter_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
+    """Bytes of all parameters of the full model, tied ones once. Allocates nothing."""
+    model = skeleton(config, resolve_dtype(dtype, config))
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def compact_random_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
+    """Bytes of the parameters which weights="random" allocates with compact=True."""
+    return shared_bytes(skeleton(config, resolve_dtype(dtype, config)), compact=True)

@@ -1,0 +1,307 @@
+"""The part of verify.py that looks at tensors: adapters, router, skill library and probe, against config.json.
+
+Headers first, then the values, a few MiB at a time. No torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from ..store.files import FileProblem, parse_json
+from . import formats
+from .findings import Contents, Rules, get, nothing_or, number, short, texts
+from .safetensors_file import TensorInfo, read_array, read_header, read_json, scan_float32
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+MAX_SKILLS = 1 << 20
+GO_BACK = "go back to a checkpoint before"
+FACTS = ("base_weights", "device_type", "dtype", "machine")
+# Without effect in a plain LoRA; with another value the tensors would mean something else, or more would be loaded.
+_PLAIN = ("alora_invocation_tokens", "alpha_pattern", "auto_map", "auto_mapping", "layer_replication", "layers_pattern")
+_PLAIN += ("layers_to_transform", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters")
+_PLAIN += ("trainable_token_indices", "use_dora", "use_qalora", "arrow_config", "ensure_weight_tying", "kasa_config")
+_PLAIN += ("megatron_config", "monteclora_config", "use_bdlora", "velora_config")
+
+
+# ---- experts ----
+
+
+def layout(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
+    """A SHA-256 over the sorted names and shapes of an expert's tensors: which layers it has, and of what size."""
+    listed = sorted([name, list(shape)] for name, shape in shapes)
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
+def check_experts(contents: Contents) -> None:
+    sizes: dict[str, tuple[str, tuple[int, int]]] = {}
+    dropouts: dict[float, str] = {}
+    for expert in contents.config["experts"]:
+        folder = formats.adapter_folder(contents.files, expert["name"])
+        excluded = _check_adapter_config(contents, f"{folder}/{formats.ADAPTER_CONFIG}", expert, dropouts)
+        _check_adapter(contents, f"{folder}/{formats.ADAPTER_WEIGHTS}", expert, sizes, excluded)
+
+
+def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts: dict[float, str]) -> set[str]:
+    """Returns what PEFT would leave out of the targets."""
+    before = len(contents.problems)
+    found = contents.read(name, read_json)
+    if name not in contents.files or len(contents.problems) > before:
+        return set()
+    if not isinstance(found, dict):
+        contents.expect(name, "", "a JSON object", type(found).__name__)
+        return set()
+    revision, base = get(contents.config, "base_model.revision"), get(contents.config, "base_model.name")
+    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    expected |= {"revision": revision, "base_model_name_or_path": base}
+    expected |= {key: expert[key] for key in ("r", "lora_alpha", "use_rslora")}
+    for key, value in expected.items():
+        there, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
+        if there != value or (type(there) is kind) != (type(value) is kind):
+            contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(there))
+    targets = found.get("target_modules")
+    if not texts(targets) or sorted(targets) != expert["target_modules"]:
+        contents.expect(
+            name, "target_modules", f"{short(expert['target_modules'])}, as in {formats.CONFIG}", short(targets)
+        )
+    for key in _PLAIN:
+        value = found.get(key)
+        if value is not None and value is not False and value not in ([], {}):  # the layer 0 is one
+            contents.expect(name, key, "none in an expert", short(value))
+    if contents.follow(name, found, _ADAPTER_RULES):
+        other = next(iter(dropouts.values()), None)
+        dropouts.setdefault(found["lora_dropout"], expert["name"])
+        if len(dropouts) > 1 and dropouts[found["lora_dropout"]] == expert["name"]:
+            rate = next(iter(dropouts))
+            contents.expect(name, "lora_dropout", f"{rate} as of {other}", found["lora_dropout"])
+        return set(found.get("exclude_modules") or ())
+    return set()
+
+
+_ADAPTER_RULES: Rules = (
+    ("lora_dropout", "a number from 0 to below 1", lambda v: number(v) and 0 <= v < 1),
+    ("fan_in_fan_out", "true or false", lambda v: isinstance(v, bool)),
+    ("init_lora_weights", "true, false or 'gaussian'", lambda v: isinstance(v, bool) or v == "gaussian"),
+    ("exclude_modules", "a list of names or null", nothing_or(texts)),
+)
+
+
+def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict, excluded: set[str]) -> None:
+    header = contents.read(name, read_header)
+    if header is None:
+        return
+    tensors: dict[str, TensorInfo] = header[1]
+    targets, used = set(expert["target_modules"]), set()
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    foreign = []
+    for tensor, info in tensors.items():
+        match = TENSOR_NAME.fullmatch(tensor)
+        target = match and _target(match["module"], targets)
+        if not target:
+            foreign.append(tensor)
+            continue
+        used.add(target)
+        pairs.setdefault(match["module"], {})[match["side"]] = info
+        if info.dtype != "F32":
+            contents.expect(name, f"tensor {tensor}", "dtype F32", info.dtype)
+    contents.list(name, foreign, lambda t: f"tensor {t}: expected tensors of {expert['name']} only, found this one")
+    left_out = [module for module in pairs if _target(module, excluded)]
+    contents.list(name, left_out, lambda m: f"expected no tensors of {m}, which exclude_modules leaves out, found some")
+    contents.list(name, targets - used, lambda t: f"expected tensors for the target {t[:200]}, found none")
+    before = len(contents.problems)
+    for module, pair in pairs.items():
+        _check_pair(contents, name, expert, module, pair, sizes)
+    if len(tensors) != expert["tensors"]:
+        contents.expect(name, "", f"{expert['tensors']} tensors", len(tensors))
+    parameters = sum(math.prod(info.shape) for info in tensors.values())
+    if parameters != expert["parameters"]:
+        contents.expect(name, "", f"{expert['parameters']} parameters", parameters)
+    found = layout((tensor, info.shape) for tensor, info in tensors.items())
+    if found != expert["layout"] and not foreign and len(contents.problems) == before:
+        contents.report(
+            name,
+            f"expected tensors of the names and shapes that {formats.CONFIG} tells of, found others of their number",
+        )
+    _check_values(contents, name, expert, tensors)
+
+
+def _target(module: str, targets: set[str]) -> str | None:
+    """The target that a module matches by PEFT's rule: it is the module's name, or the end of it after a dot."""
+    while module not in targets:
+        _, dot, module = module.partition(".")
+        if not dot:
+            return None
+    return module
+
+
+def _check_pair(contents: Contents, name: str, expert: dict, module: str, pair: dict, sizes: dict) -> None:
+    tensor = {side: f"tensor base_model.model.{module}.lora_{side}.weight" for side in "AB"}
+    for side in "AB":
+        if side not in pair:
+            contents.expect(name, tensor[side], "one of each pair", "nothing")
+            return
+    r, a, b = expert["r"], pair["A"].shape, pair["B"].shape
+    for side, shape, rank_at, wanted in (("A", a, 0, f"({r}, d_in)"), ("B", b, 1, f"(d_out, {r})")):
+        if len(shape) != 2 or shape[rank_at] != r or not all(shape):
+            contents.expect(name, tensor[side], f"shape {wanted}", shape)
+            return
+    size = (a[1], b[0])
+    other, known = sizes.setdefault(module, (expert["name"], size))
+    if known != size:
+        contents.expect(name, f"tensors of {module}", f"to map {known[0]} to {known[1]} as in {other}", size)
+
+
+def _check_values(contents: Contents, name: str, expert: dict, tensors: dict[str, TensorInfo]) -> None:
+    scanned = _scan(contents, name, tensors)
+    if scanned is None:
+        return
+    trained = False
+    for tensor, nonzero in scanned:
+        is_b = tensor.endswith(".lora_B.weight")
+        trained = trained or (is_b and nonzero)
+        if not is_b and not nonzero:
+            contents.expect(name, f"tensor {tensor}", "values", "zeros only: it can have no effect")
+    if not trained and expert["state"] != "new":
+        contents.report(name, f"expected {expert['state']} experts to be trained, found every lora_B zero: no effect")
+    if trained and expert["state"] == "new":
+        contents.report(name, "expected every lora_B of a new expert to be zero, found trained ones")
+
+
+def _scan(contents: Contents, name: str, tensors: dict[str, TensorInfo]) -> list[tuple[str, bool]] | None:
+    """(name, any value is not zero) of each float32 tensor; those that are not finite are reported."""
+    scanned = contents.scanned.get(name)
+    if scanned is None:
+        scanned = contents.read(name, lambda path: list(scan_float32(path, tensors)))
+    for tensor, finite, _ in scanned or ():
+        if not finite:
+            contents.report(name, f"tensor {tensor}: expected finite numbers, found NaN or Inf", GO_BACK)
+    return None if scanned is None else [(tensor, nonzero) for tensor, _, nonzero in scanned]
+
+
+# ---- the other files ----
+
+
+def check_router(contents: Contents) -> None:
+    header = contents.read(formats.ROUTER, read_header)
+    if header is None:
+        return
+    n, hidden = contents.config["num_experts"], contents.config["router"]["hidden_size"]
+    _check_tensors(contents, formats.ROUTER, header[1], {formats.GATE: ("F32", (n, hidden))}, f"for {n} experts")
+    for tensor, nonzero in _scan(contents, formats.ROUTER, header[1]) or ():
+        if not nonzero:
+            contents.expect(formats.ROUTER, f"tensor {tensor}", "values", "zeros only: it would not route")
+
+
+def check_skills(contents: Contents) -> None:
+    name = formats.SKILLS
+    header = contents.read(name, read_header)
+    if header is None:
+        return
+    tensors = header[1]
+    rows = tensors["names"].shape[0] if "names" in tensors and tensors["names"].shape else 0
+    expected = {"names": ("U8", (rows, 32)), "embeddings": ("F32", (rows, 64)), "experts": ("I64", (rows,))}
+    if not _check_tensors(contents, name, tensors, expected, f"for {rows} skills"):
+        return
+    if rows > MAX_SKILLS:
+        contents.expect(name, "", f"at most {MAX_SKILLS} skills", rows)
+        return
+    values = contents.read(name, lambda path: {key: read_array(path, key, tensors[key]) for key in expected})
+    if values is None:
+        return
+    _check_skill_names(contents, values["names"])
+    with_numbers = contents.config.get("num_experts")
+    wrong = (values["experts"] < -1) | (values["experts"] >= (with_numbers or 1 << 62))
+    for row in wrong.nonzero()[0][:3]:
+        contents.expect(
+            name, f"tensor experts, skill {row}", f"-1 or an expert below {with_numbers}", values["experts"][row]
+        )
+
+    with np.errstate(all="ignore"):
+        lengths = np.linalg.norm(values["embeddings"].astype(np.float64), axis=1)
+    for row in (~(np.abs(lengths - 1) < 1e-3)).nonzero()[0][:3]:  # NaN included
+        contents.expect(name, f"tensor embeddings, skill {row}", "a vector of length 1", f"{lengths[row]:.4g}")
+
+
+def _check_skill_names(contents: Contents, names) -> None:
+    seen: set[str] = set()
+    for row, raw in enumerate(names):
+        stripped = raw.tobytes().rstrip(b"\0")
+        try:
+            found = stripped.decode("utf-8")
+        except UnicodeDecodeError:
+            found = ""
+        if not found or "\0" in found or found in seen:
+            what = f"tensor names, skill {row}"
+            contents.expect(formats.SKILLS, what, "a name in UTF-8 that no other skill has", repr(stripped))
+            return
+        seen.add(found)
+
+
+def check_probe(contents: Contents) -> None:
+    name, n = formats.PROBE, contents.config["num_experts"]
+    header = contents.read(name, read_header)
+    if header is None:
+        return
+    metadata, tensors = header
+    entries = tensors["vocabulary"].shape[0] if "vocabulary" in tensors and tensors["vocabulary"].shape else 0
+    tokens = formats.PROBE_TOKENS
+    expected = {
+        "input_ids": ("I64", (1, tokens)),
+        "vocabulary": ("I64", (entries,)),
+        "routed": ("F32", (tokens, entries)),
+        "experts": ("F32", (n, tokens, entries)),
+        "sha256": ("U8", (n + 1, 32)),
+    }
+    _check_facts(contents, metadata)
+    if not _check_tensors(contents, name, tensors, expected, f"for {n} experts"):
+        return
+    if not 1 <= entries <= 1 << 16:
+        contents.expect(name, "tensor vocabulary", f"1 to {1 << 16} entries", entries)
+        return
+    _scan(contents, name, tensors)
+    size = get(contents.config, "base_model.architecture.vocab_size") or 1 << 48
+    for tensor in ("input_ids", "vocabulary"):
+        values = contents.read(name, lambda path, key=tensor: read_array(path, key, tensors[key]))
+        if values is not None and (values.min() < 0 or values.max() >= size):
+            wrong = values.min() if values.min() < 0 else values.max()
+            contents.expect(name, f"tensor {tensor}", f"numbers of tokens from 0 to {size - 1}", wrong)
+
+
+def _check_facts(contents: Contents, metadata: dict[str, str]) -> None:
+    try:
+        facts = parse_json(metadata.get("probe", "null").encode("utf-8", "surrogatepass"))
+    except FileProblem as error:
+        contents.report(formats.PROBE, f"metadata: {error}")
+        return
+    if not isinstance(facts, dict) or set(facts) != set(FACTS) or not all(isinstance(v, str) for v in facts.values()):
+        contents.expect(formats.PROBE, "metadata", f"texts for {', '.join(FACTS)}", short(facts))
+    elif facts["dtype"] != contents.config["base_model"]["dtype"]:
+        dtype = contents.config["base_model"]["dtype"]
+        contents.expect(formats.PROBE, "metadata, dtype", f"{dtype} as in {formats.CONFIG}", short(facts["dtype"]))
+
+
+def _check_tensors(
+    contents: Contents, name: str, found: dict[str, TensorInfo], expected: dict[str, tuple], why: str
+) -> bool:
+    before = len(contents.problems)
+    contents.list(name, set(expected) - set(found), lambda t: f"tensor {t}: expected {why}, found nothing")
+    contents.list(name, set(found) - set(expected), lambda t: f"tensor {t}: expected no such tensor")
+    for tensor in sorted(set(found) & set(expected)):
+        (dtype, shape), info = expected[tensor], found[tensor]
+        if info.dtype != dtype:
+            contents.expect(name, f"tensor {tensor}", f"dtype {dtype}", info.dtype)
+        if info.shape != shape:
+            contents.expect(name, f"tensor {tensor}", f"shape {shape} {why}", info.shape)
+    return len(contents.problems) == before
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The facts in the metadata of a sound probe."""
+    return parse_json(read_header(path)[0]["probe"].encode())

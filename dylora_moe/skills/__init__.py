@@ -1,0 +1,1 @@
+"""What each expert is good at, and whether a text is something new."""

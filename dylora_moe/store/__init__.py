@@ -1,0 +1,1 @@
+"""A folder of files, published whole or not at all. Nothing here knows what a tensor is."""

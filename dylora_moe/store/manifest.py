@@ -1,0 +1,223 @@
+"""The manifest: what files a checkpoint has, and whether they are there and unchanged.
+
+    {"format_version": 1, "files": {"router.safetensors": {"bytes": 16520, "sha256": "..."}, ...}}
+
+It lists every file of the folder but itself, by relative POSIX path, and is written last: a folder without a valid one
+is no checkpoint. What it says is not trusted: its names are only compared with those found on disk, just files found
+there are opened, and no link is followed. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+from ..errors import UsageError
+from .files import chunks, explained, is_hole, kind, parallel, read_json, shown
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1  # of the manifest itself
+MAX_MANIFEST_BYTES = 4 << 20  # 1024 experts need about 0.4 MiB
+MAX_ENTRIES = 100_000
+
+Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_AGAIN = "copy the checkpoint again from where it came, or use another one"
+
+
+class FolderGone(UsageError):
+    """The folder is not there, or was moved away while it was read; what was found in it says nothing."""
+
+
+def manifest_problems(folder: os.PathLike | str) -> list[str]:
+    """Everything in which the folder is not what its manifest says, sorted; [] if it is sound.
+
+    Raises: FolderGone if the folder is not there, or was moved away meanwhile; UsageError if it is not a folder.
+    """
+    folder = Path(folder)
+    with held_still(folder):
+        try:
+            problems, extras, intact = survey(folder)
+            problems += extras
+            problems += filter(None, parallel(partial(_hash_problem, folder), sorted(intact.items())))
+        except OSError as error:
+            problems = [_unreadable(error.filename or folder, error)]
+    return sorted(problems)
+
+
+def first_reason(folder: Path) -> str | None:
+    """Why the folder is no complete checkpoint: no valid manifest, or files that are missing or of another size.
+
+    None if it is complete. Nothing is hashed, files too many are allowed. Raises as `manifest_problems` does.
+    """
+    with held_still(folder):
+        try:
+            return min(survey(folder)[0], default=None)
+        except OSError as error:
+            return _unreadable(error.filename or folder, error)
+
+
+def survey(folder: Path) -> tuple[list[str], list[str], Digests]:
+    """(problems, files too many, what is listed of the files whose size is right). OSErrors pass."""
+    entries = list_entries(folder)
+    try:
+        listed, problems = _read(folder, entries.get(MANIFEST))
+    except ValueError as error:
+        return [f"{MANIFEST}: {str(error)[:300]}; {_AGAIN}"], [], {}
+    intact = {}
+    for path, (size, sha256) in listed.items():
+        found = entries.get(path)
+        if found is None:
+            has = "no such file"
+        elif not stat.S_ISREG(found.st_mode):
+            has = kind(found)
+        elif found.st_size != size:
+            has = f"{found.st_size} bytes"
+        elif is_hole(found):
+            has = f"a hole, {found.st_blocks * 512} bytes on disk"
+        else:
+            intact[path] = (size, sha256)
+            continue
+        problems.append(f"{shown(path)}: expected a file of {size} bytes, found {has}; {_AGAIN}")
+    known = {MANIFEST, *listed, *parents(entries)}
+    extras = [
+        f"{shown(path)}: expected only what {MANIFEST} lists, found {kind(found)} more; move it out of the folder"
+        for path, found in entries.items()
+        if path not in known
+    ]
+    return problems, extras, intact
+
+
+def encode(digests: Digests) -> tuple[bytes, list[str]]:
+    """The manifest's bytes, the same for the same files in any order; and for what a reader would refuse it."""
+    files = {path: {"bytes": size, "sha256": sha256} for path, (size, sha256) in sorted(digests.items())}
+    manifest = {"format_version": FORMAT_VERSION, "files": files}
+    data = json.dumps(manifest, indent=1).encode() + b"\n"
+    problems = _check(manifest)[1]
+    if len(data) > MAX_MANIFEST_BYTES:
+        problems.append(f"{MANIFEST}: expected at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}")
+    return data, problems
+
+
+def list_entries(folder: Path) -> dict[str, os.stat_result]:
+    """Everything below the folder, by relative POSIX path; links are not followed. OSErrors pass."""
+    found: dict[str, os.stat_result] = {}
+    pending = [""]
+    while pending:
+        prefix = pending.pop()
+        with os.scandir(os.path.join(folder, prefix)) as entries:
+            for entry in entries:
+                found[prefix + entry.name] = info = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(info.st_mode):
+                    pending.append(f"{prefix}{entry.name}/")
+                if len(found) > MAX_ENTRIES:
+                    raise OSError(errno.E2BIG, f"more than {MAX_ENTRIES} files", str(folder))
+    return found
+
+
+def parents(paths: Iterable[str]) -> set[str]:
+    """The folders that hold them, "" for the outermost."""
+    return {path.rpartition("/")[0] for path in paths}
+
+
+def file_digest(path: Path, size: int) -> tuple[int, str]:
+    """(bytes, sha256) of a regular file; of one with more than `size` bytes only a part is read. OSErrors pass."""
+    digest, length = hashlib.sha256(), 0
+    for chunk in chunks(path, size):
+        digest.update(chunk)
+        length += len(chunk)
+    return length, digest.hexdigest()
+
+
+def _read(folder: Path, found: os.stat_result | None) -> tuple[Digests, list[str]]:
+    if found is None:
+        raise ValueError("expected in every checkpoint, not found: this save was never finished")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"expected a regular file, found {kind(found)}")
+    return _check(read_json(folder / MANIFEST, MAX_MANIFEST_BYTES))
+
+
+def _check(manifest: object) -> tuple[Digests, list[str]]:
+    """The entries that make sense, and the problems of those that do not."""
+    if type(manifest) is not dict or type(manifest.get("format_version")) is not int:
+        raise ValueError("expected an object with the integer format_version")
+    if manifest["format_version"] != FORMAT_VERSION:
+        raise ValueError(f"expected format_version {FORMAT_VERSION}, found {manifest['format_version']}; update")
+    if set(manifest) != {"format_version", "files"} or type(manifest["files"]) is not dict:
+        raise ValueError("expected format_version and the object files, and nothing else")
+    listed, problems = {}, []
+    for path, entry in manifest["files"].items():
+        if _is_bad(path):
+            problems.append(f"{MANIFEST}: expected relative paths inside the folder, found {shown(path)}; {_AGAIN}")
+        elif (
+            type(entry) is not dict
+            or set(entry) != {"bytes", "sha256"}
+            or type(entry["bytes"]) is not int
+            or entry["bytes"] < 0
+            or type(entry["sha256"]) is not str
+            or not _SHA256.fullmatch(entry["sha256"])
+        ):
+            found = shown(repr(entry))
+            problems.append(f"{MANIFEST}: expected bytes and sha256 of {shown(path)}, found {found}; {_AGAIN}")
+        else:
+            listed[path] = entry["bytes"], entry["sha256"]
+    return listed, problems
+
+
+def _is_bad(path: str) -> bool:
+    return "\\" in path or "\0" in path or path == MANIFEST or any(part in ("", ".", "..") for part in path.split("/"))
+
+
+def _hash_problem(folder: Path, item: tuple[str, tuple[int, str]]) -> str | None:
+    path, expected = item
+    try:
+        found = file_digest(folder / path, expected[0])
+    except OSError as error:
+        return _unreadable(path, error)
+    if found != expected:
+        return f"{shown(path)}: expected sha256 {expected[1]}, found {found[1]}: its content was changed; {_AGAIN}"
+    return None
+
+
+def _unreadable(path: object, error: OSError) -> str:
+    return f"{shown(path)}: expected to read it, found: {error.strerror or error}; check the disk and permissions"
+
+
+@contextmanager
+def held_still(folder: Path) -> Iterator[None]:
+    """What is found inside the block, errors too, counts only if the folder is the same one at the end of it.
+
+    Raises: FolderGone where it is not, whatever else was raised; UsageError where it is not a folder.
+    """
+
+    def identity() -> tuple[int, int] | None:
+        with explained("read", folder):
+            try:
+                found = os.stat(folder)
+            except FileNotFoundError:
+                return None
+        if not stat.S_ISDIR(found.st_mode):
+            raise UsageError(f"{folder} is not a folder: name a checkpoint folder")
+        return found.st_dev, found.st_ino
+
+    gone = FolderGone(f"{folder} is not there, or was removed meanwhile (by rotation?): list the run folder again")
+    before = identity()
+    if before is None:
+        raise gone
+    try:
+        yield
+    except Exception as error:
+        if identity() != before:
+            raise gone from error
+        raise
+    if identity() != before:
+        raise gone

@@ -1,0 +1,193 @@
+"""From which checkpoint a run goes on, and whether that gives the run that was stopped."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from transformers import TrainerState
+
+from ..base.structure import weights_fingerprint
+from ..checkpoint import formats
+from ..checkpoint.read import sound_config
+from ..checkpoint.verify import checkpoint_folder
+from ..constants import IMMATURE, MATURE
+from ..data.blocks import data_fingerprint
+from ..errors import CheckpointError, UsageError, listed
+from ..mixture.model import Mixture
+from ..store import run_folder
+from . import ranks, training_state
+
+# These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
+FREE_SETTINGS = (
+    "accept_changes", "config", "demo", "device", "eval_steps", "gradient_checkpointing", "hf_token", "logging_steps",
+    "model_is_default", "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
+)  # fmt: skip
+# What these name is compared by its content; the name itself may be another.
+BY_CONTENT = {"data": "data_fingerprint", "model": "base_weights", "weights": "base_weights"}
+WEIGHTS_REMEDY = "--resume-weights-only goes on with a fresh optimizer"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    `folder` is the checkpoint to go on from (None: fresh experts); `weights_only` takes nothing else from it, and then
+    `step` is the step to go on at. `lines` are for the user.
+    """
+
+    folder: Path | None = None
+    weights_only: bool = False
+    step: int = 0
+    lines: list[str] = field(default_factory=list)
+
+
+def choose(run_dir: Path, resume: str | None, weights_only: bool) -> Start:
+    """The checkpoint that --resume asks for.
+
+    Raises:
+        UsageError: where the run folder and the flags do not go together.
+    """
+    complete = run_folder.checkpoints(run_dir) if run_dir.is_dir() else []
+    broken = run_folder.incomplete(run_dir) if run_dir.is_dir() else []
+    if resume is None:
+        if complete or broken:
+            newest = complete[-1].path if complete else broken[-1][0]
+            raise UsageError(
+                f"{run_dir} already holds checkpoints (newest: {newest.name}); go on with --resume, or start another "
+                "run with another --output-dir"
+            )
+        return Start()
+    if resume == "auto":
+        return _newest(run_dir, complete, broken, weights_only)
+    return _named(run_dir, Path(resume), complete, weights_only)
+
+
+def _newest(run_dir: Path, complete: list, broken: list, weights_only: bool) -> Start:
+    if complete:
+        lines = [f"passed over {path}: {reason}" for path, reason in broken]
+        return Start(complete[-1].path, weights_only, complete[-1].step if weights_only else 0, lines)
+    if broken:
+        lines = [f"{path.name}: {reason}" for path, reason in broken]
+        raise UsageError(
+            f"{run_dir} holds only incomplete checkpoints:\n{listed(lines)}\nMove them away to start from the beginning"
+        )
+    return Start(lines=[f"no checkpoint in {run_dir} yet: starting from the beginning"])
+
+
+def _named(run_dir: Path, chosen: Path, complete: list, weights_only: bool) -> Start:
+    try:
+        chosen = checkpoint_folder(chosen)
+    except UsageError as error:
+        raise UsageError(f"--resume {error}\n--resume alone takes the newest checkpoint of the run folder") from None
+    own = chosen.resolve().parent == run_dir.resolve()
+    step = _step(chosen)
+    newer = [c.path.name for c in complete if not own or step is None or c.step > step]
+    if newer:
+        whose = "newer checkpoints" if own else "checkpoints of its own"
+        raise UsageError(
+            f"--resume {chosen}: {run_dir} holds {whose} ({', '.join(newer[-10:])}), which this run would meet; use "
+            "another --output-dir, or move them away"
+        )
+    return Start(chosen, weights_only, (step or 0) if weights_only and own else 0)
+
+
+def _step(folder: Path) -> int | None:
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    return int(match.group(1)) if match else None
+
+
+# ---- the settings of a run ----
+
+
+def settings(args, model: Mixture, blocks) -> dict:
+    """What must be the same for a resumed run to be the run that was stopped."""
+    held_out = {name: data_fingerprint(replace(blocks, train=rows)) for name, rows in blocks.evaluation.items()}
+    found = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    if args.early_stopping:
+        found["eval_steps"] = args.eval_steps
+    return found | {
+        "base_weights": weights_fingerprint(model.base),
+        "data_fingerprint": data_fingerprint(blocks),
+        "held_out": held_out,
+        "processes": ranks.world()[1],
+    }
+
+
+def differences(there: dict, here: dict) -> list[str]:
+    """The settings in which two runs differ, in words."""
+    lines = []
+    for name in sorted(set(there) | set(here)):
+        content = BY_CONTENT.get(name, name)
+        if there.get(name) == here.get(name) or there.get(content) == here.get(content):
+            continue
+        if name == "held_out" and sorted(there.get(name, {}).values()) == sorted(here[name].values()):
+            continue  # the data sets may have other names
+        if name in BY_CONTENT.values():
+            names = [key for key, by in BY_CONTENT.items() if by == name]
+            if all(there.get(key) == here.get(key) for key in names):
+                lines.append(f"{names[0]}: what {here.get(names[0])} holds has changed")
+        elif name == "held_out":
+            lines.append("data: other documents are held out")
+        else:
+            lines.append(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here")
+    return lines
+
+
+# ---- may it ----
+
+
+def check(start: Start, run: dict, *, accept_changes: bool) -> bool:
+    """Refuse to go on from what would not give the run that was stopped.
+
+    Returns:
+        Whether that run has come to its end already.
+
+    Raises:
+        CheckpointError: with every problem of the checkpoint, or for a missing training state.
+        UsageError: that lists the settings which differ.
+    """
+    folder = start.folder
+    config = _sound_config(folder, start.weights_only)
+    if start.weights_only:
+        return False
+    lacking = training_state.missing(folder)
+    if lacking:
+        raise CheckpointError(folder, [f"{name}: is missing; {WEIGHTS_REMEDY}" for name in lacking])
+    state = _trainer_state(folder)
+    processes = len(training_state.rng_files(folder))
+    if processes != run["processes"]:
+        raise UsageError(
+            f"{folder} was written by {processes} process(es), this run has {run['processes']}; start as many, or "
+            f"{WEIGHTS_REMEDY}"
+        )
+    changed = differences(training_state.read_run(folder), run)
+    if changed and not accept_changes:
+        raise UsageError(
+            f"this would not be the run that wrote {folder}:\n{listed(changed)}\n"
+            "Start it with that run's settings and data, or accept the changes with --accept-changes"
+        )
+    states = {expert["state"] for expert in config["experts"]}
+    ended = MATURE in states and IMMATURE not in states
+    return ended and not changed and state["global_step"] > 0
+
+
+def _sound_config(folder: Path, weights_only: bool) -> dict:
+    try:
+        return sound_config(folder, weights_only=weights_only)
+    except CheckpointError as error:
+        if not all(formats.is_training_file(problem.partition(": ")[0]) for problem in error.problems):
+            raise
+        raise CheckpointError(folder, [f"{problem}; {WEIGHTS_REMEDY}" for problem in error.problems]) from None
+
+
+def _trainer_state(folder: Path) -> dict:
+    state = training_state.read_trainer_state(folder)
+    try:
+        TrainerState(**state)
+    except TypeError as error:
+        raise CheckpointError(
+            folder, [f"{formats.TRAINER_STATE}: is not the state of a Trainer of this version ({error})"]
+        ) from None
+    return state

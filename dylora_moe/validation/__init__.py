@@ -1,0 +1,1 @@
+"""The checks of the three scripts, and how they are reported."""

@@ -1,0 +1,216 @@
+"""How the result of a script is shown: lines for people, JSON for machines, annotations for GitHub Actions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..checkpoint import formats
+from ..constants import MIB
+from ..system import command_line
+
+JSON_HELP = "write the result as JSON; - for standard output"
+
+RULE = "=" * 60
+
+
+@dataclass
+class CheckResult:
+    """What one check found: problems (none: passed), lines for people, and figures."""
+
+    name: str
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    measures: dict = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        return not self.problems
+
+
+def timed(check: Callable[..., CheckResult], *args, **kwargs) -> CheckResult:
+    started = time.perf_counter()
+    result = check(*args, **kwargs)
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+@dataclass
+class Report:
+    """Everything that one run of a script has found."""
+
+    script: str
+    model: str | None = None
+    weights: str | None = None
+    experts: int | None = None
+    checkpoint: str | None = None
+    total_bytes: int | None = None
+    checks: list[CheckResult] = field(default_factory=list)
+    error: str | None = None
+    exit_code: int = command_line.PASSED
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return self.error is None and bool(self.checks) and all(check.passed for check in self.checks)
+
+    def as_json(self) -> str:
+        value = {
+            "script": self.script,
+            "passed": self.passed,
+            "exit_code": self.exit_code,
+            "error": self.error,
+            "model": self.model,
+            "weights": self.weights,
+            "experts": self.experts,
+            "checkpoint": self.checkpoint,
+            "total_bytes": self.total_bytes,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "checks": [
+                {
+                    "name": check.name,
+                    "passed": check.passed,
+                    "seconds": round(check.seconds, 3),
+                    "problems": check.problems,
+                    "measures": _finite(check.measures),
+                }
+                for check in self.checks
+            ],
+        }
+        return json.dumps(value, indent=2) + "\n"
+
+
+def _finite(value: object) -> object:
+    """JSON has no infinity and no NaN: they become text."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Printer:
+    """Prints to standard output, or to standard error where standard output is for JSON."""
+
+    def __init__(self, to_stderr: bool = False):
+        self.to_stderr = to_stderr
+
+    def __call__(self, line: str = "") -> None:
+        self._print(line, sys.stderr if self.to_stderr else sys.stdout)
+
+    def error(self, text: str) -> None:
+        """Why the script could not run."""
+        self._print(f"{command_line.FAIL_MARK} {text}", sys.stderr)
+
+    @staticmethod
+    def _print(line: str, stream) -> None:
+        try:
+            print(line, file=stream, flush=True)
+        except BrokenPipeError:  # `... | head`: the checks go on, the exit code counts
+            command_line.mute(stream)
+
+    def heading(self, title: str) -> None:
+        self()
+        self(RULE)
+        self(title)
+        self(RULE)
+
+    def result(self, check: CheckResult) -> None:
+        for note in check.notes:
+            self(f"  {note}")
+        for problem in check.problems[:10]:
+            self(f"{command_line.FAIL_MARK} {problem}")
+        if len(check.problems) > 10:
+            self(f"  ... and {len(check.problems) - 10} more")
+        self(f"  ({check.seconds:.1f} s)")
+
+    def summary(self, report: Report, success: str) -> None:
+        """The last lines, as the guide shows them."""
+        self()
+        self(f"Peak memory: {report.peak_memory_bytes / 1e9:.2f} GB, {report.seconds:.1f} s in all")
+        self()
+        for check in report.checks:
+            self(
+                f"{command_line.PASS_MARK} PASS: {check.name}"
+                if check.passed
+                else f"{command_line.FAIL_MARK} FAIL: {check.name}"
+            )
+        self(f"{command_line.PASS_MARK} {success}" if report.passed else f"{command_line.FAIL_MARK} SOME TESTS FAILED")
+        if report.total_bytes is not None:
+            self()
+            self(f"Total checkpoint size: {report.total_bytes / MIB:.1f} MB")
+
+
+def write_json(report: Report, target: str) -> None:
+    """Write the report to a file, or to standard output for `-`."""
+    if target == "-":
+        try:
+            sys.stdout.write(report.as_json())
+            sys.stdout.flush()
+        except BrokenPipeError:
+            command_line.mute(sys.stdout)
+    else:
+        Path(target).write_text(report.as_json(), encoding="utf-8")
+
+
+def annotate(report: Report, printer: Printer) -> None:
+    """Failures as annotations, and a table in the job's summary (docs.github.com, workflow commands)."""
+    if not command_line.in_github_actions():
+        return
+    for check in report.checks:
+        for problem in check.problems[:10]:
+            printer(f"::error title={report.script} {check.name}::{_escape(problem)}")
+    if report.error:
+        printer(f"::error title={report.script}::{_escape(report.error)}")
+    path = os.environ.get("GITHUB_STEP_SUMMARY")
+    if path:
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(_table(report))
+        except OSError as error:
+            printer.error(f"GITHUB_STEP_SUMMARY: {path} cannot be written ({error.strerror or error})")
+
+
+def _table(report: Report) -> str:
+    rows = ["", f"### {report.script}", "", "| check | result | seconds | problems |", "|---|---|---|---|"]
+    for check in report.checks:
+        mark = f"{command_line.PASS_MARK} PASS" if check.passed else f"{command_line.FAIL_MARK} FAIL"
+        problems = "<br>".join(_cell(problem) for problem in check.problems[:10])
+        rows.append(f"| {check.name} | {mark} | {check.seconds:.1f} | {problems} |")
+    if report.error:
+        rows.append(f"| | {command_line.FAIL_MARK} could not run | | {_cell(report.error)} |")
+    if report.total_bytes is not None:
+        rows += ["", f"Total checkpoint size: {report.total_bytes / MIB:.1f} MB"]
+    return "\n".join(rows) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text that cannot end its cell, its row, or open a tag."""
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _escape(text: str) -> str:
+    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+
+def report_file(value: str) -> str:
+    """An argparse type: where the value of --json is written, which must not change a checkpoint."""
+    target = command_line.path(value)
+    if target == "-":
+        return target
+    folder = os.path.dirname(os.path.realpath(target))
+    while folder != os.path.dirname(folder):
+        if os.path.exists(os.path.join(folder, formats.ADAPTERS)):
+            raise argparse.ArgumentTypeError(f"{value} lies in a checkpoint, {folder}; give a file outside of it")
+        folder = os.path.dirname(folder)
+    return target

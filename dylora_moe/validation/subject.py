@@ -1,0 +1,122 @@
+"""What the scripts are run on: the base model, the mixture, a checkpoint that is there already; and whether it fits."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from ..base.find import DEFAULT_MODEL, find_base
+from ..base.load import compact_random_bytes, load_base, parameter_bytes
+from ..base.preserve import seeded
+from ..base.source import Base
+from ..base.structure import architecture
+from ..checkpoint import formats
+from ..checkpoint.probe import ROWS
+from ..errors import UsageError
+from ..mixture.config import MoELoraConfig, RouterConfig
+from ..mixture.model import Mixture
+from ..mixture.targets import adapter_parameters
+from ..system import machine
+from . import workspace
+from .flags import DEFAULTS, QUICK, Script, cheaper
+from .saved import fill_experts
+
+SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
+# Bytes per token and entry of the vocabulary: of the mixture's logits, those kept and two in float64 while compared;
+# and of each expert of one forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
+MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
+
+
+def base_of(script: Script, args: Namespace, name: str | None = None, revision: str | None = None):
+    """The base model, found but not loaded, and which of its weights are used."""
+    weights = args.weights
+    if weights == "auto" and not script.reloads:
+        weights = "none"
+    name = name or args.model or DEFAULT_MODEL
+    return find_base(name, weights=weights, token=args.hf_token or None, revision=revision)
+
+
+def base_weights_of(args: Namespace, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
+
+    dtype = args.dtype or dtype
+    return load_base(source, weights, dtype=dtype, device=args.device, seed=args.seed, compact=True)
+
+
+def build_mixture(args: Namespace, source: Base, weights: str) -> Mixture:
+    """A mixture as the flags ask for it, whose experts and gate hold something."""
+    base = base_weights_of(args, source, weights)
+    lora = MoELoraConfig(r=setting(args, "lora_r"), lora_alpha=setting(args, "lora_alpha"))
+    with seeded(args.seed):
+        model = Mixture(base, setting(args, "experts"), lora=lora, router=RouterConfig())
+    model.base_revision = source.revision
+    fill_experts(model, args.seed)
+    return model
+
+
+def setting(args: Namespace, name: str) -> int | float:
+    """A flag, or its default. Flags have none of their own, since --checkpoint must know which were given."""
+    given = getattr(args, name)
+    return DEFAULTS[name] if given is None else given
+
+
+# ---- what it needs ----
+
+
+def check_room_to_save(script: Script, args: Namespace, source: Base, weights: str) -> None:
+    """Estimate disk and memory, and refuse before anything large is written or allocated.
+
+    Raises:
+        UsageError: with what is needed, what is there and what to run instead.
+    """
+    experts = setting(args, "experts")
+    per_expert = 4 * adapter_parameters(source.config, setting(args, "lora_r"))
+    instead = f"python {QUICK.file}"
+    folder = Path(args.output_dir) if args.output_dir else workspace.temporary_root()
+    machine.need_disk(experts * per_expert + SMALL_FILES, folder, f"a checkpoint of {experts} experts", instead)
+    what = f"{experts} experts on {source.name} with {weights} weights"
+    mixtures = 3 if script.reloads else 1  # the saved one, the loaded one and stock PEFT's
+    needed = base_bytes(source, weights, args.dtype, experts) + mixtures * experts * per_expert + 2 * per_expert
+    machine.need_memory(needed, what, cheaper=cheaper(args) if script.reloads else instead)
+
+
+def check_room_to_load(args: Namespace, source: Base, weights: str, config: dict) -> None:
+    """As `check_room_to_save`, for a checkpoint that is there already."""
+    sizes = [4 * expert["parameters"] for expert in config["experts"]]
+    dtype = args.dtype or config["base_model"]["dtype"]
+    needed = base_bytes(source, weights, dtype, len(sizes)) + 2 * sum(sizes) + 2 * max(sizes)
+    what = f"{len(sizes)} experts on {source.name} with {weights} weights"
+    machine.need_memory(needed, what, cheaper=cheaper(args))
+
+
+def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> int:
+    """Memory for the base's weights and for the logits of the few tokens they are run on."""
+    if weights == "none":
+        return 0
+
+    size_of: Callable = parameter_bytes if weights == "pretrained" else compact_random_bytes
+    vocabulary = source.config.get_text_config().vocab_size
+    logits = (MIXTURE_LOGITS + EXPERT_LOGITS * min(experts, ROWS)) * formats.PROBE_TOKENS * vocabulary
+    return size_of(source.config, dtype) + logits
+
+
+# ---- a checkpoint that is there already ----
+
+
+def check_architecture(source: Base, config: dict, name: str) -> None:
+    """Whether --model is what the checkpoint was trained on.
+
+    Raises:
+        UsageError: says in what they differ.
+    """
+    here, there = architecture(source.config), config["base_model"]["architecture"]
+    if here["fingerprint"] != there["fingerprint"]:
+        keys = [key for key in there if key != "fingerprint" and here.get(key) != there[key]]
+        differences = ", ".join(f"{key}: {there[key]} there, {here.get(key)} here" for key in keys)
+        trained_on = config["base_model"]["name"] or "another model"
+        raise UsageError(
+            f"{name} is not what the checkpoint was trained on, {trained_on} ({differences or 'other parameters'}): "
+            "leave --model out, or name that one."
+        )

@@ -1,0 +1,109 @@
+"""python -m dylora_moe verify, and list."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import test_checkpoint_minimal as minimal
+from dylora_moe.cli.main import main
+
+from ..support.scripts import ROOT, copy_of
+from ..support.tiny import tiny_base
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_base("llama").save_pretrained(folder / "tiny")
+    assert minimal.main(["--model", str(folder / "tiny"), "--output-dir", str(folder)]) == 0
+    return folder / "checkpoint"
+
+
+def test_verify_sound(saved, capsys):
+    assert main(["verify", str(saved)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"✓ {saved}: complete and sound, step 0, 0.1 MB in 8 files, 2 experts (immature)")
+    assert out.count("\n") == 1
+
+
+def test_verify_lists_every_problem(saved, tmp_path, capsys):
+    folder = copy_of(saved, tmp_path)
+    (folder / "router.safetensors").unlink()
+    (folder / "model.safetensors").touch()
+    assert main(["verify", str(folder), "--json", str(tmp_path / "x.json")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("✗ router.safetensors: ") for line in lines)
+    assert any(line.startswith("✗ Found merged model file: model.safetensors") for line in lines)
+    assert lines[-1].startswith(f"✗ {folder}: not complete and sound, ")
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert (result["passed"], result["exit_code"], len(result["problems"])) == (False, 1, len(lines) - 1)
+
+
+def test_verify_json_to_standard_output(saved, capsys):
+    assert main(["verify", str(saved), "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["experts"], result["states"], result["step"]) == (2, ["immature"] * 2, 0)
+    assert captured.err.startswith("✓")
+
+
+@pytest.mark.parametrize("command", ["verify", "list"])
+@pytest.mark.parametrize("what", ["nothing", "a file"])
+def test_not_a_folder(command, what, tmp_path, capsys):
+    path = tmp_path / "x"
+    if what == "a file":
+        path.touch()
+    assert main([command, str(path)]) == 2
+    assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["verify", "list"])
+def test_the_home_of_nobody(command, capsys):
+    assert main([command, "~nosuch/x"]) == 2
+    assert "~nosuch/x" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_a_run_folder(capsys, saved):
+    assert main(["list", str(saved)]) == 2
+    assert f"found a checkpoint; to look into it\n    python -m dylora_moe verify {saved}" in capsys.readouterr().err
+
+
+def test_bad_flags(capsys, saved):
+    inside = ["verify", str(saved), "--json", str(saved / "config.json")]
+    for argv in ([], ["nosuch"], ["verify"], ["verify", "a", "b"], ["list", "--json"], inside):
+        with pytest.raises(SystemExit) as exit:
+            main(argv)
+        assert exit.value.code == 2
+
+
+def test_list(saved, tmp_path, capsys):
+    for step in (10, 9, 100):
+        folder = copy_of(saved, tmp_path)
+        folder.rename(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-9" / "manifest.json").unlink()
+    (tmp_path / "checkpoint-best").mkdir()
+    assert main(["list", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    assert "incomplete: manifest.json" in lines[0]
+    assert lines[1].split("  ")[-2:] == ["2 experts (immature)", "complete"]
+
+
+def test_list_of_nothing(tmp_path, capsys):
+    assert main(["list", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}: no checkpoints\n"
+
+
+def test_starts_without_torch(saved):
+    code = (
+        "import sys; from dylora_moe.__main__ import main; code = main(); assert 'torch' not in sys.modules; exit(code)"
+    )
+    command = [sys.executable, "-c", code, "verify", str(saved)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    module = [sys.executable, "-m", "dylora_moe", "list", str(saved.parent)]
+    assert subprocess.run(module, cwd=ROOT, capture_output=True).returncode == 0

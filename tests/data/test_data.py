@@ -1,0 +1,856 @@
+"""Data to blocks: what is read, what is refused, what is learned, what is held out, and that documents stay apart."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from datasets.exceptions import DatasetNotFoundError
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+from dylora_moe.data.blocks import data_fingerprint, load_blocks
+from dylora_moe.data.documents import read_documents
+from dylora_moe.data.packing import COLUMNS
+from dylora_moe.data.sources import DataSpec, read_rows
+from dylora_moe.errors import UsageError
+from dylora_moe.training.batches import BlockCollator, check_documents_apart
+from dylora_moe.training.demo import byte_tokenizer, python_sources
+
+BLOCK = 64
+EOS, PAD = 256, 257
+CHATML = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA_LIKE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>model\n{% endif %}"
+)
+# Without a generation prompt, as Llama 2; and with the last answer written otherwise than the others, as Qwen3.
+LLAMA2_LIKE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} <|im_end|>{% endif %}{% endfor %}"
+)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if loop.last and m['role'] == 'assistant' %}<think></think>{% endif %}{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BACKWARDS = "{% for m in messages | reverse %}{{ m['content'] }}<|im_end|>{% endfor %}"
+CHAT = [
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello"},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+]
+
+
+def chat_tokenizer(template=CHATML, eos="<|im_end|>"):
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    tokenizer.add_special_tokens(
+        {"bos_token": "<bos>", "eos_token": eos, "additional_special_tokens": ["<|im_start|>"]}
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]}, replace_extra_special_tokens=False)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def texts(n, start=0):
+    return [{"text": f"document {i} " + "abcdefghij"[i % 10] * (i % 37)} for i in range(start, start + n)]
+
+
+def blocks_of(*specs, tokenizer=None, **changes):
+    arguments = {"block_size": BLOCK, "seed": 0, **changes}
+    return load_blocks([DataSpec.parse(str(s)) for s in specs], tokenizer or byte_tokenizer(), **arguments)
+
+
+def pieces_of(dataset, tokenizer=None):
+    """(text, learned text) of each piece in the blocks, padding left out."""
+    tokenizer = tokenizer or byte_tokenizer()
+    found = []
+    for row in dataset:
+        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["position_ids"])]
+        for start, end in pairwise(starts):
+            ids, labels = row["input_ids"][start:end], row["labels"][start:end]
+            if ids[0] != tokenizer.pad_token_id:
+                assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
+                found.append((tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != -100])))
+    return found
+
+
+def pairs(n=24, **columns):
+    """Rows with the same keys, different by a number, so that there is more than one block of them."""
+    return [{name: f"{text} {i}" for name, text in columns.items()} for i in range(n)]
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "source", "weight", "name"),
+    [
+        ("a.jsonl", "a.jsonl", 1.0, "a"),
+        ("dir/a.b.jsonl=2.5", "dir/a.b.jsonl", 2.5, "a-b"),
+        ("org/name-x:config@main=3", "org/name-x:config@main", 3.0, "name-x"),
+        ("日本.txt", "日本.txt", 1.0, "data"),
+    ],
+)
+def test_parse(text, source, weight, name):
+    spec = DataSpec.parse(text)
+    assert (spec.source, spec.weight, spec.name) == (source, weight, name)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
+def test_bad_weight(weight):
+    with pytest.raises(UsageError, match=r"weight.* must be a"):
+        DataSpec.parse(f"a.jsonl={weight}")
+
+
+def test_existing_path_with_equals_sign_is_taken_whole(tmp_path):
+    path = write_rows(tmp_path / "lr=2.jsonl", texts(40))
+    assert DataSpec.parse(str(path)) == DataSpec(str(path), 1.0)
+    assert DataSpec.parse(f"{path}=3") == DataSpec(str(path), 3.0)
+
+
+def test_names_are_unique(tmp_path):
+    for folder in ("x", "y", "z"):
+        (tmp_path / folder).mkdir()
+    files = [write_rows(tmp_path / d / "a.jsonl", texts(40, i * 100)) for i, d in enumerate("xy")]
+    blocks = blocks_of(*files, write_rows(tmp_path / "z" / "a-2.jsonl", texts(40, 500)))
+    assert list(blocks.evaluation) == ["a", "a-3", "a-2"]
+
+
+def write_kind(path, rows):
+    table = datasets.Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.to_csv(path, index=False)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        write_rows(path, rows)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+@pytest.mark.parametrize("as_folder", [False, True])
+def test_every_kind_of_file_gives_the_same_blocks(tmp_path, suffix, as_folder):
+    (tmp_path / "d[1]").mkdir()
+    path = write_kind(tmp_path / "d[1]" / f"a{suffix}", texts(40))
+    (tmp_path / "d[1]" / "README.md").write_text("not data")
+    expected = data_fingerprint(blocks_of(write_rows(tmp_path / "b.jsonl", texts(40))))
+    assert data_fingerprint(blocks_of(path.parent if as_folder else path)) == expected
+
+
+def test_saved_folder_and_its_train_split(tmp_path):
+    both = datasets.DatasetDict(
+        {"test": datasets.Dataset.from_list(texts(9, 900)), "train": datasets.Dataset.from_list(texts(40))}
+    )
+    both.save_to_disk(tmp_path / "saved")
+    expected = data_fingerprint(blocks_of(write_rows(tmp_path / "b.jsonl", texts(40))))
+    assert data_fingerprint(blocks_of(tmp_path / "saved")) == expected
+
+
+def test_test_files_of_a_folder_are_not_trained_on(tmp_path):
+    write_rows(tmp_path / "train-0.jsonl", texts(40))
+    for name in ("test", "notes"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": "SECRET"}] * 9)
+    (tmp_path / "about.txt").write_text("SECRET")
+    blocks = blocks_of(tmp_path)
+    assert not any("SECRET" in text for text, _ in pieces_of(blocks.train))
+    assert blocks.sources[0].skipped_files == 3
+
+
+def test_folder_of_texts_is_a_document_per_file(tmp_path):
+    for i, suffix in enumerate([".py", ".md", ".txt", ".h"]):
+        (tmp_path / f"f{i}{suffix}").write_text(f"line {i}\nline\n" * 9)
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\xff")
+    (tmp_path / ".hidden").write_text("hidden")
+    (source,) = blocks_of(tmp_path).sources
+    assert (source.documents, source.skipped_files, source.schema) == (4, 1, "text")
+
+
+def test_one_text_file_is_one_document_split_by_tokens(tmp_path):
+    text = "".join(f"{i}," for i in range(500))
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    blocks = blocks_of(tmp_path / "a.txt")
+    held = [text for text, _ in pieces_of(blocks.evaluation["a"])]
+    assert text + "<eos>" == "".join(
+        sorted((t for t, _ in pieces_of(blocks.train)), key=text.index) + sorted(held, key=(text + "<eos>").index)
+    )
+    assert blocks.sources[0].eval_tokens == round(0.05 * (len(text) + 1))
+
+
+@pytest.mark.parametrize(
+    "source", ["./a", "../a.jsonl", "/no/where", "~/none.txt", "a/b/c", "org/name.jsonl", "x.csv", "d/f.parq"]
+)
+def test_missing_path_is_not_downloaded(source, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("went to the hub"))
+    with pytest.raises(UsageError, match="no such file or folder"):
+        blocks_of(source)
+
+
+BAD_FILES = {
+    "empty": ("a.jsonl", b"", r"a\.jsonl: is empty \(0 bytes\)"),
+    "bad json": ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl: cannot be read as json: .*parse error"),
+    "binary json": ("a.jsonl", bytes(range(256)) * 9, r"a\.jsonl: cannot be read as json"),
+    "not parquet": ("a.parquet", b"text", r"a\.parquet: cannot be read as parquet: .*footer"),
+    "blank lines": ("a.jsonl", b"\n\n", r"a\.jsonl: holds no rows"),
+    "empty list": ("a.json", b"[]", r"a\.json: holds no rows"),
+    "a header alone": ("a.csv", b"text\n", r"a\.csv: holds no rows"),
+    "binary text": ("a.txt", b"a\0b", r"a\.txt: is not UTF-8 text"),
+    "latin-1 text": ("a.txt", b"caf\xe9", r"a\.txt: is not UTF-8 text"),
+    "ending": ("a.xyz", b"x", r"a\.xyz: a data file must end in \.jsonl.*found \.xyz"),
+    "blank texts": ("a.jsonl", b'{"text": " "}\n{"text": null}\n', r"a\.jsonl: all 2 row\(s\) are without text"),
+    "one short": ("a.txt", b"short", r"a\.txt: has \d+ token\(s\) to train on in 1 document\(s\), one block needs 64"),
+    "schema": ("a.jsonl", b'{"words": "x", "id": 1}\n', r"found id, words; rename them to one of:\n  - messages"),
+    "type": ("a.jsonl", b'{"text": ["x"]}\n', r"a\.jsonl, row 1: the column text must hold text, found list"),
+    "role": (
+        "a.jsonl",
+        b'{"messages": [{"role": "boss", "content": "x"}]}\n',
+        r"row 1, message 1: the role must .*'boss'",
+    ),
+    "latin-1 json": ("a.jsonl", b'{"text": "caf\xe9"}\n' * 3, r"a\.jsonl: is not UTF-8 text; convert it to UTF-8"),
+    "fractions": ("a.jsonl", b'{"text": 13}\n{"text": 0.5}\n', r"row 1: the column text must hold text, found float"),
+    "two schemas": (
+        "a.jsonl",
+        b'{"messages": [{"role": "user", "content": "x"}], "id": 1}\n{"text": "x"}\n',
+        r"a\.jsonl, row 2: has nothing in messages, .* but something in text; expected rows of one kind",
+    ),
+    "no answer": ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}\n', r"without an answer to learn"),
+}
+
+
+WRITTEN = ["00014", "26", "None", "NA", "null", "1e16", "2.50", "True", "2020-01-05", "2020-01-05 10:00:00", "a,b"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "chat.jsonl", "two.jsonl"])
+def test_texts_are_learned_as_they_are_written(tmp_path, kind):
+    """Each in a column of its own kind, where a reader may think of numbers, times or gaps, and all in one."""
+    tokenizer = byte_tokenizer()
+    for number, answers in enumerate([WRITTEN, *([text] * 6 for text in WRITTEN)]):
+        path = tmp_path / f"{number}.{kind}"
+        rows = [{"question": f"q{i}", "answer": text} for i, text in enumerate(answers)]
+        if kind == "csv":
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, ["question", "answer"])
+                writer.writeheader()
+                writer.writerows([*rows, {"question": "nothing", "answer": ""}])
+        elif kind == "json":
+            path.write_text(json.dumps(rows))
+        elif kind == "chat.jsonl":
+            names = ("user", "question"), ("assistant", "answer")
+            write_rows(
+                path, [{"messages": [{"role": role, "content": row[name]} for role, name in names]} for row in rows]
+            )
+        else:  # the columns of later rows need not be those of the first
+            write_rows(
+                path, [*rows, {"question": "nothing", "answer": None, "note": "x"}][:: -1 if "two" in kind else 1]
+            )
+        read = read_documents(read_rows(str(path)).dataset, tokenizer, str(path))
+        learned = [tokenizer.decode(document.ids[document.learned]) for document in read.items]
+        assert sorted(learned) == sorted(f"{text}<eos>" for text in answers)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"text": "2024-01-01", "note": "a\u2028b\u0085c"}\n{"text": "2024-01-02", "note": "x"}\n',
+        '{\n "text": "2024-01-01",\n "created": "2024-01-01T00:00:00"\n}\n\n{\n "text": "2024-01-02"}',
+        '["2024-01-01", "2024-01-02"]',
+    ],
+    ids=["separators that are none", "objects over lines", "a list of texts"],
+)
+def test_texts_like_times_in_every_form_of_json(tmp_path, content):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    rows = read_rows(str(tmp_path / "a.json")).dataset
+    assert rows["text"][:] == ["2024-01-01", "2024-01-02"]
+
+
+def test_times_that_are_not_read_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("dylora_moe.data.sources._json_values", lambda *_: pytest.fail("read again"))
+    chat = [{"role": "user", "content": "a", "at": "2024-01-01"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": chat, "created": "2024-01-01"}] * 3)
+    assert len(read_rows(str(path)).dataset) == 3
+
+
+def test_what_another_kind_of_rows_would_read_is_not_decoded():
+    rows = datasets.Dataset.from_dict(
+        {"question": ["a"], "answer": ["b"], "text": [""], "picture": [{"path": "none.png", "bytes": b"x"}]},
+        features=datasets.Features(
+            {name: datasets.Value("string") for name in ("question", "answer", "text")} | {"picture": datasets.Image()}
+        ),
+    )
+    assert len(read_documents(rows, byte_tokenizer(), "x").items) == 1
+    nothing = datasets.Dataset.from_dict({"text": ["abc", ""], "answer": [1.0, float("nan")]})
+    assert read_documents(nothing, byte_tokenizer(), "x").skipped_rows == 1
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        blocks_of(tmp_path / name)
+
+
+def test_unreadable_file(tmp_path, monkeypatch):
+    path = write_rows(tmp_path / "a.jsonl", texts(3))
+    monkeypatch.setattr(Path, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UsageError, match=r"a\.jsonl: cannot be read \(Permission denied\); check its permissions"):
+        blocks_of(path)
+
+
+def test_folders_without_documents_or_of_several_kinds(tmp_path):
+    with pytest.raises(UsageError, match="has no data files"):
+        blocks_of(tmp_path)
+    write_rows(tmp_path / "a.jsonl", texts(3))
+    (tmp_path / "b.csv").write_text("text\nx\n")
+    with pytest.raises(UsageError, match=r"several kinds \(csv, json\).*\n  - a\.jsonl\n  - b\.csv"):
+        blocks_of(tmp_path)
+
+
+def test_weights_that_are_too_far_apart(tmp_path):
+    one, other = (write_rows(tmp_path / name, texts(60)) for name in ("a.jsonl", "b.jsonl"))
+    with pytest.raises(UsageError, match=r"the weights 1, 1e-06 are too far apart: until all [\d,]+ blocks"):
+        blocks_of(one, f"{other}=1e-6")
+    assert blocks_of(one, f"{other}=0.1").sources[0].sampled_blocks > 5 * blocks_of(one).sources[0].blocks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_size": 1}, "block size must be at least 2"),
+        ({"eval_fraction": 0.0}, "fraction must be above 0"),
+        ({"eval_fraction": 1.0}, "fraction must be above 0"),
+        ({"max_eval_blocks": 0}, "at least 1 held-out block"),
+        ({"seed": -1}, "seed must not be negative"),
+    ],
+)
+def test_bad_arguments(changes, message):
+    with pytest.raises(UsageError, match=message):
+        blocks_of("a.jsonl", **changes)
+    with pytest.raises(UsageError, match="at least one data set"):
+        blocks_of()
+
+
+# --- the hub ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stands in for the hub: what `answer` holds is returned or raised, `calls` holds the arguments."""
+    state = {"calls": [], "answer": None}
+
+    def load_dataset(*args, **kwargs):
+        state["calls"].append((args, kwargs))
+        if isinstance(state["answer"], Exception):
+            raise state["answer"]
+        return state["answer"]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("dylora_moe.data.sources.hub_answers", lambda: True)
+    return state
+
+
+def test_hub_arguments_and_train_split(hub):
+    hub["answer"] = datasets.DatasetDict(
+        {"test": datasets.Dataset.from_list([{"text": "SECRET"}]), "train": datasets.Dataset.from_list(texts(40))}
+    )
+    blocks = blocks_of("org/name:english@v2=2", token="hf_x")
+    assert hub["calls"] == [(("org/name", "english"), {"revision": "v2", "token": "hf_x"})]
+    assert not any("SECRET" in text for text, _ in pieces_of(blocks.train))
+
+
+def test_hub_single_split_is_used_and_several_are_named(hub):
+    table = datasets.Dataset.from_list(texts(40))
+    hub["answer"] = datasets.DatasetDict({"test": table})
+    assert blocks_of("org/name").sources[0].documents == 40
+    hub["answer"] = datasets.DatasetDict({"b": table, "a": table})
+    with pytest.raises(UsageError, match="no split named train but several others: a, b"):
+        blocks_of("org/name")
+
+
+class GatedRepoError(Exception):
+    """As huggingface_hub raises it; it is recognised by its name, which moved between versions."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ConnectionError("Couldn't reach 'x/y' on the Hub"), "cannot be reached: Couldn't.*give a local file"),
+        (DatasetNotFoundError("Dataset 'x/y' doesn't exist on the Hub"), "no such data set.*HF_TOKEN.*local file"),
+        (DatasetNotFoundError("Dataset 'x/y' is a gated dataset on the Hub."), "is gated.*HF_TOKEN"),
+        (GatedRepoError("401 Client Error"), "is gated.*HF_TOKEN"),
+        (ValueError("Config name is missing. Please pick one among: ['a', 'b']"), r"\['a', 'b'\].*x/y:CONFIG"),
+        (RuntimeError("Dataset scripts are no longer supported, but found y.py"), "own code.*never done"),
+        (OSError("403 Forbidden"), "refuses access.*HF_TOKEN"),
+        (KeyError("odd"), "cannot be read from the hub: 'odd'"),
+    ],
+)
+def test_hub_errors(hub, error, message):
+    hub["answer"] = error
+    with pytest.raises(UsageError, match=message):
+        blocks_of("x/y")
+
+
+def test_unreachable_hub_is_not_asked(hub, monkeypatch):
+    monkeypatch.setattr("dylora_moe.data.sources.hub_answers", lambda: False)
+    with pytest.raises(UsageError, match=r"hub cannot be reached.*HF_HUB_OFFLINE=1"):
+        blocks_of("x/y")
+    with pytest.raises(UsageError, match="neither a file or folder that exists nor a hub name"):
+        blocks_of("what is this")
+    assert not hub["calls"]
+
+
+# --- what is learned -------------------------------------------------------------------------------------------------
+
+
+def documents_of(tmp_path, rows, tokenizer):
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    blocks = blocks_of(path, tokenizer=tokenizer, block_size=256)
+    found = dict(pieces_of(blocks.train, tokenizer) + pieces_of(blocks.evaluation["rows"], tokenizer))
+    assert len(found) == len(rows)
+    return found, blocks.sources[0]
+
+
+def test_text_is_learned_whole_with_one_eos(tmp_path):
+    found, source = documents_of(tmp_path, pairs(text="Grüße 😀"), byte_tokenizer())
+    assert found["Grüße 😀 3<eos>"] == "rüße 😀 3<eos>"  # nothing stands before the first token
+    assert source.schema == "text"
+
+
+@pytest.mark.parametrize(
+    ("columns", "text", "learned"),
+    [
+        ({"instruction": "Do", "output": "Done"}, "### User:\nDo 3\n\n### Assistant:\nDone 3<eos>", "Done 3<eos>"),
+        (
+            {"instruction": "Do", "input": "this", "response": "Done"},
+            "### User:\nDo 3\n\nthis 3\n\n### Assistant:\nDone 3<eos>",
+            "Done 3<eos>",
+        ),
+        (
+            {"system_prompt": "Be", "question": "Q", "answer": "A"},
+            "### System:\nBe 3\n\n### User:\nQ 3\n\n### Assistant:\nA 3<eos>",
+            "A 3<eos>",
+        ),
+        (
+            {"context": "C", "question": "Q", "answer": "A"},
+            "### User:\nQ 3\n\nC 3\n\n### Assistant:\nA 3<eos>",
+            "A 3<eos>",
+        ),
+        ({"prompt": "Say", "completion": " yes"}, "Say 3 yes 3<eos>", " yes 3<eos>"),
+    ],
+)
+def test_pairs_without_a_chat_template(tmp_path, columns, text, learned):
+    found, _ = documents_of(tmp_path, pairs(**columns), byte_tokenizer())
+    assert found[text] == learned
+
+
+def test_chat_without_a_template_ends_every_answer(tmp_path):
+    rows = [{"messages": [*CHAT, {"role": "user", "content": f"unanswered {i}"}][: 4 + i % 2]} for i in range(2)]
+    rows += [{"messages": [{**CHAT[0], "content": f"Hi {i}"}, *CHAT[1:]]} for i in range(9)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    pieces = dict(pieces_of(blocks_of(path, block_size=256).train))
+    text = "### User:\nHi 3\n\n### Assistant:\nHello<eos>\n\n### User:\n2+2?\n\n### Assistant:\n4<eos>"
+    assert pieces[text] == "Hello<eos>4<eos>"
+    assert not any("unanswered" in text for text in pieces)
+
+
+def chats(n=12):
+    return [{"messages": [{**CHAT[0], "content": f"Hi {i}"}, *CHAT[1:]]} for i in range(n)]
+
+
+CHATML_TEXT = (
+    "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nHi 3<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+    "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>"
+)
+
+
+def test_chat_template_labels_answers_and_their_end_tokens(tmp_path):
+    found, source = documents_of(tmp_path, chats(), chat_tokenizer())
+    assert found[CHATML_TEXT] == "Hello<|im_end|>4<|im_end|>"  # the end token is EOS: not doubled
+    assert (source.schema, source.unlabelled_turns) == ("chat", 0)
+    found, _ = documents_of(tmp_path, chats(), chat_tokenizer(eos="<eos>"))
+    assert found[CHATML_TEXT + "<eos>"] == "Hello<|im_end|>4<|im_end|><eos>"
+
+
+def test_question_without_an_answer_is_left_out(tmp_path):
+    rows = [{"messages": [*row["messages"], {"role": "user", "content": "unanswered"}]} for row in chats()]
+    found, _ = documents_of(tmp_path, rows, chat_tokenizer(eos="<eos>"))
+    assert found[CHATML_TEXT + "<eos>"] == "Hello<|im_end|>4<|im_end|><eos>"
+
+
+def test_sharegpt_is_read_as_messages(tmp_path):
+    names = {"user": "human", "assistant": "gpt"}
+    rows = [
+        {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in row["messages"]]}
+        for row in chats()
+    ]
+    found, _ = documents_of(tmp_path, rows, chat_tokenizer())
+    assert found[CHATML_TEXT] == "Hello<|im_end|>4<|im_end|>"
+
+
+def test_pairs_are_rendered_by_the_chat_template(tmp_path):
+    found, _ = documents_of(tmp_path, pairs(prompt="Say", completion="yes"), chat_tokenizer())
+    (text,) = (text for text in found if "Say 3<" in text)
+    assert text.endswith("<|im_start|>user\nSay 3<|im_end|>\n<|im_start|>assistant\nyes 3<|im_end|>")
+    assert found[text] == "yes 3<|im_end|>"
+
+
+def test_template_without_system_role_gets_it_before_the_users_words(tmp_path):
+    rows = [{"messages": [{"role": "system", "content": "Be"}, *row["messages"]]} for row in chats()]
+    found, _ = documents_of(tmp_path, rows, chat_tokenizer(GEMMA_LIKE))
+    text = next(text for text in found if "Hi 3" in text)
+    assert text.startswith("<bos><|im_start|>user\nBe\n\nHi 3<|im_end|>")  # one BOS
+    assert found[text] == "Hello<|im_end|>4<|im_end|>"
+
+
+def test_template_without_generation_prompt(tmp_path):
+    found, _ = documents_of(tmp_path, chats(), chat_tokenizer(LLAMA2_LIKE))
+    text = "[INST] Hi 3 [/INST] Hello <|im_end|>[INST] 2+2? [/INST] 4 <|im_end|>"
+    assert found[text] == "Hello <|im_end|>4 <|im_end|>"
+
+
+def test_answer_that_the_template_rewrites_is_left_unlabelled_and_counted(tmp_path):
+    found, source = documents_of(tmp_path, chats(), chat_tokenizer(THINKING))
+    assert set(found.values()) == {"<think></think>4<|im_end|>"}
+    assert source.unlabelled_turns == 12
+
+
+def test_template_that_hides_the_answers_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="row 1: the answer cannot be found in what the tokenizer's chat template"):
+        documents_of(tmp_path, chats(), chat_tokenizer(BACKWARDS))
+
+
+def test_chat_that_the_template_refuses_is_named(tmp_path):
+    template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UsageError, match=r"row 1: .*refuses this chat \(roles: user, assistant.*roles must alternate"):
+        documents_of(tmp_path, chats(), chat_tokenizer(template))
+
+
+def test_date_in_a_template_does_not_change_the_tokens(tmp_path):
+    found, _ = documents_of(tmp_path, chats(), chat_tokenizer("\n{{ strftime_now('%d %b %Y') }}" + CHATML))
+    assert all(text.startswith("\n26 Jul 2024<|im_start|>") for text in found)
+
+
+def test_bos_once_where_the_tokenizer_adds_it(tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = chat_tokenizer(eos="<eos>")
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<bos> $A", None, [("<bos>", bos)])
+    rows = [*pairs(text="x"), *pairs(text="<bos>y")]
+    found, _ = documents_of(tmp_path, rows, tokenizer)
+    assert found["<bos>x 3<eos>"] == "x 3<eos>"
+    assert found["<bos>y 3<eos>"] == "y 3<eos>"
+
+
+def test_eos_is_learned_where_it_is_also_the_padding(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    row = blocks_of(write_rows(tmp_path / "a.jsonl", texts(40)), tokenizer=tokenizer).train[0]
+    ends = [label for i, label in zip(row["input_ids"], row["labels"], strict=True) if i == EOS and label == EOS]
+    assert len(ends) == sum(p == 0 for p in row["position_ids"]) - (row["labels"][-1] == -100)
+
+
+def test_tokenizer_without_eos(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(UsageError, match="no end-of-sequence token"):
+        blocks_of(write_rows(tmp_path / "a.jsonl", texts(40)), tokenizer=tokenizer)
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def test_blocks_are_full_and_lose_nothing(tmp_path):
+    rows = [*texts(60), {"text": "long " * 50}]
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows))
+    (source,) = blocks.sources
+    ids = np.asarray(blocks.train["input_ids"])
+    assert ids.shape == (source.blocks, BLOCK) == np.asarray(blocks.train["labels"]).shape
+    assert (ids != PAD).sum() + source.dropped_tokens == source.tokens == blocks.train_tokens
+    assert (ids == PAD).sum() == source.padding_tokens < 3 * BLOCK
+    whole = [text for text, _ in pieces_of(blocks.train)] + [text for text, _ in pieces_of(blocks.evaluation["a"])]
+    assert all(
+        row["text"] + "<eos>" in whole for row in texts(60) if len(row["text"]) < BLOCK
+    )  # short ones are never cut
+
+
+def test_blocks_are_not_in_the_order_of_packing(tmp_path):
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", texts(60)))
+    first = [row["position_ids"].index(0, 1) for row in blocks.train]  # the first piece's length: the block's longest
+    assert first != sorted(first, reverse=True)
+
+
+def test_no_label_crosses_into_a_document_or_stands_on_padding(tmp_path):
+    rows = [*texts(60), *pairs(9, text="longer than a block, so that its rest is packed with others" * 2)]
+    for row in blocks_of(write_rows(tmp_path / "a.jsonl", rows)).train:
+        for i, label, position in zip(row["input_ids"], row["labels"], row["position_ids"], strict=True):
+            assert label == (-100 if position == 0 or i == PAD else i)
+
+
+def test_pieces_without_labels_are_dropped_and_counted(tmp_path):
+    rows = [{"prompt": "p" * 3 * BLOCK + str(i), "completion": "c" * BLOCK} for i in range(3)]
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows))
+    assert blocks.sources[0].dropped_tokens == 2 * 3 * BLOCK
+    assert all(any(label != -100 for label in row["labels"]) for row in blocks.train)
+
+
+CONFIGS = {
+    "gemma": GemmaConfig(head_dim=8, num_key_value_heads=1, num_attention_heads=2),
+    "llama": LlamaConfig(num_key_value_heads=1, num_attention_heads=2),
+    "qwen2": Qwen2Config(
+        num_key_value_heads=1, num_attention_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "mistral": MistralConfig(num_key_value_heads=1, num_attention_heads=2, sliding_window=5),
+    "gpt2": GPT2Config(n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gpt_neox": GPTNeoXConfig(num_attention_heads=2),
+}
+
+
+def tiny_model(name, attention="sdpa"):
+    config = CONFIGS[name]
+    config.update({"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2})
+    config.update({"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():  # else attention is too weak to show a leak
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def largest_difference(model, batch):
+    """Between the logits of each document in its block and of the document alone."""
+    packed, worst = model(**batch).logits, 0.0
+    for row, positions in enumerate(batch["position_ids"]):
+        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
+        for start, end in pairwise(starts):
+            alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits[0]
+            worst = max(worst, (packed[row, start:end] - alone).abs().max().item())
+    return worst
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """For models this small more threads only wait for each other, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    path = write_rows(tmp_path_factory.mktemp("data") / "a.jsonl", pairs(40, text="a document, short"))
+    return next(iter(DataLoader(blocks_of(path).train, batch_size=3, collate_fn=BlockCollator())))
+
+
+@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_documents_of_a_block_do_not_see_each_other(name, attention, mode, batch):
+    model = tiny_model(name, attention).train(mode != "eval")
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable()
+    assert (batch["position_ids"] == 0).sum() >= 3 * len(batch["position_ids"])
+    assert largest_difference(model, batch) <= 1e-5
+    if mode != "checkpointing":  # the control: with a cache, the default, they do
+        assert largest_difference(model, {**batch, "use_cache": True}) > 1e-2
+    assert largest_difference(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}) > 1e-2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_check_documents_apart(name):
+    model = tiny_model(name).train()
+    check_documents_apart(model)
+    assert model.training
+
+
+def test_check_documents_apart_finds_a_model_that_ignores_positions():
+    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=16, hidden_size=16, n_layer=2, n_head=2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+    class IgnoresPositions(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base = model
+
+        def forward(self, input_ids, position_ids=None, use_cache=None):
+            return self.base(input_ids=input_ids)
+
+    with pytest.raises(UsageError, match=r"IgnoresPositions .*see each other.*sdpa or eager"):
+        check_documents_apart(IgnoresPositions())
+
+
+def test_collator(batch):
+    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items() if key != "use_cache"} == {
+        name: (torch.int64, (3, BLOCK)) for name in COLUMNS
+    }
+    assert batch["use_cache"] is False
+    with pytest.raises(ValueError, match=r"rows without position_ids.*remove_unused_columns=False"):
+        BlockCollator()([{"input_ids": [1], "labels": [1]}])
+
+
+# --- held out --------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_held_out_is_trained_on(tmp_path):
+    rows = texts(60) + texts(30) + texts(10)  # with copies
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
+    held = {text for text, _ in pieces_of(blocks.evaluation["a"])}
+    assert len(held) == 12 and not held & {text for text, _ in pieces_of(blocks.train)}
+    (source,) = blocks.sources
+    assert source.held_out_documents == sum(row["text"] + "<eos>" in held for row in rows) > 12
+
+
+def test_split_is_independent_of_other_data_sets(tmp_path):
+    first = write_rows(tmp_path / "a.jsonl", texts(60))
+    second = write_rows(tmp_path / "b.jsonl", texts(60, 30))  # half of it is the first's
+    alone, both = (blocks_of(*files, eval_fraction=0.2) for files in [(first,), (second, first)])
+    assert both.evaluation["a"].to_dict() == alone.evaluation["a"].to_dict()
+    assert blocks_of(first, seed=1, eval_fraction=0.2).evaluation["a"].to_dict() != alone.evaluation["a"].to_dict()
+    held = {text for dataset in both.evaluation.values() for text, _ in pieces_of(dataset)}
+    assert not held & {text for text, _ in pieces_of(both.train)}
+    assert sum(source.withheld_documents for source in both.sources) > 0
+
+
+def test_what_is_held_out_as_text_is_not_trained_on_as_an_answer(tmp_path):
+    as_text = write_rows(tmp_path / "a.jsonl", texts(60))
+    halves = [(row["text"][:9], row["text"][9:]) for row in texts(60)]
+    as_pairs = write_rows(tmp_path / "b.jsonl", [{"prompt": one, "completion": two} for one, two in halves if two])
+    blocks = blocks_of(as_text, as_pairs, eval_fraction=0.2)
+    held = {text for dataset in blocks.evaluation.values() for text, _ in pieces_of(dataset)}
+    assert len(held) > 12
+    assert not held & {text for text, _ in pieces_of(blocks.train)}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_document_that_is_too_long_to_evaluate_on_is_trained_on(tmp_path, seed):
+    rows = [{"text": "novel " * 600}, {"text": "saga " * 500}, {"text": "short story"}]
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows), seed=seed, max_eval_blocks=2)
+    assert [text for text, _ in pieces_of(blocks.evaluation["a"])] == ["short story<eos>"]
+    path = write_rows(tmp_path / "b.jsonl", rows[:2])
+    assert blocks_of(path, seed=seed, max_eval_blocks=2).sources[0].tokens == 3601, "the shorter one is held out"
+
+
+def test_document_split_by_tokens_is_not_trained_on_whole_elsewhere(tmp_path):
+    text = "".join(f"{i}," for i in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    others = write_rows(tmp_path / "b.jsonl", [*texts(40), {"text": text}])
+    blocks = blocks_of(tmp_path / "a.txt", others)
+    assert not any("199," in piece for piece, _ in pieces_of(blocks.train))
+
+
+def test_at_least_one_document_and_at_most_the_blocks_allowed(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", texts(100))
+    assert blocks_of(path, eval_fraction=0.0001).sources[0].held_out_documents == 1
+    few = blocks_of(path, eval_fraction=0.9, max_eval_blocks=2).sources[0]
+    assert 1 < few.held_out_documents < 12 and few.eval_blocks <= 2
+    assert few.tokens + few.eval_tokens == sum(len(row["text"]) + 1 for row in texts(100))
+
+
+# --- mixing ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_the_shares_of_blocks(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", texts(400, 1000 * i)) for i, name in enumerate("ab")]
+    blocks = blocks_of(f"{files[0]}=3", files[1])
+    counts = [source.sampled_blocks for source in blocks.sources]
+    assert sum(counts) == len(blocks.train)
+    assert counts[0] / sum(counts) == pytest.approx(0.75, abs=0.07)
+    assert all(source.sampled_blocks >= source.blocks for source in blocks.sources)
+    assert blocks.train.column_names == list(COLUMNS)
+
+
+FINGERPRINT = """
+import sys
+from dylora_moe.data.blocks import data_fingerprint, load_blocks
+from dylora_moe.data.sources import DataSpec
+from dylora_moe.training.demo import byte_tokenizer
+print(data_fingerprint(load_blocks([DataSpec(s) for s in sys.argv[1:]], byte_tokenizer(), block_size=64, seed=3)))
+"""
+
+
+def test_same_blocks_in_another_process_and_nothing_left_behind(tmp_path):
+    files = [write_rows(tmp_path / f"{name}.jsonl", texts(50, 1000 * i)) for i, name in enumerate("ab")]
+    for folder in ("cwd", "home"):
+        (tmp_path / folder).mkdir()
+    places = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "home")}
+    root = str(Path(__file__).parents[2])
+    ran = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT, *map(str, files)],
+        cwd=tmp_path / "cwd",
+        env={**os.environ, **places, "PYTHONHASHSEED": "7", "PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == data_fingerprint(blocks_of(*files, seed=3))
+    left = [path.relative_to(tmp_path) for folder in ("cwd", "home") for path in (tmp_path / folder).rglob("*")]
+    assert [path for path in left if path.suffix in (".arrow", ".jsonl", ".lock")] == []
+    assert not list((tmp_path / "cwd").iterdir()) and {p.name for p in tmp_path.iterdir()} == {
+        "a.jsonl",
+        "b.jsonl",
+        "cwd",
+        "home",
+    }
+
+
+def test_fingerprint_sees_content_order_and_nothing_else(tmp_path):
+    rows = texts(60)
+    first = data_fingerprint(blocks_of(write_rows(tmp_path / "a.jsonl", rows)))
+    assert data_fingerprint(blocks_of(write_rows(tmp_path / "other.jsonl", rows))) == first
+    assert data_fingerprint(blocks_of(tmp_path / "a.jsonl", seed=1)) != first
+    rows[5] = {"text": rows[5]["text"] + "!"}
+    assert data_fingerprint(blocks_of(write_rows(tmp_path / "c.jsonl", rows))) != first
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def test_byte_tokenizer_is_lossless():
+    tokenizer = byte_tokenizer()
+    text = "".join(map(chr, range(0x250))) + " <eos><pad> 日本 😀 a\r\n\t  . 's  \n"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode()) and tokenizer.decode(ids) == text
+    assert (len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id) == (258, EOS, PAD)
+
+
+def test_python_sources_are_bounded_and_the_same_each_time():
+    sources = python_sources(max_bytes=200_000, max_file_bytes=20_000)
+    assert sources == python_sources(max_bytes=200_000, max_file_bytes=20_000)
+    assert 150_000 < sum(len(text.encode()) for text in sources) <= 200_000
+    assert max(len(text.encode()) for text in sources) <= 20_000

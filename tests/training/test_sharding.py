@@ -1,0 +1,133 @@
+"""What a launcher may ask of FSDP, and what of sharding shows in one process; two are in test_distributed.py."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import train
+from dylora_moe import DyLoRAMoE
+from dylora_moe.errors import UsageError
+from dylora_moe.training import sharding
+
+from ..support.runs import arguments
+from ..support.tiny import tiny_base
+from .test_trainer import trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Puts into the environment what `accelerate launch` would."""
+
+    def put(version: str | None = "2", **settings: str) -> None:
+        variables = {"ACCELERATE_USE_FSDP": "true", **settings} | ({} if version is None else {"FSDP_VERSION": version})
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return put
+
+
+# ---- what the launcher asks for ----
+
+
+def test_without_fsdp_nothing_is_asked_for(monkeypatch):
+    with sharding.requested() as how:
+        assert how is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    with sharding.requested() as how:
+        assert how is None
+    assert os.environ["ACCELERATE_USE_FSDP"] == "false"
+
+
+def test_what_is_asked_for_is_hidden_from_accelerate_meanwhile(launched):
+    # What `accelerate launch` sets, whether or not it was told.
+    launched(FSDP_SHARDING_STRATEGY="FULL_SHARD", FSDP_OFFLOAD_PARAMS="false", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+    with pytest.raises(KeyError, match="a bug"), sharding.requested() as how:
+        assert how == sharding.Sharding()
+        assert "ACCELERATE_USE_FSDP" not in os.environ
+        raise KeyError("a bug")
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+
+
+def test_how_to_shard_is_read(launched):
+    launched(FSDP_RESHARD_AFTER_FORWARD="False", FSDP_TRANSFORMER_CLS_TO_WRAP="LlamaDecoderLayer, OtherLayer")
+    with sharding.requested() as how:
+        assert how == sharding.Sharding(reshard_after_forward=False, layers=("LlamaDecoderLayer", "OtherLayer"))
+
+
+@pytest.mark.parametrize("version", ["1", None])
+def test_fsdp1_is_refused(launched, tmp_path, capsys, version):
+    launched(version, FSDP_RESHARD_AFTER_FORWARD="FULL_SHARD")
+    words = arguments(tmp_path / "run")
+    capsys.readouterr()
+    assert train.main(words) == 2
+    assert capsys.readouterr().err.startswith("train.py: FSDP version 1 is not supported, FSDP2 is: accelerate launch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_that_is_not_supported_is_named(launched):
+    launched(
+        FSDP_OFFLOAD_PARAMS="true",
+        FSDP_FORWARD_PREFETCH="true",
+        FSDP_ACTIVATION_CHECKPOINTING="true",
+        FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD="true",
+        ACCELERATE_USE_PARALLELISM_CONFIG="true",
+        FSDP_AUTO_WRAP_POLICY="NO_WRAP",
+        FSDP_IGNORED_MODULES="lm_head",
+        FSDP_RESHARD_AFTER_FORWARD="FULL_SHARD",
+    )
+    with pytest.raises(UsageError, match="these settings of FSDP are not supported") as error, sharding.requested():
+        pass
+    names = [line.split()[1].rstrip(":") for line in str(error.value).splitlines()[1:]]
+    assert names == [
+        "--fsdp_offload_params", "--fsdp_forward_prefetch", "--fsdp_activation_checkpointing",
+        "--fsdp_activation_checkpointing_offload", "--use_parallelism_config", "--fsdp_auto_wrap_policy",
+        "--fsdp_ignored_modules", "--fsdp_reshard_after_forward",
+    ]  # fmt: skip
+
+
+# ---- doing it ----
+
+
+def test_other_layers_than_the_decoders_are_refused():
+    model = DyLoRAMoE(tiny_base(), 2)
+    with pytest.raises(UsageError, match="OtherLayer: the base's decoder layers are of LlamaDecoderLayer"):
+        sharding.shard(model, CPU, sharding.Sharding(layers=("OtherLayer",)))
+    assert (
+        sharding.shard(model, CPU, sharding.Sharding(layers=("LlamaDecoderLayer",)))
+        == "FSDP2: one process has the whole base"
+    )
+    assert not model.sharded
+
+
+def test_one_process_trains_with_the_whole_base(launched, tmp_path, capsys):
+    launched()
+    assert train.main(arguments(tmp_path / "run", steps=1)) == 0
+    assert "FSDP2: one process has the whole base" in capsys.readouterr().out
+
+
+def test_accelerate_may_not_shard(launched, tmp_path):
+    launched()
+    with pytest.raises(UsageError, match="Accelerate would shard the experts with the base"):
+        trainer(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 7, 8])
+def test_every_rank_evaluates_as_many_batches_of_a_sharded_base(tmp_path, monkeypatch, rows):
+    mine = trainer(tmp_path / "run", per_device_eval_batch_size=2)
+    data = mine.eval_dataset["a"][:rows]
+
+    def labelled_rows(rank: int) -> list[int]:
+        monkeypatch.setattr("dylora_moe.training.ranks.world", lambda: (rank, 3))
+        return [int((batch["labels"] != -100).any(1).sum()) for batch in mine._own_batches(data)]
+
+    alone = [labelled_rows(rank) for rank in range(3)]
+    mine.mixture.sharded = True
+    together = [labelled_rows(rank) for rank in range(3)]
+    assert {len(batches) for batches in together} == {len(alone[0])}
+    assert [[n for n in batches if n] for batches in together] == alone
+    assert sum(map(sum, together)) == rows
