@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.metadata
 import json
 import os
+import platform
 import random
 import statistics
 import sys
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from dylora_moe.system import machine
 
@@ -25,6 +28,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 RIGHT, WRONG = 0, 1
 MIB = 1 << 20
 MARKS = {True: "✓", False: "✗"}
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 # ---- measuring ----
@@ -127,6 +131,38 @@ def synchronize(device: str) -> None:
         torch.mps.synchronize()
 
 
+# ---- where it is measured ----
+
+
+def describe() -> dict[str, Any]:
+    """Describe what a measurement runs on: processor, cores, memory and the versions that matter."""
+    import psutil
+
+    return {
+        "platform": platform.platform(),
+        "cpu": machine.cpu_name(),
+        "cores": cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "available_bytes": machine.available_memory(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 # ---- what is found ----
 
 
@@ -177,7 +213,7 @@ class Result:
 
     benchmark: str
     settings: dict
-    machine: dict = field(default_factory=machine.describe)
+    machine: dict = field(default_factory=describe)
     others: float | None = None  # cores that other processes kept busy meanwhile
     tables: list[Table] = field(default_factory=list)
     claims: list[Claim] = field(default_factory=list)
@@ -272,7 +308,7 @@ def run(
 
 def header(result: Result) -> str:
     found = result.machine
-    versions = ", ".join(f"{name} {found[name]}" for name in ("python", *machine.PACKAGES) if found.get(name))
+    versions = ", ".join(f"{name} {found[name]}" for name in ("python", *PACKAGES) if found.get(name))
     size = machine.readable(found["memory_bytes"])
     return f"{result.benchmark}: {found['cpu']}, {found['cores']} cores, {size}\n{versions}\n"
 
@@ -321,5 +357,5 @@ def fix_threads() -> int:
     import torch
 
     if not os.environ.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(machine.describe()["cores"])
+        torch.set_num_threads(cores())
     return torch.get_num_threads()

@@ -31,6 +31,12 @@ def result() -> Result:
     return Result("test", {}, machine={})
 
 
+def test_describe_says_what_a_measurement_ran_on():
+    facts = common.describe()
+    assert facts["cores"] >= 1 and facts["memory_bytes"] > 1 << 20
+    assert facts["torch"] and facts["transformers"] and facts["cpu"]
+
+
 # ---- every benchmark runs ----
 
 

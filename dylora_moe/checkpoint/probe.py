@@ -232,7 +232,7 @@ def arithmetic(device) -> str:
     Processor, vector instructions, number of threads, for another device its name too, and the versions of what
     computes: another one may add up in another order.
     """
-    parts = [machine._cpu_name(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    parts = [machine.cpu_name(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
     parts += [f"torch {torch.__version__}", f"transformers {transformers.__version__}", f"dylora_moe {__version__}"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))

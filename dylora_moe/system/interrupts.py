@@ -1,9 +1,9 @@
-"""Ctrl-C, SIGTERM and a closed terminal end a script by an exception, so that what is temporary is removed on the way.
+"""Turn Ctrl-C, SIGTERM and a closed terminal into an exception, so that a script removes its temporary files and ends.
 
 with handled():              # once, around the whole script
     with shielded():         # inside, a signal waits: what is made and what must remember it belong together
         folder = make()
-    check()                  # raises again what a library has swallowed
+    check()                  # raises again if a library has swallowed the exception
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 _REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
-DEAF_SECONDS = 2.0  # after the first signal, an impatient second one must not cut the removal short
+DEAF_SECONDS = 2.0  # after the first signal: an impatient second Ctrl-C must not cut the cleaning up short
 
 _shields = 0
 _waiting: int | None = None
-_first: tuple[int, float] | None = None  # signal and time of the one that was raised
+_first: tuple[int, float] | None = None  # number and time of the first signal that was raised
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal arrived. No `except Exception` on the way swallows it."""
+    """A signal arrived. As a KeyboardInterrupt it passes every `except Exception`."""
 
     def __init__(self, number: int):
         super().__init__(_REASONS[signal.Signals(number).name])
@@ -32,9 +34,9 @@ class Interrupted(KeyboardInterrupt):
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """Inside, the signals raise `Interrupted`.
+    """Raise `Interrupted` inside the block when SIGINT, SIGTERM or SIGHUP arrives.
 
-    Afterwards they do what they did before, unless one was raised: then the process is on its way out, and this stays.
+    The block ends by restoring the previous handlers, unless a signal arrived: then the process is about to end.
     """
     global _waiting, _first
     _waiting = _first = None
@@ -44,7 +46,7 @@ def handled() -> Iterator[None]:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a job in the background
                 before[number] = signal.signal(number, _received)
-    except ValueError:  # not the main thread: whoever started it handles signals
+    except ValueError:  # not in the main thread, where alone handlers can be set
         pass
     try:
         yield
@@ -69,17 +71,17 @@ def shielded() -> Iterator[None]:
 
 
 def arrived() -> Interrupted | None:
-    """The first signal that was raised, whatever became of it: what an interrupted import raises is up to that."""
+    """Return the first signal, even if another exception took its place, as happens in an interrupted import."""
     return None if _first is None else Interrupted(_first[0])
 
 
 def check() -> None:
-    """Raise `Interrupted` if a signal was raised already."""
+    """Raise `Interrupted` again if a signal has arrived."""
     if _first is not None:
         raise Interrupted(_first[0])
 
 
-def _received(number: int, frame) -> None:
+def _received(number: int, frame: FrameType | None) -> None:
     global _waiting
     if _first is not None and time.monotonic() - _first[1] < DEAF_SECONDS:
         return
@@ -89,10 +91,10 @@ def _received(number: int, frame) -> None:
         _raise(number)
 
 
-def _raise(number: int) -> None:
+def _raise(number: int) -> NoReturn:
     global _first
     if _first is None:
         _first = number, time.monotonic()
-        # Python's own end gives each signal back its default action, which would change the exit code.
+        # When Python exits it restores the default actions. Another signal then would change the exit code.
         atexit.register(signal.signal, number, signal.SIG_IGN)
     raise Interrupted(number)

@@ -1,8 +1,7 @@
-"""What this machine has: memory, disk, and what its limits leave of them. Sizes are in bytes."""
+"""The resources of this machine and how much of them is free. All sizes are in bytes."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -13,35 +12,33 @@ from ..errors import UsageError
 
 PROC_SELF = Path("/proc/self")
 CGROUP = Path("/sys/fs/cgroup")
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def readable(size: int) -> str:
-    """A size for people, in the 1024-based units that the checkpoint sizes are given in."""
+    """Format a size for people, in units of 1024 like all sizes of checkpoints: "14.1 MB", "2.0 GB"."""
     if size >= 1 << 30:
         return f"{size / (1 << 30):.1f} GB"
     return f"{size / (1 << 20):.1f} MB"
 
 
 def available_memory() -> int:
-    """Bytes that this process can still allocate: the least of what machine, cgroups and RLIMIT_AS leave."""
+    """Return how much this process can still allocate, by the tightest of machine, cgroups and RLIMIT_AS."""
     import psutil
 
-    return max(0, min([psutil.virtual_memory().available, *_cgroup_rooms(), *_address_space_room()]))
+    return max(0, min([psutil.virtual_memory().available, *_free_in_cgroups(), *_free_address_space()]))
 
 
 def free_disk(path: str | os.PathLike) -> int:
-    """Bytes free where `path` is or would be: its nearest existing parent decides."""
-    place = Path(os.path.expanduser(path)).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the free space of the disk that `path` is on, or would be on if it existed."""
+    existing = Path(os.path.expanduser(path)).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has held so far (VmHWM, or what the system has like it)."""
-    peak = _status("VmHWM")
-    if peak is not None:
+    """Return the peak resident memory of this process: VmHWM on Linux, its counterpart elsewhere."""
+    if (peak := _status("VmHWM")) is not None:
         return peak
     try:
         import resource
@@ -54,37 +51,44 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def cpu_name() -> str:
+    """Return the processor's model name, such as "AMD EPYC 7B13"."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
 def need_memory(bytes_needed: int, what: str, cheaper: str | None = None) -> None:
-    """Raise UsageError, before the kernel kills, if `what` needs more memory than there is."""
-    there = available_memory()
-    if bytes_needed > there:
+    """Check that `what` fits into the available memory, rather than let the kernel kill the process.
+
+    Args:
+        bytes_needed: an estimate.
+        what: for the message, such as "the base model".
+        cheaper: a command that needs less, for the message.
+
+    Raises:
+        UsageError: if it does not fit.
+    """
+    free = available_memory()
+    if bytes_needed > free:
         raise UsageError(
             f"Not enough memory for {what}: it needs about {readable(bytes_needed)}, "
-            f"and {readable(there)} are available here.{_remedy(cheaper, 'Free some memory, or use a larger machine')}"
+            f"and {readable(free)} are available here.{_remedy(cheaper, 'Free some memory, or use a larger machine')}"
         )
 
 
 def need_disk(bytes_needed: int, path: str | os.PathLike, what: str, cheaper: str | None = None) -> None:
-    """Raise UsageError, before anything is written, if `what` needs more space than there is at `path`."""
-    there = free_disk(path)
-    if bytes_needed > there:
+    """Check that `what` fits on the disk of `path`, before anything is written; see `need_memory`."""
+    free = free_disk(path)
+    if bytes_needed > free:
         raise UsageError(
             f"Not enough disk space for {what}: it needs about {readable(bytes_needed)}, "
-            f"and {readable(there)} are free at {os.fspath(path)}.{_remedy(cheaper, 'Free some space')}"
+            f"and {readable(free)} are free at {os.fspath(path)}.{_remedy(cheaper, 'Free some space')}"
         )
-
-
-def describe() -> dict:
-    """What a measurement was taken on: processor, cores, memory and the versions that matter."""
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": _cores(),
-        "memory_bytes": _total_memory(),
-        "available_bytes": available_memory(),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
-    }
 
 
 def _remedy(cheaper: str | None, otherwise: str) -> str:
@@ -92,7 +96,7 @@ def _remedy(cheaper: str | None, otherwise: str) -> str:
 
 
 def _status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes, or None where there is no such file or field."""
+    """Return a field of /proc/self/status in bytes; None without such a file or field."""
     try:
         lines = (PROC_SELF / "status").read_text().splitlines()
     except OSError:
@@ -103,7 +107,7 @@ def _status(field: str) -> int | None:
     return None
 
 
-def _address_space_room() -> list[int]:
+def _free_address_space() -> list[int]:
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -114,34 +118,33 @@ def _address_space_room() -> list[int]:
     return [limit - (_status("VmSize") or 0)]
 
 
-def _cgroup_rooms() -> list[int]:
-    """What each cgroup above this process leaves, of either version. A limit of a parent binds its children too."""
+def _free_in_cgroups() -> list[int]:
+    """Return what each cgroup of this process leaves, of version 1 and 2. The limit of a parent binds its children."""
     try:
         lines = (PROC_SELF / "cgroup").read_text().splitlines()
     except OSError:
         return []
-    rooms = []
+    free = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            rooms += _rooms(CGROUP, path, "memory.max", "memory.current", "inactive_file")
+            free += _free_below(CGROUP, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            rooms += _rooms(CGROUP / "memory", path, *names)
-    return rooms
+            free += _free_below(CGROUP / "memory", path, *names)
+    return free
 
 
-def _rooms(root: Path, path: str, limit_file: str, used_file: str, reclaimable: str) -> list[int]:
-    # In a container the path may be the host's and lead nowhere; the root is then the container's own group.
+def _free_below(root: Path, path: str, limit_file: str, used_file: str, reclaimable: str) -> list[int]:
+    # In a container, `path` may be that of the host and not exist here. The root is then the container's own cgroup.
     group = root / path.lstrip("/")
-    folders = [group, *(parent for parent in group.parents if parent == root or root in parent.parents)]
-    rooms = []
-    for folder in folders:
+    free = []
+    for folder in [group, *(parent for parent in group.parents if parent == root or root in parent.parents)]:
         limit, used = _number(folder / limit_file), _number(folder / used_file)
-        # Version 1 writes "no limit" as a number near 2**63: far more than the machine has, so it decides nothing.
+        # Version 1 writes "no limit" as a number near 2**63, which is never the smallest.
         if limit is not None and used is not None:
-            rooms.append(limit - used + _stat(folder / "memory.stat", reclaimable))
-    return rooms
+            free.append(limit - used + _stat(folder / "memory.stat", reclaimable))
+    return free
 
 
 def _number(path: Path) -> int | None:
@@ -152,38 +155,9 @@ def _number(path: Path) -> int | None:
 
 
 def _stat(path: Path, field: str) -> int:
-    """One field of memory.stat. Page cache counts as used there, but the kernel gives it back when asked."""
+    """Return a field of memory.stat: the page cache, which counts as used although the kernel frees it on demand."""
     try:
         fields = dict(line.split() for line in path.read_text().splitlines())
         return int(fields.get(field, 0))
     except (OSError, ValueError):
         return 0
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _total_memory() -> int:
-    import psutil
-
-    return psutil.virtual_memory().total
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
