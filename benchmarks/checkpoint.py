@@ -184,13 +184,13 @@ def report(timings: dict[str, Timing], size: int, experts: int, result: Result) 
         "them, since nothing in the model may be touched by a damaged file, and to copy them. Reads are from the page "
         "cache."
     )
-    table = result.table("checkpoint", title, ["", "time", "MiB/s", "by its floor", "its floor"], note)
+    table = result.table("checkpoint", title, ["", "time", "MiB/s", "relative to its floor", "its floor"], note)
     floors = {SAVE: WRITE, VERIFY: HASH_ALL, LOAD: VERIFY}
     for name, timing in timings.items():
         floor = floors.get(name)
         cells = [common.ratio(timing, timings[floor]), floor] if floor else ["", ""]
         table.add(name, common.seconds(timing.median), f"{size / MIB / timing.median:,.0f}", *cells)
-    result.claim("a save by writing its bytes as one file", timings[SAVE].ratio(timings[WRITE]), SAVE_LIMIT)
+    result.claim("a save, relative to writing its bytes as one file", timings[SAVE].ratio(timings[WRITE]), SAVE_LIMIT)
 
 
 # ---- bytes beyond the tensors ----
@@ -226,13 +226,13 @@ def _sizes(folder: Path, quick: bool, r: int) -> tuple[int, int, int]:
 
 
 def probe(args: argparse.Namespace, rounds: int, result: Result) -> None:
-    """The probe's forward passes, one routed and one for each expert, by one routed pass over as many tokens."""
+    """The forward passes of the probe, relative to one routed pass over as many tokens."""
     source, _ = find_base(models.CPU_MODEL, weights="none")
     config = models.tiny_config() if args.quick else source.config
     base = models.random_base(config, torch.float32, "cpu")
     title = f"The probe, {formats.PROBE_TOKENS} tokens, on {config._name_or_path or source.name} in float32"
     note = "Floor: one routed pass over (1 + experts) x 16 tokens."
-    table = result.table("probe", title, ["experts", "probe", "by its floor"], note)
+    table = result.table("probe", title, ["experts", "probe", "relative to its floor"], note)
     for experts in (2,) if args.quick else (2, 8):
         model = models.build_ours(base, experts).eval()
         length = formats.PROBE_TOKENS

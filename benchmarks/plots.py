@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-PLAIN, OURS = "plain LoRA", "ours"
+PLAIN, OURS = "plain LoRA", "DyLoRA-MoE"
+RELATIVE_TIME = "time relative to one plain LoRA"
 MUTED = ("#9aa5b1", "#b8a17e", "#8fae8b", "#c08a8a")
 STRONG = ("#1f5fa8", "#d1622b", "#2b8a57")
-SIZE, DPI = (9.0, 3.6), 110
+SIZE, DPI = (9.5, 4.2), 110
 
 
 def draw(results: dict[str, dict], folder: Path) -> list[Path]:
@@ -41,15 +42,13 @@ def _save(figure, path: Path) -> Path:
 
 
 def _routing(series: dict):
-    """Bars: time by one plain LoRA's, grouped by the number of experts."""
+    """Bars: time relative to one plain LoRA, grouped by the number of experts."""
     figure, axes = _figure(len(series))
     for axis, (kind, found) in zip(axes, series.items(), strict=True):
         _bars(axis, found["x"], {name: line for name, line in found["lines"].items() if name != PLAIN})
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set(title=kind, xlabel="experts", ylabel="time, by one plain LoRA's")
-    axes[-1].margins(y=0.4)  # room for the legend above the bars
-    axes[-1].legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
-    return figure
+        axis.set(title=kind, xlabel="number of experts", ylabel=RELATIVE_TIME)
+    return _with_legend(figure, axes[-1])
 
 
 def _bars(axis, places: list, lines: dict[str, list]) -> None:
@@ -68,13 +67,13 @@ def _generate(series: dict):
     names = list(found["lines"])
     colours = [STRONG[0] if name.startswith(OURS) else MUTED[0] for name in names]
     axis.barh(names, [found["lines"][name][0] for name in names], color=colours)
-    axis.set(xlabel="tokens per second, batch of 1")
+    axis.set(xlabel="generated tokens per second, batch of 1")
     axis.invert_yaxis()
     return figure
 
 
 def _scaling(series: dict):
-    """Lines: time by one plain LoRA's, against what grows; the floors dashed."""
+    """Lines: time relative to one plain LoRA, against what grows; the floors dashed."""
     figure, axes = _figure(len(series))
     for axis, found in zip(axes, series.values(), strict=True):
         strong, muted = iter(STRONG), iter(MUTED)
@@ -86,6 +85,12 @@ def _scaling(series: dict):
         axis.set_xticks(found["x"], [str(x) for x in found["x"]])
         axis.minorticks_off()
         axis.set(xlabel=found["label"], ylim=(0.8, None))
-    axes[0].set_ylabel("time, by one plain LoRA's")
-    axes[0].legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel(RELATIVE_TIME)
+    return _with_legend(figure, axes[0])
+
+
+def _with_legend(figure, axis):
+    """One legend for all axes, below them: it hides no line."""
+    handles, names = axis.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure

@@ -77,7 +77,7 @@ def _row(cells: list[str]) -> str:
 
 
 def claims(results: dict[str, dict]) -> str:
-    lines = [_row(["", "asked for", "measured", "", "by"]), _row(["---", "--:", "--:", ":-:", "---"])]
+    lines = [_row(["", "limit", "measured", "", "benchmark"]), _row(["---", "--:", "--:", ":-:", "---"])]
     for name, result in results.items():
         for claim in result["claims"]:
             sign = "≥" if claim["at_least"] else "≤"

@@ -182,10 +182,10 @@ def claims(experts: int, training: dict, evaluation: dict, result: Result) -> No
     plain = training[models.PLAIN], evaluation[models.PLAIN]
     step = training[models.OURS].ratio(plain[0])
     if asked_training is not None:
-        result.claim(f"{experts} experts, training step by one plain LoRA's", step, asked_training)
+        result.claim(f"{experts} experts: training step, relative to one plain LoRA", step, asked_training)
     if asked_evaluation is not None:
         sparse = evaluation[models.OURS_SPARSE].ratio(plain[1])
-        result.claim(f"{experts} experts, evaluation with top-2 by one plain LoRA's", sparse, asked_evaluation)
+        result.claim(f"{experts} experts: evaluation with top-2, relative to one plain LoRA", sparse, asked_evaluation)
     if experts in LIMITS:
         _claim_fastest(f"{experts} experts, training step", training, models.OURS, result)
         _claim_fastest(f"{experts} experts, evaluation", evaluation, models.OURS_SPARSE, result)
@@ -195,7 +195,7 @@ def _claim_fastest(what: str, timings: dict[str, Timing], name: str, result: Res
     peers = [timings[peer] for peer in PEER_NAMES if peer in timings]
     if peers:
         best = min(peers, key=lambda timing: timing.median)
-        result.claim(f"{what} by the fastest peer's", timings[name].ratio(best), 1.0)
+        result.claim(f"{what}, relative to the fastest peer", timings[name].ratio(best), 1.0)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ EXPERTS = (1, 2, 4, 8, 16, 32, 64)
 SEQUENCES = (64, 256, 1024)
 WIDTHS = (256, 576, 1536)
 TOKENS, SOME_EXPERTS, CHECK_TOKENS = 256, 8, 16
-TRAINING, DENSE, SPARSE = "training step", "evaluation, dense", "evaluation, top-2"
+TRAINING, DENSE, SPARSE = "training step", "evaluation, all experts", "evaluation, top-2"
 # Name -> hidden size, intermediate size, layers, heads, key-value heads, vocabulary. The last two are made up.
 LLAMAS = {
     "8B": (4096, 14336, 32, 32, 8, 128256),
@@ -41,13 +41,13 @@ LLAMAS = {
 }
 TIMEOUT = 120
 GRIDS = {  # part -> (what grows, points of (experts, batch, length, width))
-    "experts": ("experts", {n: (n, 2, TOKENS // 2, 576) for n in EXPERTS}),
-    "sequence": ("tokens", {n: (SOME_EXPERTS, 1, n, 576) for n in SEQUENCES}),
+    "experts": ("number of experts", {n: (n, 2, TOKENS // 2, 576) for n in EXPERTS}),
+    "sequence": ("tokens per batch", {n: (SOME_EXPERTS, 1, n, 576) for n in SEQUENCES}),
     "model": ("hidden size", {n: (SOME_EXPERTS, 2, TOKENS // 2, n) for n in WIDTHS}),
 }
 QUICK_GRIDS = {
-    "experts": ("experts", {n: (n, 1, 8, 64) for n in (1, 3)}),
-    "sequence": ("tokens", {n: (2, 1, n, 64) for n in (8,)}),
+    "experts": ("number of experts", {n: (n, 1, 8, 64) for n in (1, 3)}),
+    "sequence": ("tokens per batch", {n: (2, 1, n, 64) for n in (8,)}),
     "model": ("hidden size", {n: (2, 1, 8, n) for n in (64,)}),
 }
 

@@ -197,7 +197,7 @@ def test_wrong_answer_decides_the_exit_code_and_a_slow_one_does_not(capsys):
         found.check("logits", float("nan"), 1e-5)
 
     assert common.run("x", "", slow, []) == common.RIGHT
-    assert "✗ time: 3.00 x, asked for ≤ 1 x" in capsys.readouterr().out
+    assert "✗ time: 3.00 x, limit ≤ 1 x" in capsys.readouterr().out
     assert common.run("x", "", wrong, []) == common.WRONG
     assert "WRONG ANSWER: logits: differs by nan" in capsys.readouterr().err
     assert Claim("", 1.0, 1.0).met and not Claim("", 0.9, 1.0, at_least=True).met
