@@ -1,6 +1,7 @@
-"""Files that may be hostile, on disks that may fail: no link is followed, every read is bounded, errors are explained.
+"""Reading and writing files that may be hostile, on disks that may fail.
 
-Only the standard library is used, and every file-system call goes through `os.*`, where the tests put their faults.
+No symbolic link is followed, every read is bounded, and every error says what to do about it. Only the standard library
+is used, and every access to the file system is a call of `os.*`, where the tests inject their faults.
 """
 
 from __future__ import annotations
@@ -9,17 +10,21 @@ import errno
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from ..errors import UsageError
 
-WORKERS = 4  # threads that hash and fsync; both release the GIL
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
+WORKERS = 4  # threads that hash and fsync; both release the GIL
 CHUNK_BYTES = 1 << 18
-MAX_DIGITS = 40  # int() takes time that grows with the square of the length
-# Bytes as they are, never through a link, never waiting for the other end of a pipe.
+MAX_DIGITS = 40  # the time of int() grows with the square of the number of digits
+# Read bytes as they are, never follow a link, and never wait for the other end of a pipe.
 PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
 _REMEDIES = {
     "ENOSPC": "free space on that disk, or choose another output folder",
@@ -36,22 +41,22 @@ _REMEDIES = {
 
 
 class FileProblem(ValueError):
-    """What is wrong with one file; the text does not repeat the file's name."""
+    """A file is not what it should be. The message leaves out the name of the file, which the caller adds."""
 
 
 @contextmanager
 def explained(action: str, path: os.PathLike | str) -> Iterator[None]:
-    """Any OSError inside becomes a UsageError: what could not be done to which path, why, and the remedy."""
+    """Turn an OSError inside the block into a UsageError that names the action, the path, the cause and the remedy."""
     try:
         yield
     except OSError as error:
-        name = errno.errorcode.get(error.errno, "no errno")
+        name = errno.errorcode.get(error.errno or 0, "no errno")
         remedy = _REMEDIES.get(name, "mend that, or choose another output folder")
         raise UsageError(f"cannot {action} {path}: {error.strerror or error} ({name}); {remedy}") from error
 
 
 def open_regular(path: Path) -> int:
-    """The descriptor of a regular file, open for reading; the caller closes it. OSErrors pass."""
+    """Open a regular file for reading and return its descriptor, which the caller closes. May raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | PLAIN)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -63,7 +68,7 @@ def open_regular(path: Path) -> int:
 
 
 def chunks(path: Path, size: int) -> Iterator[bytes]:
-    """The content of a regular file, up to the chunk in which it exceeds `size` bytes. OSErrors pass."""
+    """Yield the content of a regular file, up to the chunk that goes beyond `size` bytes. May raise OSError."""
     descriptor = open_regular(path)
     try:
         while size >= 0 and (chunk := os.read(descriptor, CHUNK_BYTES)):
@@ -74,7 +79,7 @@ def chunks(path: Path, size: int) -> Iterator[bytes]:
 
 
 def read_json(path: Path, most: int) -> object:
-    """Parse a regular file of at most `most` bytes. OSErrors pass; FileProblem as of `parse_json`."""
+    """Parse a JSON file of at most `most` bytes. Raises FileProblem like `parse_json`, and OSError."""
     raw = b"".join(chunks(path, most))
     if len(raw) > most:
         raise FileProblem(f"expected at most {most} bytes, found more")
@@ -82,11 +87,11 @@ def read_json(path: Path, most: int) -> object:
 
 
 def parse_json(raw: bytes) -> object:
-    """What UTF-8 JSON says.
+    """Parse JSON in UTF-8.
 
     Raises:
-        FileProblem: for what is no JSON; for a key that stands twice, since readers would disagree about it; and for
-            numbers and depths that no honest file has.
+        FileProblem: if it is not JSON, if a key occurs twice (readers would disagree about its value), or if a number
+            is too long or the nesting too deep for an honest file.
     """
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=_small_int)
@@ -99,8 +104,7 @@ def parse_json(raw: bytes) -> object:
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise FileProblem(f"expected each key once, found {twice[:80]!r} twice")
     return result
 
@@ -112,28 +116,25 @@ def _small_int(digits: str) -> int:
 
 
 def is_hole(info: os.stat_result) -> bool:
-    """Whether a large file takes next to nothing on the disk: reading all its zeros would take hours."""
+    """Return whether a large file is sparse, almost empty on the disk: reading its zeros could take hours."""
     return info.st_size > 1 << 30 and getattr(info, "st_blocks", info.st_size) * 512 < info.st_size >> 6
 
 
 def kind(info: os.stat_result) -> str:
-    """What it is, for people: a file, a folder, a symbolic link, ..."""
+    """Describe the type of a file for people: "a file", "a folder", "a symbolic link", ..."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO"}
     return kinds.get(stat.S_IFMT(info.st_mode), "a special file")
 
 
-def shown(name: object) -> str:
-    """A name that can be printed on any terminal: no control characters, no lone surrogates, no megabytes."""
+def shown(name: object, most: int = 200) -> str:
+    """Make a text fit for any terminal: no control characters, no lone surrogates, at most `most` characters."""
     text = str(name)
-    text = text if len(text) <= 200 else text[:200] + "..."
-    return text if text.isprintable() else ascii(text)
-
-
-# ---- files ----------------------------------------------------------------------------------------------------------
+    text = text if len(text) <= most else text[:most] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def lstat(path: Path) -> os.stat_result | None:
-    """None only if there is nothing; os.path.lexists would say so of an unreadable disk, too."""
+    """Return the status of a path, or None if nothing is there. Other OSErrors pass, unlike in `os.path.lexists`."""
     try:
         return os.lstat(path)
     except FileNotFoundError:
@@ -141,6 +142,7 @@ def lstat(path: Path) -> os.stat_result | None:
 
 
 def write_new(path: Path, data: bytes) -> None:
+    """Create a file, write all of `data` and fsync it. Raises FileExistsError if something is there already."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | PLAIN, 0o666)
     try:
         while data:
@@ -151,10 +153,11 @@ def write_new(path: Path, data: bytes) -> None:
 
 
 def fsync(path: Path, *, folder: bool = False) -> None:
-    if folder and os.name == "nt":  # Windows has no fsync of folders, and none of files opened for reading
+    """Flush a file, or the entries of a folder, to the disk. File systems that cannot flush folders are left alone."""
+    if folder and os.name == "nt":  # Windows can flush no folder, and no file that is open for reading only
         return
-    how = 0 if folder else PLAIN  # a run folder may be a link
-    descriptor = os.open(path, (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | how)
+    flags = 0 if folder else PLAIN  # a run folder may be a link
+    descriptor = os.open(path, (os.O_RDWR if os.name == "nt" else os.O_RDONLY) | flags)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -165,22 +168,22 @@ def fsync(path: Path, *, folder: bool = False) -> None:
 
 
 def remove(path: Path) -> None:
-    """Best effort: what stays is removed by the next save."""
+    """Remove a file or a folder tree as far as possible; the next save removes the rest."""
     with suppress(OSError):
         if stat.S_ISDIR(os.lstat(path).st_mode):
-            from shutil import rmtree  # late, for a light import
+            from shutil import rmtree  # here, to keep the import of this module light
 
             rmtree(path, ignore_errors=True)
         else:
             os.unlink(path)
 
 
-def parallel(function: Callable, items: Iterable) -> list:
-    """[function(item) ...]; the first exception is raised, and what has not begun by then is left out."""
+def parallel(function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Return [function(item) for item in items], computed by `WORKERS` threads. The first exception is raised."""
     items = list(items)
     if WORKERS < 2 or len(items) < 2:
         return [function(item) for item in items]
-    from concurrent.futures import ThreadPoolExecutor  # late, for a light import
+    from concurrent.futures import ThreadPoolExecutor  # as above
 
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="files") as pool:
         return list(pool.map(function, items))

@@ -1,7 +1,11 @@
-"""One writer per run folder, and the names of what it is working on.
+"""The lock of a run folder: one process writes into it at a time.
 
-`.dylora-lock` stays in the run folder; what counts is the kernel's lock on it, which a killed process cannot leave
-behind. The threads of a process share its lock. Only the standard library is used.
+The file `.dylora-lock` stays in the run folder. What counts is the kernel's lock on it, which ends with the process,
+however that ends. The threads of a process share its lock; a forked child does not have it. (`filelock` offers less
+here: it creates missing folders, and of two threads that acquire at once one times out.)
+
+While it writes, a process uses private names, such as `.dylora-staging-*`. Whoever holds the lock and finds such a name
+that is not its own knows that the owner has crashed.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,39 +22,38 @@ from pathlib import Path
 from ..errors import UsageError
 from .files import PLAIN, explained, shown
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+if sys.platform == "win32":
     import msvcrt
+else:
+    import fcntl
 
 LOCK = ".dylora-lock"
 
-# No step number in these names: tools that search for `checkpoint-(\d+)` anywhere in a name must not find one.
+# These names contain no step: tools that search for `checkpoint-(\d+)` anywhere in a name must not find one.
 _PRIVATE = re.compile(r"\.dylora-(staging|trash|probe)-[0-9]+-[0-9a-f]{8}")
 
 _guard = threading.Lock()
-_held: dict[str, list[int]] = {}  # real path of a run folder -> [file descriptor of its lock, depth]
-_live: set[str] = set()  # the private names that threads of this process are using now
+_held: dict[str, list[int]] = {}  # real path of a run folder -> [descriptor of its lock file, nested `writer_lock`s]
+_live: set[str] = set()  # the private names that threads of this process are using
 
 
 @contextmanager
 def writer_lock(run_dir: os.PathLike | str) -> Iterator[None]:
-    """Be the one process that writes into this run folder; re-entrant within the process.
+    """Hold the lock of a run folder inside the block. Blocks may be nested, and threads may share the lock.
 
-    Raises: UsageError naming the other writer's process and host, or why the folder cannot be written.
+    Raises:
+        UsageError: if another process holds the lock (its id and host are named), or the folder cannot be written.
     """
     key = os.path.realpath(run_dir)
     with _guard:
-        if key in _held:
-            _held[key][1] += 1
-        else:
-            _held[key] = [_acquire(Path(run_dir)), 1]
+        if key not in _held:
+            _held[key] = [_acquire(Path(run_dir)), 0]
+        _held[key][1] += 1
     try:
         yield
     finally:
         with _guard:
-            if key in _held:  # not so in a forked child, which holds nothing
+            if key in _held:  # a forked child has let go of it
                 _held[key][1] -= 1
                 if _held[key][1] == 0:
                     with suppress(OSError):
@@ -58,7 +62,7 @@ def writer_lock(run_dir: os.PathLike | str) -> Iterator[None]:
 
 @contextmanager
 def private_name(run_dir: Path, purpose: str) -> Iterator[Path]:
-    """A new path in the run folder, for staging, trash or a probe; until the block ends it is no leftover."""
+    """Yield a new path in the run folder, for "staging", "trash" or a "probe", that is not a leftover during the block."""
     path = Path(os.path.abspath(run_dir), f".dylora-{purpose}-{os.getpid()}-{os.urandom(4).hex()}")
     _live.add(path.name)
     try:
@@ -68,12 +72,12 @@ def private_name(run_dir: Path, purpose: str) -> Iterator[Path]:
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a private name is no longer in use, as seen by who holds the lock: its owner has crashed."""
+    """Return whether a name is a private one that is no longer in use. The caller holds the lock."""
     return _PRIVATE.fullmatch(name) is not None and name not in _live
 
 
 def guard() -> threading.Lock:
-    """What only one thread at a time may do, be it in different run folders."""
+    """Return the lock that serializes the threads of this process, whichever run folders they use."""
     return _guard
 
 
@@ -83,11 +87,11 @@ def _acquire(run_dir: Path) -> int:
     try:
         with explained("lock", run_dir / LOCK):
             try:
-                if fcntl is not None:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:  # a byte far behind the text, which stays readable
+                if sys.platform == "win32":  # lock a byte far behind the text, which others are to read
                     os.lseek(descriptor, 1 << 30, os.SEEK_SET)
                     msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+                else:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno not in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
                     raise
@@ -101,7 +105,7 @@ def _acquire(run_dir: Path) -> int:
         with suppress(OSError):
             os.close(descriptor)
         raise
-    with suppress(OSError):  # for people; the lock itself holds without it
+    with suppress(OSError):  # the text is for people; the lock holds without it
         os.lseek(descriptor, 0, os.SEEK_SET)
         os.ftruncate(descriptor, 0)
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "unknown")
@@ -110,7 +114,7 @@ def _acquire(run_dir: Path) -> int:
 
 
 def _forget_locks() -> None:
-    """In a forked child, such as a data loader's worker: it must neither keep the lock alive nor think it holds it."""
+    """Let go of the locks in a forked child, such as a worker of a data loader: it neither holds them nor keeps them."""
     global _guard
     _guard = threading.Lock()
     for descriptor, _ in _held.values():
