@@ -62,7 +62,7 @@ def writer_lock(run_dir: os.PathLike | str) -> Iterator[None]:
 
 @contextmanager
 def private_name(run_dir: Path, purpose: str) -> Iterator[Path]:
-    """Yield a new path in the run folder, for "staging", "trash" or a "probe", that is not a leftover during the block."""
+    """Yield a new path in the run folder for "staging", "trash" or a "probe". During the block it is no leftover."""
     path = Path(os.path.abspath(run_dir), f".dylora-{purpose}-{os.getpid()}-{os.urandom(4).hex()}")
     _live.add(path.name)
     try:
@@ -114,7 +114,7 @@ def _acquire(run_dir: Path) -> int:
 
 
 def _forget_locks() -> None:
-    """Let go of the locks in a forked child, such as a worker of a data loader: it neither holds them nor keeps them."""
+    """Let go of the locks in a forked child, such as a data loader worker: it neither holds them nor keeps them."""
     global _guard
     _guard = threading.Lock()
     for descriptor, _ in _held.values():

@@ -1,8 +1,7 @@
-"""A run folder: its complete checkpoints, the newest of them, and which of them rotation deletes.
+"""A run folder: creating it, finding its checkpoints, and deleting those beyond a limit.
 
-make_run_dir(run_dir)
-rotate(run_dir, limit=3, keep=[best_step])    # only after a commit
-newest = latest(run_dir)                      # complete checkpoints only
+A checkpoint is a folder `checkpoint-<step>` that is complete by its manifest. Modification times play no part. How
+these functions work together with `staged` is shown in publish.py.
 """
 
 from __future__ import annotations
@@ -20,19 +19,7 @@ from pathlib import Path
 from ..errors import UsageError
 from .files import explained, fsync, lstat, remove, write_new
 from .lock import is_leftover, private_name, writer_lock
-from .manifest import FolderGone, first_reason
-
-MOST_FILES = 100_000  # where --checkpoint names a home folder by mistake, this ends
-
-
-def file_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of every file below a folder, by relative POSIX path. Nothing is followed, nothing is opened."""
-    return {
-        path.relative_to(folder).as_posix(): path.lstat().st_size
-        for path in islice(folder.rglob("*"), MOST_FILES)
-        if path.is_symlink() or path.is_file()
-    }
-
+from .manifest import MAX_ENTRIES, FolderGone, first_reason
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
@@ -45,42 +32,42 @@ class Checkpoint:
     path: Path
 
 
-# ---- the run folder -------------------------------------------------------------------------------------------------
-
-
 def make_run_dir(run_dir: os.PathLike | str) -> list[Path]:
-    """Create the run folder and its missing parents, and fsync what they are in: no checkpoint outlasts its folder.
+    """Create a run folder and its missing parents, and flush each of them to the disk.
 
-    Returns what was created, the innermost first. Raises: UsageError where that cannot be done, or a file is there;
-    what was created is removed again.
+    Returns:
+        The folders that were created, the innermost first.
+
+    Raises:
+        UsageError: if that fails, or something else has the name. Then no folder is left behind.
     """
     folder = Path(os.path.abspath(run_dir))
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         with explained("create", folder):
-            there, missing = folder, []
-            while lstat(there) is None:
-                missing.insert(0, there)
-                there = there.parent
-            for path in [there, *missing]:  # the first, too: its maker may have been killed before it was flushed
-                if path is not there:
-                    with suppress(FileExistsError):  # another process was quicker
+            existing, missing = folder, list[Path]()
+            while lstat(existing) is None:
+                missing.insert(0, existing)
+                existing = existing.parent
+            for path in [existing, *missing]:  # the existing one may have been created by a process that was killed
+                if path is not existing:
+                    with suppress(FileExistsError):  # another process was faster
                         os.mkdir(path)
-                        made.insert(0, path)
-                with suppress(PermissionError):  # a folder may be open for writing and not for reading
+                        created.insert(0, path)
+                with suppress(PermissionError):  # a folder that one may write into, but not read
                     fsync(path.parent, folder=True)
             if not stat.S_ISDIR(os.stat(folder).st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     except BaseException:
-        for path in made:
+        for path in created:
             with suppress(OSError):
                 os.rmdir(path)
         raise
-    return made
+    return created
 
 
 def check_writable(run_dir: os.PathLike | str) -> None:
-    """Write, fsync and remove a file in the run folder; a UsageError now, rather than at the first save."""
+    """Write, flush and remove a file, to raise UsageError before training rather than at the first save."""
     run_dir = Path(run_dir)
     with writer_lock(run_dir), private_name(run_dir, "probe") as probe, explained("write in", run_dir):
         try:
@@ -91,33 +78,33 @@ def check_writable(run_dir: os.PathLike | str) -> None:
 
 
 def rotate(run_dir: os.PathLike | str, limit: int, keep: Iterable[int] = ()) -> list[Path]:
-    """Delete complete checkpoints beyond `limit`, see `to_delete`. Returns the paths that are gone."""
+    """Delete complete checkpoints beyond `limit`, chosen by `to_delete`. Returns the paths of the deleted ones."""
     run_dir, removed = Path(run_dir), []
     with writer_lock(run_dir):
         complete = {checkpoint.step: checkpoint.path for checkpoint in checkpoints(run_dir)}
         for step in to_delete(complete, limit, keep):
             with private_name(run_dir, "trash") as trash, explained("move away", complete[step]):
                 os.rename(complete[step], trash)
-                fsync(run_dir, folder=True)  # else a power cut might bring the name back with half of its files
+                fsync(run_dir, folder=True)  # or a power cut could restore the name, with half of the files
                 remove(trash)
             removed.append(complete[step])
     return removed
 
 
 def to_delete(steps: Iterable[int], limit: int, keep: Iterable[int] = ()) -> list[int]:
-    """The steps to delete, oldest first, so that `limit` stay. The newest and those of `keep` stay in any case."""
+    """Return the steps to delete, oldest first, so that `limit` remain. The newest and those in `keep` always do."""
     if limit < 1:
         raise UsageError(f"the number of checkpoints to keep must be at least 1, got {limit}")
     newest_first = sorted(set(steps), reverse=True)
-    stay = set(newest_first[:1]) | set(keep).intersection(newest_first)
+    remaining = set(newest_first[:1]) | set(keep).intersection(newest_first)
     for step in newest_first:
-        if len(stay) < limit:
-            stay.add(step)
-    return [step for step in reversed(newest_first) if step not in stay]
+        if len(remaining) < limit:
+            remaining.add(step)
+    return sorted(set(newest_first) - remaining)
 
 
 def clean_leftovers(run_dir: os.PathLike | str) -> list[Path]:
-    """Remove what crashed saves and rotations left. Whoever holds the lock knows that their owners are gone."""
+    """Remove what crashed saves and rotations have left. Returns the paths that were removed."""
     run_dir = Path(run_dir)
     with writer_lock(run_dir):
         with explained("list", run_dir):
@@ -127,28 +114,26 @@ def clean_leftovers(run_dir: os.PathLike | str) -> list[Path]:
     return removed
 
 
-# ---- finding --------------------------------------------------------------------------------------------------------
-
-
 def checkpoints(run_dir: os.PathLike | str) -> list[Checkpoint]:
-    """The complete checkpoints, by step number; times play no part. A run folder that is not there has none."""
+    """Return the complete checkpoints in the order of their steps; [] if the run folder does not exist."""
     return [Checkpoint(step, path) for step, path, reason in _scan(run_dir) if reason is None]
 
 
 def latest(run_dir: os.PathLike | str) -> Checkpoint | None:
-    """The complete checkpoint with the highest step number."""
+    """Return the complete checkpoint with the highest step, or None."""
     return max(checkpoints(run_dir), key=lambda checkpoint: checkpoint.step, default=None)
 
 
 def incomplete(run_dir: os.PathLike | str) -> list[tuple[Path, str]]:
-    """The folders that are named like checkpoints and are none, by step number, with the first reason."""
+    """Return the incomplete folders that are named like checkpoints, in the order of their steps, with a reason."""
     return [(path, reason) for _, path, reason in _scan(run_dir) if reason is not None]
 
 
 def _scan(run_dir: os.PathLike | str) -> list[tuple[int, Path, str | None]]:
-    """(step, path, why it is incomplete), read until two listings agree.
+    """Return (step, path, why it is incomplete or None) of all folders named like checkpoints.
 
-    With one listing alone, a save and a rotation in the meantime could hide both the new checkpoint and the old one.
+    The folder is listed until two listings agree. In between, a save and a rotation could hide both the new and the old
+    checkpoint from a single listing.
     """
     folders, before = _named_like_checkpoints(Path(run_dir)), None
     verdicts: list[tuple[int, Path, str | None]] = []
@@ -171,3 +156,15 @@ def _named_like_checkpoints(run_dir: Path) -> dict[int, Path]:
         except FileNotFoundError:
             return {}
     return {int(match[1]): run_dir / name for name in names if (match := _CHECKPOINT.fullmatch(name))}
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    """Return the size of every file below a folder, by relative POSIX path. No link is followed, no file opened.
+
+    At most `MAX_ENTRIES` entries are looked at, in case `--checkpoint` names a home folder by mistake.
+    """
+    return {
+        path.relative_to(folder).as_posix(): path.lstat().st_size
+        for path in islice(folder.rglob("*"), MAX_ENTRIES)
+        if path.is_symlink() or path.is_file()
+    }
