@@ -59,7 +59,6 @@ def save_checkpoint(
             return False
         with explained("write the checkpoint", target):
             written = write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
-            staging.digests.update({name: file.digest for name, file in written.items()})
             if training_files is not None:
                 with _disk_errors():
                     training_files(staging.path)

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ MAX_MANIFEST_BYTES = 4 << 20  # 1024 experts need about 0.4 MiB
 MAX_ENTRIES = 100_000
 
 Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
+Identity = tuple[int, int]  # device and inode of a folder
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "copy the checkpoint again from where it came, or use another one"
@@ -38,8 +39,13 @@ class FolderGone(UsageError):
     """The folder is not there, or was moved away while it was read; what was found in it says nothing."""
 
 
-def manifest_problems(folder: os.PathLike | str) -> list[str]:
+def manifest_problems(
+    folder: os.PathLike | str, digest: Callable[[Path, int], tuple[int, str]] | None = None
+) -> list[str]:
     """Everything in which the folder is not what its manifest says, sorted; [] if it is sound.
+
+    Args:
+        digest: is called instead of `file_digest`, for a caller that looks at the content in the same reading.
 
     Raises: FolderGone if the folder is not there, or was moved away meanwhile; UsageError if it is not a folder.
     """
@@ -48,7 +54,8 @@ def manifest_problems(folder: os.PathLike | str) -> list[str]:
         try:
             problems, extras, intact = survey(folder)
             problems += extras
-            problems += filter(None, parallel(partial(_hash_problem, folder), sorted(intact.items())))
+            check = partial(_hash_problem, folder, digest or file_digest)
+            problems += filter(None, parallel(check, sorted(intact.items())))
         except OSError as error:
             problems = [_unreadable(error.filename or folder, error)]
     return sorted(problems)
@@ -177,10 +184,10 @@ def _is_bad(path: str) -> bool:
     return "\\" in path or "\0" in path or path == MANIFEST or any(part in ("", ".", "..") for part in path.split("/"))
 
 
-def _hash_problem(folder: Path, item: tuple[str, tuple[int, str]]) -> str | None:
+def _hash_problem(folder: Path, digest: Callable, item: tuple[str, tuple[int, str]]) -> str | None:
     path, expected = item
     try:
-        found = file_digest(folder / path, expected[0])
+        found = digest(folder / path, expected[0])
     except OSError as error:
         return _unreadable(path, error)
     if found != expected:
@@ -193,13 +200,15 @@ def _unreadable(path: object, error: OSError) -> str:
 
 
 @contextmanager
-def held_still(folder: Path) -> Iterator[None]:
+def held_still(folder: Path, before: Identity | None = None) -> Iterator[Identity]:
     """What is found inside the block, errors too, counts only if the folder is the same one at the end of it.
+
+    Yields the folder's identity. With `before`, that of an earlier block, it must have been the same one since then.
 
     Raises: FolderGone where it is not, whatever else was raised; UsageError where it is not a folder.
     """
 
-    def identity() -> tuple[int, int] | None:
+    def identity() -> Identity | None:
         with explained("read", folder):
             try:
                 found = os.stat(folder)
@@ -210,11 +219,11 @@ def held_still(folder: Path) -> Iterator[None]:
         return found.st_dev, found.st_ino
 
     gone = FolderGone(f"{folder} is not there, or was removed meanwhile (by rotation?): list the run folder again")
-    before = identity()
+    before = before or identity()
     if before is None:
         raise gone
     try:
-        yield
+        yield before
     except Exception as error:
         if identity() != before:
             raise gone from error

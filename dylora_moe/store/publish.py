@@ -22,7 +22,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError, listed
@@ -38,7 +38,6 @@ class Staging:
 
     target: Path
     path: Path | None
-    digests: Digests = field(default_factory=dict)  # of files whose hash the writer knows
     set_aside: Path | None = None  # after the save: where an incomplete folder of the target's name was moved to
 
 
@@ -49,8 +48,7 @@ class Staging:
 def staged(target: os.PathLike | str) -> Iterator[Staging]:
     """A folder to write into, which becomes `target` when the block ends; an exception leaves nothing of it.
 
-    A published target stays as it is. An incomplete folder of its name is moved aside, never deleted. A writer that
-    knows the hash of a file puts it into `Staging.digests`, and the file is not read again.
+    A published target stays as it is. An incomplete folder of its name is moved aside, never deleted.
 
     Raises: UsageError where the save could not be done: nothing is published then. Exceptions of the block pass.
     """
@@ -68,7 +66,7 @@ def staged(target: os.PathLike | str) -> Iterator[Staging]:
                     os.mkdir(path)
                 staging = Staging(target, path)
                 yield staging
-                _seal(path, staging.digests)
+                _seal(path)
                 with guard():
                     if not _is_published(target):  # by another thread of this process
                         staging.set_aside = _publish(path, target)
@@ -87,14 +85,13 @@ def _is_published(target: Path) -> bool:
         return not survey(target)[0]
 
 
-def _seal(folder: Path, known: Digests) -> None:
+def _seal(folder: Path) -> None:
     """Fsync and hash every file, write the manifest, fsync every folder."""
     with explained("list", folder):
         entries = list_entries(folder)
     sizes = {path: found.st_size for path, found in entries.items() if stat.S_ISREG(found.st_mode)}
-    digests = known | _flush_and_hash(folder, sizes, known)
+    digests = _flush_and_hash(folder, sizes)
     data, problems = encode(digests)
-    problems += [f"{shown(path)}: handed over, but not written" for path in known.keys() - sizes.keys()]
     problems += [
         f"{shown(path)}: expected the {size} bytes it has, hashed were {digests[path][0]}"
         for path, size in sizes.items()
@@ -115,7 +112,7 @@ def _seal(folder: Path, known: Digests) -> None:
             fsync(folder / path, folder=True)
 
 
-def _flush_and_hash(folder: Path, sizes: dict[str, int], known: Digests) -> Digests:
+def _flush_and_hash(folder: Path, sizes: dict[str, int]) -> Digests:
     digests = {}
 
     def flush(path: str) -> None:
@@ -127,7 +124,7 @@ def _flush_and_hash(folder: Path, sizes: dict[str, int], known: Digests) -> Dige
             digests[path] = file_digest(folder / path, sizes[path])
 
     files = sorted(sizes, key=lambda path: (-sizes[path], path))  # the largest first, and flushed while it is hashed
-    jobs = [(job, path) for path in files for job in (flush, digest) if job is flush or path not in known]
+    jobs = [(job, path) for path in files for job in (flush, digest)]
     parallel(lambda job: job[0](job[1]), jobs)
     return digests
 

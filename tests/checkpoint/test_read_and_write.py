@@ -40,8 +40,7 @@ from dylora_moe.mixture.config import MoELoraConfig
 from dylora_moe.skills.library import SkillLibrary
 from dylora_moe.store import run_folder
 from dylora_moe.store.lock import LOCK
-from dylora_moe.store.manifest import MANIFEST, FolderGone
-from dylora_moe.store.publish import staged
+from dylora_moe.store.manifest import FolderGone
 from dylora_moe.validation.reloaded import stock_peft_logits
 
 from ..support.faults import full_disk, run_with_fault
@@ -165,31 +164,6 @@ def test_every_file_follows_the_umask(tmp_path):
         os.umask(before)
     for path in (*folder.rglob("*"), *exported.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
-
-
-def test_known_hashes_are_handed_over_and_files_not_read_again(tmp_path, monkeypatch):
-    handed = {}
-    real = staged
-
-    def watched(target):
-        manager = real(target)
-        enter = type(manager).__enter__
-
-        class Watched:
-            def __enter__(self):
-                self.staging = enter(manager)
-                return self.staging
-
-            def __exit__(self, *error):
-                handed.update(self.staging.digests)
-                return manager.__exit__(*error)
-
-        return Watched()
-
-    monkeypatch.setattr("dylora_moe.checkpoint.write.staged", watched)
-    folder = save_sound(tmp_path / "a")
-    assert set(handed) == FILES - {MANIFEST, formats.SKILLS}
-    assert find_problems(folder) == []
 
 
 @pytest.mark.parametrize("training", [True, False])
