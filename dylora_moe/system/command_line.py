@@ -1,6 +1,7 @@
-"""What all command lines share: flags in both spellings, one clear message for every error, exit codes.
+"""What all command lines share: flags in two spellings, one clear message for every error, exit codes.
 
-Exit codes: 0 all passed; 1 a check failed; 2 could not run; 130 interrupted (143 by SIGTERM).
+The exit codes are 0 when everything passed, 1 when a check failed, 2 when the command could not run, 130 when Ctrl-C
+interrupted it and 143 when SIGTERM did.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any, NoReturn, TextIO
 
-from ..errors import CheckpointError, DyLoRAMoEError, is_out_of_memory
+from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
 PASS_MARK, FAIL_MARK = "✓", "✗"
@@ -21,23 +23,31 @@ _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags may be written with dashes or underscores, and never cut short."""
+class FlagError(UsageError):
+    """A command line that cannot be parsed. `message` is the text without the name of the program."""
 
-    def __init__(self, **options):
+    def __init__(self, prog: str, message: str):
+        self.message = message
+        super().__init__(f"{prog}: error: {message}; see {prog} --help")
+
+
+class Parser(argparse.ArgumentParser):
+    """An `ArgumentParser` that takes flags with dashes or underscores, never abbreviated, and raises `FlagError`."""
+
+    def __init__(self, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashed(arg) for arg in args], namespace)
 
-    def error(self, message: str):
-        self.exit(CANNOT_RUN, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+    def error(self, message: str) -> NoReturn:
+        raise FlagError(self.prog, message)
 
 
 def _dashed(argument: str) -> str:
-    """--keep_checkpoint as --keep-checkpoint; a value after = stays as it is."""
+    """Turn --keep_checkpoint into --keep-checkpoint. A value after = is not changed."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
@@ -46,8 +56,8 @@ def _dashed(argument: str) -> str:
 
 def number(
     kind: type, least: float | None = None, most: float | None = None, *, above: float | None = None
-) -> Callable:
-    """An argparse type: an int or a finite float in a range, named in the error."""
+) -> Callable[[str], float]:
+    """Return an argparse type for an int or a finite float in a range. Its errors name the range."""
     wanted = "a whole number" if kind is int else "a number"
     if above is not None:
         wanted += f" above {above}"
@@ -56,7 +66,7 @@ def number(
     if most is not None:
         wanted += f" to {most}"
 
-    def parse(text: str):
+    def parse(text: str) -> float:
         try:
             value = kind(text)
         except ValueError:
@@ -70,30 +80,34 @@ def number(
 
 
 def text(value: str) -> str:
-    """An argparse type: what a shell makes of an unset variable is no value."""
+    """An argparse type that refuses an empty value, such as a shell makes of a variable that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError("expected a value, got an empty one")
     return value
 
 
 def path(value: str) -> str:
-    """An argparse type: a shell leaves the ~ of --output-dir=~/run alone. The home of nobody stays as it is written."""
+    """An argparse type that expands ~, which a shell does not do in --output-dir=~/run.
+
+    ~name is not changed where there is no such user.
+    """
     return os.path.expanduser(text(value))
 
 
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, prog: str = "") -> int:
-    """Call `main` and turn what it raises into a message on standard error and an exit code."""
+    """Call `main`, and turn an exception into a message on standard error and an exit code."""
     prepare_streams()
     try:
         return main(argv)
-    except BrokenPipeError:  # `... | head`: whoever read has seen enough
+    except BrokenPipeError:  # the reader of a pipe, such as head, has closed it
         mute(sys.stdout)
         return PIPE_CLOSED
     except Exception as error:
         code, message = explain(error)
         if message is None:
             raise
-        print(f"{prog}: {message}" if prog else message, file=sys.stderr)
+        named = not prog or isinstance(error, FlagError)  # a FlagError begins with the name of its program
+        print(message if named else f"{prog}: {message}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print(f"{prog}: interrupted" if prog else "interrupted", file=sys.stderr)
@@ -101,7 +115,7 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
 
 
 def explain(error: BaseException) -> tuple[int, str | None]:
-    """The exit code for an error and its message; no message for what is not the user's to mend."""
+    """Return the exit code and the message for an error. The message is None where the user cannot mend the cause."""
     if isinstance(error, CheckpointError):
         return FAILED, str(error)
     if isinstance(error, DyLoRAMoEError):
@@ -126,7 +140,7 @@ def _explain_os(error: OSError) -> str | None:
 
 
 def prepare_streams() -> None:
-    """Check marks on every terminal: UTF-8 where the locale's encoding has none."""
+    """Switch standard output and error to UTF-8 where the encoding of the locale has no check marks."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding=None if _has_marks(stream.encoding) else "utf-8", errors="replace")
@@ -140,8 +154,8 @@ def _has_marks(encoding: str | None) -> bool:
     return True
 
 
-def mute(stream) -> None:
-    """Let what is still written to a closed pipe go nowhere, at the end of the program too."""
+def mute(stream: TextIO) -> None:
+    """Discard everything that is written to this stream from now on, including what Python flushes at exit."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())

@@ -1,8 +1,7 @@
 """Turn Ctrl-C, SIGTERM and a closed terminal into an exception, so that a script removes its temporary files and ends.
 
 with handled():              # once, around the whole script
-    with shielded():         # inside, a signal waits: what is made and what must remember it belong together
-        folder = make()
+    work()
     check()                  # raises again if a library has swallowed the exception
 """
 
@@ -14,13 +13,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 _REASONS = {"SIGINT": "interrupted", "SIGTERM": "terminated", "SIGHUP": "hung up"}
 DEAF_SECONDS = 2.0  # after the first signal: an impatient second Ctrl-C must not cut the cleaning up short
 
-_shields = 0
-_waiting: int | None = None
 _first: tuple[int, float] | None = None  # number and time of the first signal that was raised
 
 
@@ -38,8 +34,8 @@ def handled() -> Iterator[None]:
 
     The block ends by restoring the previous handlers, unless a signal arrived: then the process is about to end.
     """
-    global _waiting, _first
-    _waiting = _first = None
+    global _first
+    _first = None
     before = {}
     try:
         for name in _REASONS:
@@ -56,20 +52,6 @@ def handled() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-@contextmanager
-def shielded() -> Iterator[None]:
-    """Inside, signals wait; the first of them is raised at the end."""
-    global _shields, _waiting
-    _shields += 1
-    try:
-        yield
-    finally:
-        _shields -= 1
-    if _waiting is not None and not _shields:
-        number, _waiting = _waiting, None
-        _raise(number)
-
-
 def arrived() -> Interrupted | None:
     """Return the first signal, even if another exception took its place, as happens in an interrupted import."""
     return None if _first is None else Interrupted(_first[0])
@@ -82,19 +64,11 @@ def check() -> None:
 
 
 def _received(number: int, frame: FrameType | None) -> None:
-    global _waiting
-    if _first is not None and time.monotonic() - _first[1] < DEAF_SECONDS:
-        return
-    if _shields:
-        _waiting = _waiting or number
-    else:
-        _raise(number)
-
-
-def _raise(number: int) -> NoReturn:
     global _first
     if _first is None:
         _first = number, time.monotonic()
         # When Python exits it restores the default actions. Another signal then would change the exit code.
         atexit.register(signal.signal, number, signal.SIG_IGN)
+    elif time.monotonic() - _first[1] < DEAF_SECONDS:
+        return
     raise Interrupted(number)

@@ -1,62 +1,53 @@
-"""Callbacks of a run: progress, early stopping, and stopping by a signal."""
+"""Callbacks of a run: its progress, early stopping, and stopping by a signal."""
 
 from __future__ import annotations
 
 import re
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
 from . import ranks
 
-# torchrun hands the terminal's Ctrl-C, which its workers have had already, on to them.
+# Within this time, a second Ctrl-C of several processes is the first one, which torchrun hands on to its workers.
 ECHO_SECONDS = 3.0
 
 
-class ProgressLines(ProgressCallback):
-    """A progress bar on a terminal; one line per log, in fixed columns.
+class ProgressLines(TrainerCallback):
+    """Prints one line for each log, in fixed columns."""
 
-    Args:
-        bar: whether to show the bar.
-    """
-
-    def __init__(self, bar: bool):
-        super().__init__()
-        self.bar = bar
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.bar:
-            super().on_train_begin(args, state, control, **kwargs)
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.bar:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        if self.bar:
-            super().on_prediction_step(args, state, control, eval_dataloader=eval_dataloader, **kwargs)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.bar:
-            super().on_train_end(args, state, control, **kwargs)
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         line = log_line(logs or {}, state.global_step, state.max_steps)
-        if line is None or not state.is_world_process_zero:
-            return
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
-            print(line, flush=True)
+        if line is not None and state.is_world_process_zero:
+            self.show(line)
+
+    def show(self, line: str) -> None:
+        print(line, flush=True)
 
 
-def log_line(logs: dict, step: int, max_steps: int) -> str | None:
-    """What a log entry says, on one line; None for what is shown elsewhere."""
+class ProgressBar(ProgressLines, ProgressCallback):
+    """Prints the lines of `ProgressLines` above a progress bar."""
+
+    def show(self, line: str) -> None:
+        tqdm.write(line)
+
+
+def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
+    """Return a log entry as one line; None for an entry that is shown elsewhere."""
     at = f"step {step:>{len(str(max_steps))}}/{max_steps}"
     if "loss" in logs:
         parts = [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
@@ -78,38 +69,40 @@ def log_line(logs: dict, step: int, max_steps: int) -> str | None:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """As Transformers' own, and the checkpoint at which it stops is saved."""
+    """The callback of Transformers, which here also saves the checkpoint at which it stops."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    stopped = False
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.stopped = False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.stopped = False
-
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
+    ) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             self.stopped = control.should_save = True
 
 
 class StopSignals(TrainerCallback):
-    """The first SIGTERM or Ctrl-C saves at the end of the step and stops; a second one stops at once.
+    """Stops a run by a signal: the first SIGTERM or Ctrl-C saves at the end of the step, a second one stops at once.
 
-    A context manager: the handlers are there inside only. Of several processes, each hears a Ctrl-C twice where
-    torchrun hands it on; that counts as one.
+    As a context manager, it handles the signals inside the block only. Where torchrun hands a Ctrl-C on to processes
+    that have received it already, the two count as one.
 
     Args:
-        early: what else may stop the run; a run that has ended by itself was not interrupted.
+        warn: Takes a line for the user when the first signal arrives; called on every rank.
+        early: What else may stop the run. A run that has ended by itself was not stopped by a signal.
     """
 
-    def __init__(self, early: EarlyStopping | None = None):
+    def __init__(self, warn: Callable[[str], None], early: EarlyStopping | None = None):
+        self.warn = warn
         self.early = early
         self._received: signal.Signals | None = None
         self._heard = 0
         self._heard_at = 0.0
         self._began = 0
-        self._before: dict = {}
+        self._before: dict[int, Any] = {}
 
     @property
     def received(self) -> signal.Signals | None:
@@ -122,7 +115,7 @@ class StopSignals(TrainerCallback):
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -130,25 +123,22 @@ class StopSignals(TrainerCallback):
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._heard:
             self._heard, self._heard_at = number, time.monotonic()
-            if ranks.is_first():
-                name = signal.Signals(number).name
-                print(f"{name}: saving at the end of this step; once more stops at once", file=sys.stderr, flush=True)
+            self.warn(f"{signal.Signals(number).name}: saving at the end of this step; once more stops at once")
         elif ranks.world()[1] == 1 or time.monotonic() - self._heard_at > ECHO_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._began = state.global_step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        self._stop(args, state, control)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        """An evaluation may take long; the step that it belongs to is whole. That before the first belongs to none."""
-        self._stop(args, state, control)
-
-    def _stop(self, args, state, control) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop here if any rank has received a signal."""
         heard = ranks.largest(self._heard, args.device)
         if heard and self._received is None and self._began < state.global_step < state.max_steps:
             self._received = signal.Signals(heard)
             control.should_save = control.should_training_stop = True
+
+    # An evaluation may take long, and the step before it is complete; only before the first step is there none.
+    on_evaluate = on_step_end

@@ -1,9 +1,10 @@
-"""What `train.py --demo` trains: a tiny model with a tokenizer of bytes, on this machine's own Python. No network."""
+"""What `train.py --demo` trains, without a network: a tiny model with a tokenizer of bytes, on Python's own sources."""
 
 from __future__ import annotations
 
 import json
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,41 +14,37 @@ from transformers.utils import logging
 from ..base.preserve import seeded
 from ..data.text_files import files_in, text_of
 from ..errors import UsageError
+from .settings import TrainSettings
 
 BASE = "base"
 BASE_SEED = 0
 TEXTS = {"code": "code.jsonl", "prose": "prose.jsonl"}
 FILES = (BASE, *TEXTS.values(), ".base.partial", ".texts.partial")
-SETTINGS = {
-    "experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ["all-linear"], "block_size": 128, "batch_size": 8,
-    "max_steps": 60, "save_steps": 30, "learning_rate": 1e-2, "device": "cpu",
-}  # fmt: skip
 
 
-def write(args) -> None:
-    """Write the base model and the texts into the run folder, unless they are given or there already."""
-    folder = Path(args.output_dir)
-    if args.model_is_default and not (folder / BASE).is_dir():
+def write(settings: TrainSettings) -> None:
+    """Write the base model and the texts into the run folder, except for what is given or already there."""
+    folder = Path(settings.output_dir)
+    if settings.model is None and not (folder / BASE).is_dir():
         _write_base(folder / ".base.partial")
         (folder / ".base.partial").rename(folder / BASE)
-    if not args.data:
+    if not settings.data:
         for name, read in (("code", _code), ("prose", _prose)):
             if not (folder / TEXTS[name]).exists():
                 _write_texts(folder / ".texts.partial", read())
                 (folder / ".texts.partial").rename(folder / TEXTS[name])
 
 
-def fill_in(args) -> None:
-    """Set `args.model` and `args.data`, unless they are given, to what `write` has written."""
-    folder = Path(args.output_dir)
-    if args.model_is_default:
-        args.model, args.weights = str(folder / BASE), "pretrained"
-    args.data = args.data or [str(folder / name) for name in TEXTS.values()]
+def filled_in(settings: TrainSettings) -> TrainSettings:
+    """Return the settings with the model and the data that `write` has written, where none are given."""
+    folder = Path(settings.output_dir)
+    if settings.model is None:
+        settings = replace(settings, model=str(folder / BASE), weights="pretrained")
+    return replace(settings, data=settings.data or tuple(str(folder / name) for name in TEXTS.values()))
 
 
 def _write_base(folder: Path) -> None:
-    """A Llama of 0.4 million parameters with seeded random weights, large enough for LoRA to make something of them."""
-
+    """Write a Llama of 0.4 million parameters, whose seeded random weights are large enough for LoRA to learn on."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -75,7 +72,7 @@ def _code() -> list[str]:
 
 
 def _prose() -> list[str]:
-    """The help texts that come with Python."""
+    """Return the help texts that come with Python."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -88,9 +85,9 @@ def _write_texts(path: Path, texts: list[str]) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer made without files: a token per byte, whose id is the byte, `<eos>` (256) and `<pad>` (257).
+    """Make a tokenizer without files: one token for each byte, whose id is the byte, `<eos>` (256) and `<pad>` (257).
 
-    Any text comes back as it was, also text that spells `<eos>`.
+    Decoding what was encoded gives the same text, even where the text spells `<eos>`.
     """
     letters = _byte_letters()
     core = Tokenizer(models.BPE(vocab={letters[byte]: byte for byte in range(256)}, merges=[]))
@@ -106,20 +103,17 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter by which the ByteLevel pre-tokenizer writes a byte: itself if printable, else the next above 255."""
+    """Map each byte to the letter of the ByteLevel pre-tokenizer: itself if printable, else the next above 255."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
 
 
-# --- the demo's data -------------------------------------------------------------------------------------------------
-
-
 def python_sources(max_bytes: int = 1_000_000, max_file_bytes: int = 50_000) -> list[str]:
-    """Sources of this Python's standard library: text that is on every machine, for a demo without downloads.
+    """Return sources of Python's standard library: text that is on every machine, for a demo without downloads.
 
-    In the order of their paths, files above `max_file_bytes` left out, until `max_bytes` are reached: the same on
-    every run with the same Python.
+    The files are taken in the order of their paths until `max_bytes` are reached; those above `max_file_bytes` are
+    left out. The result is the same on every run with the same Python.
     """
     texts, total = [], 0
     folder = Path(sysconfig.get_paths()["stdlib"])

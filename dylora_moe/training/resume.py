@@ -1,10 +1,11 @@
-"""From which checkpoint a run goes on, and whether that gives the run that was stopped."""
+"""Which checkpoint a run resumes from, and whether that continues the run that wrote it."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerState
 
@@ -13,18 +14,19 @@ from ..checkpoint import formats
 from ..checkpoint.read import sound_config
 from ..checkpoint.verify import checkpoint_folder
 from ..constants import IMMATURE, MATURE
-from ..data.blocks import data_fingerprint
+from ..data.blocks import TokenBlocks, data_fingerprint
 from ..errors import CheckpointError, UsageError, listed
 from ..mixture.model import Mixture
 from ..store import run_folder
 from . import ranks, training_state
+from .settings import TrainSettings
 
 # These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = (
     "accept_changes", "config", "demo", "device", "eval_steps", "gradient_checkpointing", "hf_token", "logging_steps",
-    "model_is_default", "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
+    "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
 )  # fmt: skip
-# What these name is compared by its content; the name itself may be another.
+# What these settings name is compared by its content, so that a file or a folder may have been renamed.
 BY_CONTENT = {"data": "data_fingerprint", "model": "base_weights", "weights": "base_weights"}
 WEIGHTS_REMEDY = "--resume-weights-only goes on with a fresh optimizer"
 
@@ -33,8 +35,11 @@ WEIGHTS_REMEDY = "--resume-weights-only goes on with a fresh optimizer"
 class Start:
     """Where a run begins.
 
-    `folder` is the checkpoint to go on from (None: fresh experts); `weights_only` takes nothing else from it, and then
-    `step` is the step to go on at. `lines` are for the user.
+    Args:
+        folder: The checkpoint to go on from; None for fresh experts.
+        weights_only: Whether only experts, router and skill library are taken from it.
+        step: With `weights_only`, the step to go on at.
+        lines: What to tell the user about the choice.
     """
 
     folder: Path | None = None
@@ -44,10 +49,10 @@ class Start:
 
 
 def choose(run_dir: Path, resume: str | None, weights_only: bool) -> Start:
-    """The checkpoint that --resume asks for.
+    """Return the checkpoint that --resume asks for.
 
     Raises:
-        UsageError: where the run folder and the flags do not go together.
+        UsageError: If the run folder and the flags do not go together.
     """
     complete = run_folder.checkpoints(run_dir) if run_dir.is_dir() else []
     broken = run_folder.incomplete(run_dir) if run_dir.is_dir() else []
@@ -64,7 +69,9 @@ def choose(run_dir: Path, resume: str | None, weights_only: bool) -> Start:
     return _named(run_dir, Path(resume), complete, weights_only)
 
 
-def _newest(run_dir: Path, complete: list, broken: list, weights_only: bool) -> Start:
+def _newest(
+    run_dir: Path, complete: list[run_folder.Checkpoint], broken: list[tuple[Path, str]], weights_only: bool
+) -> Start:
     if complete:
         lines = [f"passed over {path}: {reason}" for path, reason in broken]
         return Start(complete[-1].path, weights_only, complete[-1].step if weights_only else 0, lines)
@@ -76,7 +83,7 @@ def _newest(run_dir: Path, complete: list, broken: list, weights_only: bool) -> 
     return Start(lines=[f"no checkpoint in {run_dir} yet: starting from the beginning"])
 
 
-def _named(run_dir: Path, chosen: Path, complete: list, weights_only: bool) -> Start:
+def _named(run_dir: Path, chosen: Path, complete: list[run_folder.Checkpoint], weights_only: bool) -> Start:
     try:
         chosen = checkpoint_folder(chosen)
     except UsageError as error:
@@ -101,13 +108,15 @@ def _step(folder: Path) -> int | None:
 # ---- the settings of a run ----
 
 
-def settings(args, model: Mixture, blocks) -> dict:
-    """What must be the same for a resumed run to be the run that was stopped."""
+def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBlocks) -> dict[str, Any]:
+    """Return what must be the same for a resumed run to continue the run that was stopped."""
     held_out = {name: data_fingerprint(replace(blocks, train=rows)) for name, rows in blocks.evaluation.items()}
-    found = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    if args.early_stopping:
-        found["eval_steps"] = args.eval_steps
+    values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as in JSON
+    if settings.early_stopping:
+        found["eval_steps"] = settings.eval_steps
     return found | {
+        "model": settings.base_model,
         "base_weights": weights_fingerprint(model.base),
         "data_fingerprint": data_fingerprint(blocks),
         "held_out": held_out,
@@ -115,15 +124,15 @@ def settings(args, model: Mixture, blocks) -> dict:
     }
 
 
-def differences(there: dict, here: dict) -> list[str]:
-    """The settings in which two runs differ, in words."""
+def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
+    """Return a line for each setting in which two runs differ."""
     lines = []
     for name in sorted(set(there) | set(here)):
         content = BY_CONTENT.get(name, name)
         if there.get(name) == here.get(name) or there.get(content) == here.get(content):
             continue
         if name == "held_out" and sorted(there.get(name, {}).values()) == sorted(here[name].values()):
-            continue  # the data sets may have other names
+            continue  # the data sets may have been renamed
         if name in BY_CONTENT.values():
             names = [key for key, by in BY_CONTENT.items() if by == name]
             if all(there.get(key) == here.get(key) for key in names):
@@ -135,22 +144,24 @@ def differences(there: dict, here: dict) -> list[str]:
     return lines
 
 
-# ---- may it ----
+# ---- whether it may be resumed ----
 
 
-def check(start: Start, run: dict, *, accept_changes: bool) -> bool:
-    """Refuse to go on from what would not give the run that was stopped.
+def check(folder: Path, run: dict[str, Any], weights_only: bool, *, accept_changes: bool) -> bool:
+    """Refuse a checkpoint that would not continue the run that wrote it.
+
+    Args:
+        run: What `compared_settings` returns for this run.
 
     Returns:
-        Whether that run has come to its end already.
+        Whether the run that wrote the checkpoint has come to its end.
 
     Raises:
-        CheckpointError: with every problem of the checkpoint, or for a missing training state.
-        UsageError: that lists the settings which differ.
+        CheckpointError: If the checkpoint is not sound or lacks its training state; it lists every problem.
+        UsageError: If settings differ; it lists them.
     """
-    folder = start.folder
-    config = _sound_config(folder, start.weights_only)
-    if start.weights_only:
+    config = _sound_config(folder, weights_only)
+    if weights_only:
         return False
     lacking = training_state.missing(folder)
     if lacking:
@@ -173,7 +184,7 @@ def check(start: Start, run: dict, *, accept_changes: bool) -> bool:
     return ended and not changed and state["global_step"] > 0
 
 
-def _sound_config(folder: Path, weights_only: bool) -> dict:
+def _sound_config(folder: Path, weights_only: bool) -> dict[str, Any]:
     try:
         return sound_config(folder, weights_only=weights_only)
     except CheckpointError as error:
@@ -182,7 +193,7 @@ def _sound_config(folder: Path, weights_only: bool) -> dict:
         raise CheckpointError(folder, [f"{problem}; {WEIGHTS_REMEDY}" for problem in error.problems]) from None
 
 
-def _trainer_state(folder: Path) -> dict:
+def _trainer_state(folder: Path) -> dict[str, Any]:
     state = training_state.read_trainer_state(folder)
     try:
         TrainerState(**state)

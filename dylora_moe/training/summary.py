@@ -1,11 +1,11 @@
-"""What a run says of itself: what it trains on what, and how it ended."""
+"""How a run ended, and the lines that tell the user what it trains and how it ended."""
 
 from __future__ import annotations
 
 import shlex
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,18 +14,57 @@ from ..checkpoint.probe import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated
-from ..system import command_line
-from . import ranks, resume
+from . import ranks
+from .resume import Start
+from .settings import TrainSettings
 from .trainer import MoETrainer
 
 SHOWN_EXPERTS = 8  # columns of the table
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What a run has made of the held-out blocks of one data set.
+
+    Args:
+        before: Loss in nats per token at the start of the run; None where it is not known.
+        after: Loss in nats per token at the end.
+        shares: The share of the tokens that each expert was given at the end.
+    """
+
+    name: str
+    before: float | None
+    after: float
+    shares: list[float]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Args:
+        step: The step at which it ended.
+        saved: The newest checkpoint.
+        stopped_by: The signal that stopped it before its end, if any.
+        nothing_left: Whether the run that was to be resumed had come to its end already.
+        held_out: What became of each data set; empty for a run that a signal stopped.
+    """
+
+    step: int
+    saved: Path | None
+    stopped_by: signal.Signals | None = None
+    nothing_left: bool = False
+    held_out: list[HeldOut] = field(default_factory=list)
+
+
+# ---- the beginning ----
+
+
 def describe_run(model: Mixture, blocks: TokenBlocks) -> list[str]:
-    """What is about to be trained, on what."""
+    """Return the lines that say what is about to be trained, and on what."""
     counts = model.parameter_counts()
     trained = counts["experts"] + counts["router"]
-    targets = sorted(model.expert_configs[0].target_modules)
+    targets = sorted(model.expert_configs[0].target_modules or ())
     lines = [
         f"base: {model.base.config._name_or_path} ({counts['base']:,} parameters, {dtype_name(model)}, frozen)",
         f"experts: {model.num_experts} on {', '.join(targets)} "
@@ -47,7 +86,7 @@ def describe_run(model: Mixture, blocks: TokenBlocks) -> list[str]:
 
 
 def _not_learned(source: SourceStats) -> Iterator[str]:
-    """What of a data set is not learned, though it could be thought so."""
+    """Say which parts of a data set are not learned, where a user could think that they are."""
     if source.unused_columns:
         yield f"columns that are not used: {comma_separated(list(source.unused_columns))}"
     if source.unlabelled_turns:
@@ -64,7 +103,7 @@ def _not_learned(source: SourceStats) -> Iterator[str]:
         yield f"{source.withheld_documents:,} documents are not trained on: another data set holds them out"
 
 
-def resuming_line(start: resume.Start) -> str:
+def resuming_line(start: Start) -> str:
     if not start.weights_only:
         return f"resuming from {start.folder}"
     return f"experts and router from {start.folder}; all else fresh, from step {start.step}"
@@ -73,27 +112,52 @@ def resuming_line(start: resume.Start) -> str:
 # ---- the end ----
 
 
-def interrupted_lines(received: signal.Signals, step: int, saved: Path, say: Callable[[str], None]) -> int:
-    say(f"stopped by {received.name} at step {step}; saved {saved}")
-    say(f"go on with: {resume_command()}")
-    return command_line.INTERRUPTED if received is signal.SIGINT else command_line.TERMINATED
-
-
-def closing_lines(args, trainer: MoETrainer, saved: Path, say: Callable[[str], None]) -> None:
-    """The closing lines of a run that has come to its end."""
+def held_out_results(trainer: MoETrainer) -> list[HeldOut]:
+    """Evaluate every data set. Every rank calls this."""
     metrics = trainer.evaluate(metric_key_prefix="final")
-    for line in ["", *final_table(trainer, metrics), ""]:
-        say(line)
-    say(f"saved {saved}")
-    say(f"validate it: python test_checkpoint_save_load.py --checkpoint {saved}")
-    longer = f"--max-steps {2 * args.max_steps}" if args.max_steps else f"--epochs {2 * (args.epochs or 1):g}"
-    say(f"train on: {resume_command()} {longer} --accept-changes")
+    before = trainer.state.log_history[0] if trainer.state.log_history else {}  # see eval_on_start
+    found = []
+    for name in trainer.eval_dataset:
+        usage = trainer.usage_by_data.get(name)
+        shares = usage.shares() if usage else [1.0]
+        found.append(HeldOut(name, before.get(f"eval_{name}_loss"), metrics[f"final_{name}_loss"], shares))
+    return found
 
 
-def resume_command(argv: list[str] | None = None) -> str:
-    """The command line that goes on with this run: the same, with --resume. What launches several processes, torchrun
-    or accelerate, cannot be told from inside."""
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if not word.startswith("--resume=")]
+def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str]) -> list[str]:
+    """Return the last lines of a run.
+
+    Args:
+        argv: The words of the command line that started it.
+    """
+    if result.stopped_by is not None:
+        return [
+            f"stopped by {result.stopped_by.name} at step {result.step}; saved {result.saved}",
+            f"go on with: {resume_command(argv)}",
+        ]
+    lines = []
+    if result.nothing_left:
+        lines.append(f"{result.saved} is the last checkpoint of a run that has ended: there is nothing left to train")
+    longer = (
+        f"--max-steps {2 * settings.max_steps}" if settings.max_steps else f"--epochs {2 * (settings.epochs or 1):g}"
+    )
+    return [
+        *lines,
+        "",
+        *held_out_table(result.held_out),
+        "",
+        f"saved {result.saved}",
+        f"validate it: python test_checkpoint_save_load.py --checkpoint {result.saved}",
+        f"train on: {resume_command(argv)} {longer} --accept-changes",
+    ]
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """Return the command line that resumes a run: its own, with --resume.
+
+    What launched several processes, torchrun or accelerate, cannot be told from inside them.
+    """
+    words = [word for word in argv if not word.startswith("--resume=")]
     if "--resume" in words:
         at = words.index("--resume")
         has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
@@ -103,20 +167,17 @@ def resume_command(argv: list[str] | None = None) -> str:
     return f"{launcher} {shlex.join(['train.py', *words, '--resume'])}"
 
 
-def final_table(trainer: MoETrainer, metrics: dict) -> list[str]:
-    """Loss per data set, before and after, and how its tokens were routed."""
-    experts = trainer.mixture.num_experts
-    before = trainer.state.log_history[0] if trainer.state.log_history else {}  # see eval_on_start
+def held_out_table(results: list[HeldOut]) -> list[str]:
+    """Return a row for each data set: the loss before and after, and the share of its tokens that each expert got."""
+    experts = max(len(result.shares) for result in results)
     columns = min(experts, SHOWN_EXPERTS)
-    width = max([len("data set"), *(len(name) for name in trainer.eval_dataset)])
+    width = max(len(name) for name in ("data set", *(result.name for result in results)))
     titles = "  ".join(f"{f'expert_{i}':>9}" for i in range(columns))
     lines = [f"{'data set':<{width}}  {'at the start':>12}  {'held-out loss':>13}  {titles}"]
-    for name in trainer.eval_dataset:
-        usage = trainer.usage_by_data.get(name)
-        shares = usage.shares() if usage else [1.0]
-        cells = "  ".join(f"{100 * share:>7.1f} %" for share in shares[:columns])
-        start = f"{before[key]:.4f}" if (key := f"eval_{name}_loss") in before else "-"
-        lines.append(f"{name:<{width}}  {start:>12}  {metrics[f'final_{name}_loss']:>13.4f}  {cells}")
+    for result in results:
+        cells = "  ".join(f"{100 * share:>7.1f} %" for share in result.shares[:columns])
+        before = "-" if result.before is None else f"{result.before:.4f}"
+        lines.append(f"{result.name:<{width}}  {before:>12}  {result.after:>13.4f}  {cells}")
     if experts > columns:
         lines.append(f"... and {experts - columns} more experts")
     return lines

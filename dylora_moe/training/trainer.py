@@ -28,7 +28,7 @@ from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.router import Usage
 from . import ranks, sharding, training_state
-from .callbacks import ProgressLines
+from .callbacks import ProgressBar, ProgressLines
 
 SHOWN_EXPERTS = 16  # more of them are not logged one by one
 SUMS = "MoETrainer"  # under this name trainer_state.json keeps what was summed up for the next log
@@ -63,7 +63,7 @@ class MoETrainer(Trainer):
         for callback in progress:
             self.remove_callback(callback)
         if progress:
-            self.add_callback(ProgressLines(bar=not self.args.disable_tqdm))
+            self.add_callback(ProgressLines() if self.args.disable_tqdm else ProgressBar())
 
     @property
     def mixture(self) -> Mixture:

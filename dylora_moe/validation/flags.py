@@ -1,19 +1,22 @@
-"""The three scripts: what sets them apart, and their flags."""
+"""The three scripts: what sets them apart, and their settings, each of which is a flag."""
 
 from __future__ import annotations
 
-from argparse import Namespace
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import formats
 from ..constants import MAX_EXPERTS, MAX_SEED
 from ..errors import UsageError
-from ..system import command_line
+from ..system.command_line import number, path, text
+from ..system.settings import build_parser, flag, given, spelled
 from . import workspace
 from .report import JSON_HELP, report_file
 
 DEFAULTS = {"experts": 2, "lora_r": 16, "lora_alpha": 32}
+WEIGHTS = ("auto", "pretrained", "random", "none")
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Script:
 
     name: str
     folder_prefix: str
-    headings: dict[str, str]  # by check, in order
+    headings: dict[str, str]  # of each check, in order
     success: str = "ALL TESTS PASSED"
     reloads: bool = False
 
@@ -60,82 +63,73 @@ FULL = Script(
 )
 
 
-class ScriptParser(command_line.Parser):
-    """Its errors are raised, so that a result in JSON has them too."""
+@dataclass(frozen=True, kw_only=True)
+class ScriptSettings:
+    """The settings of a script. Where `experts`, `lora_r` or `lora_alpha` is None, DEFAULTS or the checkpoint has it.
 
-    def error(self, message: str):
-        raise UsageError(f"{self.prog}: error: {message}; see {self.prog} --help")
+    Raises:
+        UsageError: If settings contradict each other.
+    """
 
+    json: str | None = flag(None, JSON_HELP, metavar="FILE", type=report_file)
+    model: str | None = flag(None, "hub id, folder, GGUF file or preset (google/codegemma-2b)", type=text)
+    experts: int | None = flag(None, "number of experts (2)", type=number(int, 1, MAX_EXPERTS))
+    lora_r: int | None = flag(None, "rank of each expert (16)", type=number(int, 1))
+    lora_alpha: float | None = flag(None, "scales by alpha / r (32)", type=number(float, above=0))
+    hf_token: str | None = flag(None, "for gated models; default HF_TOKEN or the login")
+    weights: str = flag("auto", "", choices=WEIGHTS)  # each script has its own help for this flag
+    device: str = flag("cpu", "cpu, cuda, mps or auto (cpu)", type=text)
+    dtype: str | None = flag(
+        None, "of the base: float32, bfloat16, float16 or float64 (default: the config's)", type=text
+    )
+    output_dir: str | None = flag(None, "write DIR/checkpoint and keep it", metavar="DIR", type=path)
+    max_size_mb: float = flag(500, "limit of the size (500)", type=number(float, most=1e12, above=0))
+    seed: int = flag(0, "of what is random (0)", type=number(int, 0, MAX_SEED))
+    keep_checkpoint: bool = flag(False, "do not remove the checkpoint at the end")
+    checkpoint: str | None = flag(
+        None, "validate this checkpoint instead of saving one; it is not changed", metavar="DIR", type=path
+    )
 
-def build_parser(script: Script, description: str) -> command_line.Parser:
-    parser = ScriptParser(prog=script.file, description=description)
-    parser.add_argument("--json", metavar="FILE", type=report_file, help=JSON_HELP)
-    if script is QUICK:
-        return parser
-    default_weights = "auto: real ones where they can be had, otherwise random" if script.reloads else "auto: none"
-    parser.add_argument(
-        "--model", type=command_line.text, help="hub id, folder, GGUF file or preset (google/codegemma-2b)"
-    )
-    parser.add_argument("--experts", type=command_line.number(int, 1, MAX_EXPERTS), help="number of experts (2)")
-    parser.add_argument("--lora-r", type=command_line.number(int, 1), help="rank of each expert (16)")
-    parser.add_argument("--lora-alpha", type=command_line.number(float, above=0), help="scales by alpha / r (32)")
-    parser.add_argument("--hf-token", help="for gated models; default HF_TOKEN or the login")
-    parser.add_argument(
-        "--weights", choices=("auto", "pretrained", "random", "none"), default="auto", help=default_weights
-    )
-    parser.add_argument("--device", type=command_line.text, default="cpu", help="cpu, cuda, mps or auto (%(default)s)")
-    parser.add_argument(
-        "--dtype",
-        type=command_line.text,
-        help="of the base: float32, bfloat16, float16 or float64 (default: the config's)",
-    )
-    parser.add_argument("--output-dir", type=command_line.path, metavar="DIR", help="write DIR/checkpoint and keep it")
-    parser.add_argument(
-        "--max-size-mb",
-        type=command_line.number(float, most=1e12, above=0),
-        default=500,
-        help="limit of the size (500)",
-    )
-    parser.add_argument("--seed", type=command_line.number(int, 0, MAX_SEED), default=0, help="of what is random (0)")
-    parser.add_argument("--keep-checkpoint", action="store_true", help="do not remove the checkpoint at the end")
-    parser.add_argument(
-        "--checkpoint",
-        type=command_line.path,
-        metavar="DIR",
-        help="validate this checkpoint instead of saving one; it is not changed",
-    )
-    return parser
+    def __post_init__(self) -> None:
+        if self.checkpoint and (self.output_dir or self.keep_checkpoint):
+            raise UsageError(
+                "--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it."
+            )
 
 
-def given_json_target(argv: list[str]) -> str | None:
-    """The value of --json, also where another flag is wrong."""
-    parser = ScriptParser(add_help=False)
-    parser.add_argument("--json", type=report_file)
+def parse(script: Script, argv: Sequence[str], description: str | None = None) -> ScriptSettings:
+    """Return the settings of a command line, after every check that needs no library.
+
+    Raises:
+        UsageError: If a flag is unknown or wrong, or contradicts another one or the script.
+    """
+    names = ["json"] if script is QUICK else None
+    weights = "auto: real ones where they can be had, otherwise random" if script.reloads else "auto: none"
+    parser = build_parser(ScriptSettings, names, {"weights": weights}, prog=script.file, description=description)
+    settings = ScriptSettings(**given(parser, argv))
+    if settings.weights == "none" and script.reloads:
+        raise UsageError(
+            f"--weights none: comparing logits needs base weights; without them run\n    {cheaper(settings)}"
+        )
+    if settings.output_dir:
+        workspace.check_output_folder(Path(settings.output_dir))
+    return settings
+
+
+def given_json_target(argv: Sequence[str]) -> str | None:
+    """Return the value of --json, even where another flag is wrong."""
+    parser = build_parser(ScriptSettings, ["json"], add_help=False)
     try:
-        return parser.parse_known_args(argv)[0].json
+        return getattr(parser.parse_known_args(argv)[0], "json", None)
     except UsageError:
         return None
 
 
-def check_contradictions(script: Script, args: Namespace) -> None:
-    """Flags that do not go together, and devices or dtypes that there are not: known before anything is done.
+def check_against(args: ScriptSettings, config: dict[str, Any]) -> None:
+    """Refuse a flag that contradicts the config.json of the checkpoint that --checkpoint names.
 
     Raises:
-        UsageError: names the flag and what to do.
-    """
-    if args.weights == "none" and script.reloads:
-        raise UsageError(f"--weights none: comparing logits needs base weights; without them run\n    {cheaper(args)}")
-    if args.checkpoint and (args.output_dir or args.keep_checkpoint):
-        raise UsageError("--checkpoint validates what is there; --output-dir and --keep-checkpoint do not go with it.")
-    if args.output_dir:
-        workspace.check_output_folder(Path(args.output_dir))
-
-
-def check_against(args: Namespace, config: dict) -> None:
-    """Flags that contradict the config.json of the checkpoint given by --checkpoint.
-
-    Raises:
-        UsageError: for the first of them.
+        UsageError: For the first such flag.
     """
     found = {
         "experts": {config["num_experts"]},
@@ -145,14 +139,12 @@ def check_against(args: Namespace, config: dict) -> None:
     for name, values in found.items():
         asked = getattr(args, name)
         if asked is not None and values != {asked}:
-            flag = "--" + name.replace("_", "-")
             there = ", ".join(f"{value:g}" for value in sorted(values))
             where = f"{args.checkpoint}/{formats.CONFIG}"
-            raise UsageError(f"{flag} {asked:g} contradicts {where}, which has {there}: leave the flag out.")
+            raise UsageError(f"{spelled(name)} {asked:g} contradicts {where}, which has {there}: leave the flag out.")
 
 
-def cheaper(args: Namespace) -> str:
-    """The command that checks the same without base weights."""
-    given = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in (*DEFAULTS, "model", "checkpoint")
-             if getattr(args, name) is not None]  # fmt: skip
-    return " ".join([f"python {MINIMAL.file}", *given])
+def cheaper(args: ScriptSettings) -> str:
+    """Return the command that checks the same without base weights."""
+    names = [name for name in (*DEFAULTS, "model", "checkpoint") if getattr(args, name) is not None]
+    return " ".join([f"python {MINIMAL.file}", *(f"{spelled(name)} {getattr(args, name)}" for name in names)])

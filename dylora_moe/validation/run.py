@@ -1,32 +1,33 @@
-"""One run of a script: its checks in order, each printed and added to the report."""
+"""One run of a script: its checks in order, each of them printed and added to the report."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from ..system import interrupts
-from .flags import Script
+from .flags import Script, ScriptSettings
 from .report import CheckResult, Printer, Report, timed
 
 
+@dataclass(frozen=True)
 class Run:
     """One run of a script.
 
     Args:
-        checkpoint_callback: returns the class of the callback that saves, `PeftCheckpointCallback`; called once the
-            flags are known to be right.
+        checkpoint_callback: Returns the class of the callback that saves, `PeftCheckpointCallback`. It is called only
+            once the flags are known to be right, since importing that class takes seconds.
     """
 
-    args: Namespace
+    script: Script
+    args: ScriptSettings
+    report: Report
+    printer: Printer
+    checkpoint_callback: Callable[[], type]
 
-    def __init__(self, script: Script, printer: Printer, checkpoint_callback: Callable[[], type]):
-        self.script = script
-        self.report = Report(script.name)
-        self.printer = printer
-        self.checkpoint_callback = checkpoint_callback
-
-    def step(self, name: str, check: Callable[..., CheckResult], *args, **options) -> CheckResult:
+    def step(self, name: str, check: Callable[..., CheckResult], *args: Any, **options: Any) -> CheckResult:
+        """Make one check, print it, and add its result to the report."""
         interrupts.check()
         self.printer.heading(self.script.headings[name])
         result = timed(check, *args, **options)
@@ -36,6 +37,6 @@ class Run:
         return result
 
     def skip(self, why: str, *names: str) -> None:
-        """Checks that cannot be made any more have failed."""
+        """Report checks that cannot be made any more as failed."""
         for name in names:
             self.step(name, CheckResult, name, problems=[f"not run: {why}"])

@@ -1,4 +1,4 @@
-"""The three scripts' common driver: what is run in which order, and how its end is reported."""
+"""How the three scripts run: the checks in their order, and the report at the end."""
 
 from __future__ import annotations
 
@@ -10,64 +10,62 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import UsageError
-from ..system import command_line, interrupts, machine
-from .flags import QUICK, Script, build_parser, check_contradictions, given_json_target
-from .report import Printer, annotate, write_json
+from ..system import interrupts, machine
+from ..system.command_line import CANNOT_RUN, FAILED, INTERRUPTED, PASSED, explain, prepare_streams
+from .flags import QUICK, Script, given_json_target, parse
+from .report import Printer, Report, annotate, write_json
 from .run import Run
 
 
 def run_script(
     script: Script, description: str, checkpoint_callback: Callable[[], type], argv: Sequence[str] | None = None
 ) -> int:
-    """Run a script: print, write the JSON, return the exit code.
+    """Run a script: print what it checks, write the JSON, and return the exit code.
 
     Args:
-        description: the script's docstring.
-        checkpoint_callback: returns the class of the callback that saves, `PeftCheckpointCallback`; called once the
-            flags are known to be right.
+        description: The docstring of the script, for --help.
+        checkpoint_callback: Returns the class of the callback that saves, `PeftCheckpointCallback`. It is called only
+            once the flags are known to be right, since importing that class takes seconds.
     """
     started = time.perf_counter()
-    command_line.prepare_streams()
+    prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = given_json_target(argv)
     target = asked if asked and _can_be_written(asked) else None
-    run = Run(script, Printer(to_stderr=target == "-"), checkpoint_callback)
+    report, printer = Report(script.name), Printer(to_stderr=target == "-")
     with interrupts.handled():
         try:
-            if asked and target is None:  # known before the work, not after it
+            if asked and target is None:  # told before the work, not after it
                 raise UsageError(f"--json {asked}: expected a file in a folder that can be written to.")
-            run.args = build_parser(script, description).parse_args(argv)
-            _run_checks(run)
-            run.report.exit_code = command_line.PASSED if run.report.passed else command_line.FAILED
+            _run_checks(Run(script, parse(script, argv, description), report, printer, checkpoint_callback))
+            report.exit_code = PASSED if report.passed else FAILED
+        except SystemExit:  # --help
+            raise
         except BaseException as error:
-            if isinstance(error, SystemExit):  # --help
-                raise
-            run.report.exit_code, run.report.error = _explain(interrupts.arrived() or error)
-        with interrupts.shielded():
-            run.report.seconds = time.perf_counter() - started
-            run.report.peak_memory_bytes = machine.peak_memory()
-            return _finish(run, target)
+            report.exit_code, report.error = _explain(interrupts.arrived() or error)
+    report.seconds = time.perf_counter() - started
+    report.peak_memory_bytes = machine.peak_memory()
+    return _finish(report, printer, script.success, target)
 
 
 def _run_checks(run: Run) -> None:
-    """The door to torch: what is imported here takes seconds, and is not needed to refuse a flag."""
+    """Import torch and what needs it only now: it takes seconds, and refusing a flag does not need it."""
     if run.script is QUICK:
         from .environment import check_environment as run_checks
     else:
-        check_contradictions(run.script, run.args)
         from .sequence import check_checkpoint as run_checks
     run_checks(run)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit code and the one message."""
+    """Return the exit code and the message for an error."""
     if isinstance(error, KeyboardInterrupt):
-        return getattr(error, "exit_code", command_line.INTERRUPTED), str(error) or "interrupted"
-    message = command_line.explain(error)[1]
-    if message is None:  # a mistake of ours: whoever reports it needs to see where
+        return getattr(error, "exit_code", INTERRUPTED), str(error) or "interrupted"
+    message = explain(error)[1]
+    if message is None:  # an error in this package: whoever reports it needs the traceback
         traceback.print_exception(error)
         message = f"unexpected {type(error).__name__}: {error}"
-    return command_line.CANNOT_RUN, message
+    return CANNOT_RUN, message
 
 
 def _can_be_written(json_target: str) -> bool:
@@ -78,17 +76,16 @@ def _can_be_written(json_target: str) -> bool:
     return not path.is_dir() and folder.is_dir() and os.access(path if path.exists() else folder, os.W_OK)
 
 
-def _finish(run: Run, json_target: str | None) -> int:
-    report = run.report
+def _finish(report: Report, printer: Printer, success: str, json_target: str | None) -> int:
     if report.error is None:
-        run.printer.summary(report, run.script.success)
+        printer.summary(report, success)
     else:
-        run.printer.error(report.error)
-    annotate(report, run.printer)
+        printer.error(report.error)
+    annotate(report, printer)
     if json_target:
         try:
             write_json(report, json_target)
         except OSError as error:
-            run.printer.error(f"--json {json_target}: cannot be written ({error.strerror or error})")
-            return report.exit_code or command_line.CANNOT_RUN
+            printer.error(f"--json {json_target}: cannot be written ({error.strerror or error})")
+            return report.exit_code or CANNOT_RUN
     return report.exit_code

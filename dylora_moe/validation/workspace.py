@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,56 +14,52 @@ from ..checkpoint import formats
 from ..errors import UsageError
 from ..store import run_folder
 from ..store.lock import LOCK
-from ..system import interrupts
 
+# A folder is in this set from before it is made until after it is removed: what a signal prevents is done at exit.
 _temporary: set[Path] = set()
 
 
 @contextmanager
 def temporary(prefix: str, keep: bool = False) -> Iterator[Path]:
-    """A new temporary folder. Removed at the end, unless it is to be kept and nothing was raised.
+    """Make a temporary folder. It is removed at the end, unless it is to be kept and nothing was raised.
 
     Raises:
-        UsageError: where none can be made.
+        UsageError: If none can be made.
     """
-    folder, done = None, False
+    folder = temporary_root() / f"{prefix}{os.urandom(8).hex()}"
+    _temporary.add(folder)
     try:
-        with interrupts.shielded():
-            folder = _make_temporary(prefix)
+        _make_private(folder)
         yield folder
-        done = True
+        if keep:
+            _temporary.discard(folder)
     finally:
-        with interrupts.shielded():
-            if folder is not None:
-                _temporary.discard(folder)
-                if not (keep and done):
-                    shutil.rmtree(folder, ignore_errors=True)
+        if folder in _temporary:
+            shutil.rmtree(folder, ignore_errors=True)
+            _temporary.discard(folder)
 
 
-def _make_temporary(prefix: str) -> Path:
+def _make_private(folder: Path) -> None:
     try:
-        folder = Path(tempfile.mkdtemp(prefix=prefix))
+        folder.mkdir(mode=0o700)
     except OSError as error:
         raise UsageError(
             f"No temporary folder can be made ({error.strerror or error}): set TMPDIR to a folder that can be written "
             "to, or give --output-dir."
         ) from None
-    _temporary.add(folder)
-    return folder
 
 
 @atexit.register
 def _remove_what_is_left() -> None:
-    """A second Ctrl-C may have cut the removal short."""
     for folder in _temporary:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_output_folder(folder: Path) -> None:
-    """Whether a checkpoint could go into `folder`, as far as can be seen without making it.
+    """Refuse a folder into which no checkpoint can be written, as far as that is seen without making it.
 
     Raises:
-        UsageError: where it is a file, or holds a checkpoint already.
+        UsageError: If it is a file, or holds a checkpoint already.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output-dir {folder}: expected a folder, found a file.")
@@ -73,41 +70,39 @@ def check_output_folder(folder: Path) -> None:
 
 @contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
-    """`folder`, made where it is missing; unless a checkpoint is published in it, all that was made is removed.
+    """Make `folder` where it is missing. Unless a checkpoint is published in it, all that was made is removed again.
 
     Raises:
-        UsageError: where nothing can be written there.
+        UsageError: If nothing can be written there.
     """
     check_output_folder(folder)
-    made: list[Path] = []
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
     had_lock = (folder / LOCK).exists()
     try:
-        with interrupts.shielded():
-            made = run_folder.make_run_dir(folder)
+        run_folder.make_run_dir(folder)
         run_folder.check_writable(folder)
         yield folder
     finally:
-        with interrupts.shielded():
-            if not (folder / formats.CHECKPOINT).exists():
-                _remove_traces(folder, made, had_lock)
+        if not (folder / formats.CHECKPOINT).exists():
+            _remove_traces(folder, missing, had_lock)
 
 
-def _remove_traces(folder: Path, made: list[Path], had_lock: bool) -> None:
+def _remove_traces(folder: Path, missing: list[Path], had_lock: bool) -> None:
     with suppress(OSError, UsageError):
         run_folder.clean_leftovers(folder)
     if not had_lock:
         with suppress(OSError):
             (folder / LOCK).unlink()
-    for folder in made:
+    for path in missing:
         with suppress(OSError):
-            folder.rmdir()
+            path.rmdir()
 
 
 def temporary_root() -> Path:
-    """The folder in which temporary ones are made.
+    """Return the folder in which temporary folders are made.
 
     Raises:
-        UsageError: where there is none that can be written to.
+        UsageError: If there is none that can be written to.
     """
     try:
         return Path(tempfile.gettempdir())

@@ -45,11 +45,10 @@ def test_both_spellings(parser):
     ],
 )
 def test_bad_flags(parser, capsys, argv, text):
-    with pytest.raises(SystemExit) as exit:
-        parser.parse_args(argv)
-    assert exit.value.code == command_line.CANNOT_RUN
+    assert command_line.run(parser.parse_args, argv, prog="x") == command_line.CANNOT_RUN
     error = capsys.readouterr().err
     assert text in error
+    assert error.startswith("x: error: ") and error.endswith("; see x --help\n")
     assert error.count("\n") == 1
 
 

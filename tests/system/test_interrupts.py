@@ -1,8 +1,9 @@
-"""Signals end a script by an exception, once, and never in the middle of making or removing something."""
+"""Signals end a script by an exception, once, and whenever they arrive, nothing temporary is left."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from contextlib import suppress
 
@@ -47,14 +48,6 @@ def test_ignored_stays_ignored():
         send(signal.SIGHUP)
 
 
-def test_waits_inside_a_shield():
-    done = False
-    with interrupts.handled(), pytest.raises(interrupts.Interrupted), interrupts.shielded():
-        send(signal.SIGINT)
-        done = True
-    assert done
-
-
 def test_impatience_is_ignored_for_a_while(monkeypatch):
     with interrupts.handled():
         with pytest.raises(interrupts.Interrupted):
@@ -89,6 +82,29 @@ def test_temporary_folder_is_removed_when_interrupted(tmp_path, monkeypatch):
     with workspace.temporary("x_", keep=True) as folder:
         pass
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("at", ["os.mkdir", "shutil.rmtree"])
+@pytest.mark.parametrize("before", [True, False])
+def test_temporary_folder_is_removed_when_it_is_being_made_or_removed(tmp_path, monkeypatch, at, before):
+    """Whether the signal arrives just before the call or just after it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    module = {"os": os, "shutil": shutil}[at.partition(".")[0]]
+    call = getattr(module, at.partition(".")[2])
+
+    def interrupted(*args, **options):
+        if before:
+            send(signal.SIGTERM)
+        call(*args, **options)
+        send(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at, interrupted)
+        with interrupts.handled(), pytest.raises(interrupts.Interrupted), workspace.temporary("x_") as folder:
+            (folder / "file").touch()
+    workspace._remove_what_is_left()  # as at exit
+    assert list(tmp_path.iterdir()) == []
+    workspace._temporary.clear()
 
 
 def test_output_folder_leaves_no_trace(tmp_path):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from dylora_moe.base.load import load_base
 from dylora_moe.checkpoint import formats
 from dylora_moe.errors import UsageError
 from dylora_moe.store.lock import LOCK
-from dylora_moe.training import demo
+from dylora_moe.system.settings import spelled
+from dylora_moe.training.settings import DEMO, TrainSettings, parse
 from dylora_moe.training.trainer import MoETrainer
 
 from ..support.runs import arguments, material, newest, states, steps, trainer_state
@@ -50,8 +52,8 @@ def without(words: list[str], flag: str) -> list[str]:
 def test_help_lists_the_flags(capsys):
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
-    for action in train.build_parser()._actions:
-        assert action.option_strings[0] in out
+    for each in fields(TrainSettings):
+        assert spelled(each.name) in out
 
 
 @pytest.mark.parametrize(
@@ -257,18 +259,18 @@ def test_a_settings_file_and_flags_that_win(tmp_path, name):
     lists = {"data": ["a.jsonl=2", "b.jsonl"], "targets": ["q_proj", "v_proj"]}
     others = {"gradient_checkpointing": True, "output_dir": "runs/x", "resume": True}
     path = settings_file(tmp_path, name, **numbers, **lists, **others)
-    args = train.parse_arguments(["--config", path, "--lora_r", "4"])
+    args = parse(["--config", path, "--lora_r", "4"])
     assert (args.experts, args.lora_r, args.learning_rate, args.epochs) == (3, 4, 1e-3, 2)
-    assert (args.data, args.targets) == (["a.jsonl=2", "b.jsonl"], ["q_proj", "v_proj"])
+    assert (args.data, args.targets) == (("a.jsonl=2", "b.jsonl"), ("q_proj", "v_proj"))
     assert (args.gradient_checkpointing, args.resume, args.top_k) == (True, "auto", None)
-    args = train.parse_arguments(["--config", path, "--data", "c.jsonl", "--max-steps", "5"])
-    assert (args.data, args.max_steps, args.epochs) == (["c.jsonl"], 5, None)
+    args = parse(["--config", path, "--data", "c.jsonl", "--max-steps", "5"])
+    assert (args.data, args.max_steps, args.epochs) == (("c.jsonl",), 5, None)
 
 
 def test_folders_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     settings_file(tmp_path, "settings.yaml", data=["a.jsonl"], output_dir="~/run")
-    args = train.parse_arguments(["--config=~/settings.yaml", "--resume=~/other"])
+    args = parse(["--config=~/settings.yaml", "--resume=~/other"])
     assert (args.output_dir, args.resume) == (str(tmp_path / "run"), str(tmp_path / "other"))
 
 
@@ -298,13 +300,13 @@ def test_a_bad_settings_file(tmp_path, capsys, content, text):
 
 
 def test_the_demo_yields_to_flags_and_file(tmp_path):
-    args = train.parse_arguments(["--demo"])
-    assert {name: getattr(args, name) for name in demo.SETTINGS} == demo.SETTINGS
-    assert (args.output_dir, args.model_is_default, args.data) == ("runs/demo", True, None)
+    args = parse(["--demo"])
+    assert {name: getattr(args, name) for name in DEMO} == DEMO
+    assert (args.output_dir, args.model, args.data) == ("runs/demo", None, ())
     path = settings_file(tmp_path, "settings.json", demo=True, experts=5)
-    args = train.parse_arguments(["--config", path, "--epochs", "0.1", "--lora-alpha", "3"])
+    args = parse(["--config", path, "--epochs", "0.1", "--lora-alpha", "3"])
     assert (args.experts, args.epochs, args.max_steps, args.lora_alpha) == (5, 0.1, None, 3)
-    assert args.block_size == demo.SETTINGS["block_size"]
+    assert args.block_size == DEMO["block_size"]
 
 
 # ---- what the flags do ----

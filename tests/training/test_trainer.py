@@ -153,7 +153,7 @@ def test_save_model_is_a_checkpoint(tmp_path):
 
 def test_handlers_are_there_inside_only():
     before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
+    with StopSignals(print) as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._handle
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -163,7 +163,7 @@ def test_a_trainer_in_a_thread_has_no_handlers():
 
     def enter():
         try:
-            with StopSignals():
+            with StopSignals(print):
                 pass
         except ValueError as error:
             failures.append(error)

@@ -784,8 +784,15 @@ def test_stopped(tiny, temporary, tmp_path, sent, code, text):
     assert (result["exit_code"], result["error"], result["checkpoint"]) == (code, text, None)
 
 
-def test_what_an_impatient_user_left_is_removed_at_exit(temporary):
-    folder = workspace._make_temporary("dylora_x_")
+def test_what_an_impatient_user_left_is_removed_at_exit(temporary, monkeypatch):
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", interrupted)
+        with pytest.raises(KeyboardInterrupt), workspace.temporary("dylora_x_") as folder:
+            pass
+    assert folder.exists()
     workspace._remove_what_is_left()
     assert not folder.exists()
     workspace._temporary.clear()

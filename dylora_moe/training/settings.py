@@ -1,0 +1,127 @@
+"""The settings of a training run: the flags of train.py and the keys of its --config file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..base.find import DEFAULT_MODEL
+from ..constants import MAX_EXPERTS, MAX_SEED
+from ..errors import UsageError
+from ..system.command_line import number, path
+from ..system.settings import build_parser, flag, given, read_config
+
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+REPORTS = ("none", "tensorboard", "wandb", "trackio")
+DEMO = {  # the settings of --demo, over which a --config file and flags win
+    "experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ("all-linear",), "block_size": 128, "batch_size": 8,
+    "max_steps": 60, "save_steps": 30, "learning_rate": 1e-2, "device": "cpu", "output_dir": "runs/demo",
+}  # fmt: skip
+RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # whoever sets the one discards a weaker setting of the other
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The settings of a run.
+
+    Raises:
+        UsageError: If settings contradict each other, or one that is needed is missing.
+    """
+
+    model: str | None = flag(None, f"hub id, folder, GGUF file or preset ({DEFAULT_MODEL})", "model")
+    weights: str = flag("pretrained", "of the base (pretrained)", choices=("auto", "pretrained", "random"))
+    hf_token: str | None = flag(None, "for gated models and data; default HF_TOKEN or the login")
+    dtype: str | None = flag(None, "of the base: float32, bfloat16, float16 or float64 (default: the config's)")
+    device: str = flag("auto", "auto, cpu, cuda or mps (auto)")
+    experts: int = flag(2, "number of experts (2)", type=number(int, 1, MAX_EXPERTS))
+    lora_r: int = flag(16, "rank of each expert (16)", type=number(int, 1))
+    lora_alpha: float = flag(32, "scales by alpha / r (32)", type=number(float, above=0))
+    lora_dropout: float = flag(0.05, "(0.05)", type=number(float, 0, 0.99))
+    targets: tuple[str, ...] | None = flag(
+        None, "names of linear layers, or all-linear (default: q/k/v/o_proj)", nargs="+"
+    )
+    top_k: int | None = flag(None, "experts per token once mature (default: min(2, experts))", type=number(int, 1))
+    temperature: float = flag(1.0, "of the router (1.0)", type=number(float, above=0))
+    balance_coefficient: float = flag(0.01, "of the balance loss (0.01)", type=number(float, 0))
+
+    data: tuple[str, ...] = flag((), "repeatable", "data", action="append", metavar="NAME_OR_PATH[=WEIGHT]")
+    block_size: int = flag(512, "tokens per block (512)", type=number(int, 8))
+
+    learning_rate: float = flag(1e-3, "(1e-3)", "training", type=number(float, above=0))
+    lr_schedule: str = flag("cosine", "(cosine)", choices=SCHEDULES)
+    warmup: float = flag(0.03, "steps, or a fraction below 1 (0.03)", type=number(float, 0))
+    weight_decay: float = flag(0.0, "(0)", type=number(float, 0))
+    label_smoothing: float = flag(0.0, "(0)", type=number(float, 0, 0.99))
+    batch_size: int = flag(4, "blocks per step and process (4)", type=number(int, 1))
+    grad_accum: int = flag(1, "micro-batches per step (1)", type=number(int, 1))
+    max_steps: int | None = flag(None, "default: --epochs", type=number(int, 1))
+    epochs: float | None = flag(None, "(1)", type=number(float, above=0))
+    gradient_checkpointing: bool = flag(False, "less memory, about a third slower")
+    seed: int = flag(0, "(0)", type=number(int, 0, MAX_SEED))
+    early_stopping: int | None = flag(
+        None, "stop after N evaluations without a better one", type=number(int, 1), metavar="N"
+    )
+
+    output_dir: str = flag("", "the run folder (runs/demo with --demo)", "run", type=path)
+    logging_steps: int = flag(10, "(10)", type=number(int, 1))
+    eval_steps: int = flag(0, "0: at the end only (0)", type=number(int, 0))
+    save_steps: int = flag(100, "0: at the end only (100)", type=number(int, 0))
+    save_total_limit: int | None = flag(None, "keep that many checkpoints, and the best", type=number(int, 1))
+    resume: str | None = flag(
+        None, "from the newest checkpoint, or DIR", type=path, nargs="?", const="auto", metavar="DIR"
+    )
+    resume_weights_only: bool = flag(False, "with fresh optimizer and data order; from step 0 in a new folder")
+    accept_changes: bool = flag(False, "resume although settings differ")
+    report_to: str = flag("none", "(none)", choices=REPORTS)
+    config: str | None = flag(None, "YAML or JSON with any of these settings; flags win", type=path, metavar="FILE")
+    demo: bool = flag(False, "train a tiny model on this machine's Python sources, offline")
+
+    @property
+    def base_model(self) -> str:
+        """The name of the base model: `model`, or the default."""
+        return self.model or DEFAULT_MODEL
+
+    def __post_init__(self) -> None:
+        """Check what no single flag can see."""
+        if not self.output_dir:
+            raise UsageError("--output-dir is needed: the folder for checkpoints")
+        if not self.data and not self.demo:
+            raise UsageError("--data is needed: a file, a folder or the name of a hub data set (or --demo)")
+        if self.max_steps and self.epochs:
+            raise UsageError("--max-steps and --epochs contradict each other: give one")
+        if self.top_k and self.top_k > self.experts:
+            raise UsageError(f"--top-k {self.top_k} and --experts {self.experts} contradict each other")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise UsageError(f"--warmup {self.warmup:g}: expected a whole number of steps, or a fraction below 1")
+        if self.early_stopping and not self.eval_steps:
+            raise UsageError("--early-stopping needs --eval-steps")
+        if self.resume_weights_only and self.resume is None:
+            raise UsageError("--resume-weights-only needs --resume")
+        if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
+            raise UsageError(f"--report-to {self.report_to}: the package {self.report_to} is not installed")
+
+
+def parse(argv: Sequence[str] | None, description: str | None = None) -> TrainSettings:
+    """Return the settings of a command line. Flags win over the --config file, which wins over those of --demo.
+
+    Args:
+        argv: The words of the command line; None for those of this process.
+        description: What --help says above the flags.
+
+    Raises:
+        UsageError: If a flag or a setting of the file is unknown, wrong, missing or contradicts another.
+    """
+    parser = build_parser(TrainSettings, prog="train.py", description=description)
+    flags = given(parser, argv)
+    file = read_config(TrainSettings, parser, flags["config"]) if "config" in flags else {}
+    demo = DEMO if flags.get("demo") or file.get("demo") else {}
+    try:
+        return TrainSettings(**_over(_over(demo, file), flags))
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _over(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in lower.items() if RIVALS.get(name) not in upper} | upper
