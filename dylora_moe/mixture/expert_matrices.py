@@ -97,9 +97,7 @@ class SharedInput:
         if found.dropout.training:
             x = found.dropout(x)
         way = mix.way(found.layout, found.can_be_grouped)
-        # What lies in the scratch is good until the next call: only where no other is made for these layers.
-        alone = slot.settled is not None and len(found.members) == len(self.members)
-        parts = way.hidden(x, found.a(way.arrange), slot.scratch if alone else None)
+        parts = way.hidden(x, found.a(way.arrange))
         b = found.b_by_expert() if isinstance(way, Few) else found.b()
         return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)))
 

@@ -30,35 +30,6 @@ FETCHED_EXPERTS = 4  # for each choice of an expert: with that many, fetching th
 ALIGNED_BYTES = 16  # of a grouped matmul's rows
 
 
-class Scratch:
-    """Memory that every decoder layer of a forward pass uses again: fresh pages take longer to get than to fill."""
-
-    SMALLEST = 1 << 17  # bytes; below, an allocator has them at hand
-
-    def __init__(self):
-        self._buffer: torch.Tensor | None = None
-
-    def rows_of(self, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """x (S, d), index (n,) -> (n, d), good until the next call."""
-        return torch.index_select(x, 0, index, out=self._take(x, len(index), x.shape[1]))
-
-    def product(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        """x (S, d), a (R, d) -> x a^T (S, R), good until the next call."""
-        rows, columns = x.shape[0], a.shape[0]
-        if rows * columns * x.element_size() < self.SMALLEST:
-            return F.linear(x, a)
-        return torch.mm(x, a.t(), out=self._take(x, rows, columns))
-
-    def _take(self, like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        buffer, size = self._buffer, rows * columns
-        if buffer is None or buffer.numel() < size or buffer.dtype != like.dtype or buffer.device != like.device:
-            self._buffer = buffer = like.new_empty(size)
-        return buffer[:size].view(rows, columns)
-
-    def clear(self) -> None:
-        self._buffer = None
-
-
 @dataclass(eq=False)
 class Dense:
     """The sum over all experts, in two matmuls. gate: (S, R), the weight of each hidden unit, scaling included."""
@@ -70,13 +41,11 @@ class Dense:
         """The A (r, d_in) by layer and expert -> (M * R, d_in)."""
         return join([matrix for layer in a for matrix in layer])
 
-    def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
+    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S, R)."""
         gate = self.gate.unsqueeze(1)  # (S, 1, R)
         shape = x.shape[0], -1, gate.shape[-1]
-        if scratch is None:
-            return (F.linear(x, a).view(shape) * gate.to(x.dtype)).unbind(1)
-        return scratch.product(x, a).view(shape).mul_(gate).unbind(1)
+        return (F.linear(x, a).view(shape) * gate.to(x.dtype)).unbind(1)
 
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (R, d_out) -> (S, d_out)."""
@@ -99,7 +68,7 @@ class Few:
         """The A (r, d_in) by layer and expert -> (M * r, d_in) by expert."""
         return [join(matrices) for matrices in zip(*a, strict=True)]
 
-    def hidden(self, x: torch.Tensor, a: Sequence[torch.Tensor], scratch: Scratch | None) -> Sequence[Sequence]:
+    def hidden(self, x: torch.Tensor, a: Sequence[torch.Tensor]) -> Sequence[Sequence]:
         """x (1, d_in) -> M parts, each k times (1, r)."""
         members = len(a[0]) // self.ranks[0]
         units = [F.linear(x, a[place]) for place, _ in self.chosen]  # (1, M * r) each
@@ -159,7 +128,7 @@ class Fetch(ByExpert):
 
     index: torch.Tensor
 
-    def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
+    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S * k, r)."""
         fetched = a.index_select(0, self.index.flatten()).view(*self.index.shape, *a.shape[1:])  # (S, k, d_in, M * r)
         units = torch.matmul(x[:, None, None], fetched).flatten(0, 2)  # (S * k, M * r)
@@ -179,10 +148,9 @@ class Dispatch(ByExpert):
     ends: torch.Tensor
     places: torch.Tensor
 
-    def hidden(self, x: torch.Tensor, a: torch.Tensor, scratch: Scratch | None) -> Sequence[torch.Tensor]:
+    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
         """x (S, d_in) -> M parts (S * k, r), in the order of the choices."""
-        rows = x.index_select(0, self.tokens) if scratch is None else scratch.rows_of(x, self.tokens)
-        units = F.grouped_mm(rows, a, offs=self.ends).mul_(self.gate)  # (S * k, M * r)
+        units = F.grouped_mm(x.index_select(0, self.tokens), a, offs=self.ends).mul_(self.gate)  # (S * k, M * r)
         return self.parts(units)
 
     def in_order(self, part: torch.Tensor) -> torch.Tensor:

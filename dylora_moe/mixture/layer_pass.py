@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .expert_sum import ByExpert, Dense, Dispatch, Fetch, Few, Scratch, count_to, sparse_way, sum_rows
+from .expert_sum import ByExpert, Dense, Dispatch, Fetch, Few, count_to, sparse_way, sum_rows
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -124,15 +124,11 @@ class LayerSlot:
 
     They add one expert (`expert` is its index; NO_EXPERT: none; a tuple: one for each row of the batch), the sum of
     `mixes`, or both. With neither, a routed layer is PEFT's own layer with its active adapters.
-
-    Args:
-        scratch: where hidden units are put; all slots of a model share it.
     """
 
-    __slots__ = ("_shared", "_terms", "expert", "mixes", "scratch", "settled", "source")
+    __slots__ = ("_shared", "_terms", "expert", "mixes", "settled", "source")
 
-    def __init__(self, scratch: Scratch):
-        self.scratch = scratch
+    def __init__(self):
         self.set()
 
     def set(self, expert: Expert = None, mixes: tuple[Mix, ...] | None = None, settled: object | None = None) -> None:

@@ -20,7 +20,6 @@ from torch import nn
 
 from ..errors import UsageError
 from .expert_matrices import SharedInput, Watch
-from .expert_sum import Scratch
 from .layer_pass import Expert, LayerSlot, Mix, OneToken
 from .routed_linear import RoutedLinear
 from .router import Router
@@ -52,7 +51,7 @@ class Plan:
 
 
 class Turn:
-    """Of the thread whose forward pass is under way: slots and scratch serve one at a time. A copy is a fresh one."""
+    """Of the thread whose forward pass is under way: slots serve one at a time. A copy is a fresh one."""
 
     def __init__(self):
         self._lock = threading.RLock()
@@ -79,8 +78,7 @@ class Routing:
     def __init__(self, router: Router, layers: nn.ModuleList, make_plan: Callable[[], Plan]):
         self.router = router
         self.make_plan = make_plan
-        self.scratch = Scratch()
-        self.slots = [LayerSlot(self.scratch) for _ in layers]
+        self.slots = [LayerSlot() for _ in layers]
         self.turn = Turn()
         self.forced: Expert = None
         self.recorded: list[torch.Tensor] | None = None
@@ -162,8 +160,6 @@ class Routing:
     def leave_layer(self, index: int) -> None:
         """Let go of what the forward pass has left in the slot."""
         self.slots[index].set()
-        if index == len(self.slots) - 1:
-            self.scratch.clear()
 
     def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
         """At most one without gradients. Without `plan.alone`, which is added as PEFT adds it: with others beside it as
