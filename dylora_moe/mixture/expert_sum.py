@@ -2,7 +2,6 @@
 
 A way has two halves. `hidden` is worked out once for all layers that read the same input: what the A make of it,
 weighted. `add` puts one layer's B to its part of that. Between the halves a part has whatever form suits the way.
-Where the sum of the experts is a tensor of its own before it is added, `sum` gives that.
 
 In evaluation with few experts per token, the tokens' choices are sorted by expert, so that one grouped matmul serves
 all experts however unevenly they are wanted. A few tokens, as in generation, need no sorting: the A of the experts that
@@ -111,13 +110,9 @@ class ByExpert:
         """A part (S * k, r) of `hidden` -> (S * k, r) in the order of the tokens."""
         return part
 
-    def sum(self, part: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """b (N * r, d_out) -> (S, d_out), a new tensor."""
-        return sum_rows(b.contiguous(), self.rows, self.begins, self.in_order(part).flatten())
-
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (N * r, d_out) -> (S, d_out)."""
-        out = self.sum(part, b)
+        out = sum_rows(b.contiguous(), self.rows, self.begins, self.in_order(part).flatten())
         # In place on what is new here: nobody else has seen it, and there are no gradients.
         return out.add_(total) if out.dtype == total.dtype else total + out
 

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .expert_sum import ByExpert, Dense, Dispatch, Fetch, Few, count_to, sparse_way, sum_rows
+from .expert_sum import Dense, Dispatch, Fetch, Few, count_to, sparse_way, sum_rows
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
@@ -165,11 +165,3 @@ class Term:
             return total
         part, b = self.parts[layer]
         return self.way.add(total, part, b, in_place)
-
-    def sum(self, layer: LoraLayer, dtype: torch.dtype) -> torch.Tensor | None:
-        """The term of a layer (S, d_out), a new tensor; None where it is worked out only while it is added, or in
-        another dtype."""
-        if not isinstance(self.way, ByExpert):
-            return None
-        part, b = self.parts[layer]
-        return self.way.sum(part, b) if b.dtype == dtype else None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import torch
 from peft.tuners import lora
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 from transformers.pytorch_utils import Conv1D
 
@@ -44,13 +43,6 @@ def is_plain_linear(module: nn.Module) -> bool:
     return not (before or _is_seen(module) or _operations_are_watched())
 
 
-def is_bare(module: nn.Module, x: torch.Tensor) -> bool:
-    """Whether its result for x is the product with its weight, in x's dtype, and is seen by nobody."""
-    if not is_plain_linear(module) or torch.is_autocast_enabled(x.device.type):
-        return False
-    return type(module._parameters.get("weight")) is nn.Parameter  # nn.Module's __getattr__ takes longer
-
-
 class RoutedLinear(lora.Linear):
     """PEFT's LoRA layer, adding the experts by the weights that the router has put into `slot`.
 
@@ -78,8 +70,6 @@ class RoutedLinear(lora.Linear):
         if idle or self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
         base = self._modules["base_layer"]
-        if slot.settled is not None and slot.expert is None and not args and not kwargs and is_bare(base, x):
-            return self._evaluate(base, x, slot)
         result = base(x, *args, **kwargs)
         if isinstance(slot.expert, tuple):
             return self._add_by_row(result, x, slot.expert)
@@ -101,22 +91,6 @@ class RoutedLinear(lora.Linear):
             return result  # nothing was added, or all of it in place
         total = total.view(result.shape)
         return total if total.dtype == result.dtype else total.to(result.dtype)
-
-    def _evaluate(self, base: nn.Linear, x: torch.Tensor, slot: LayerSlot) -> torch.Tensor:
-        """The forward pass in evaluation, on a bare base layer.
-
-        Its product is added onto the experts' sum, where that is a tensor of its own: this way round, no further pass
-        over it is needed. Otherwise the experts are added onto the product.
-        """
-        weight, bias = base.weight, base.bias
-        terms = slot.terms(self, x)  # one or none
-        total = terms[0].sum(self, x.dtype) if terms else None  # (S, d_out)
-        if total is not None:
-            total.addmm_(x.flatten(0, -2), weight.t())
-            if bias is not None:
-                total.add_(bias)
-            return total.view(*x.shape[:-1], total.shape[-1])
-        return self._add_terms(F.linear(x, weight, bias), terms, in_place=True)
 
     def _owns_its_result(self, result: torch.Tensor, slot: LayerSlot) -> bool:
         """Whether nobody has seen what the base layer has just computed, nor needs it for the backward pass."""

@@ -1,39 +1,21 @@
 """The routed layer against a plain loop over experts in float64, and each expert against stock PEFT."""
 
-import contextlib
 import copy
-import functools
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel
 from torch.func import functional_call
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError
-from dylora_moe.base.hankel import HankelMatrix
-from dylora_moe.base.preserve import seeded
 from dylora_moe.base.structure import decoder_layers
 from dylora_moe.mixture.expert_matrices import SharedInput
 from dylora_moe.mixture.expert_sum import Dense, Dispatch, Fetch, Few, can_be_grouped, sparse_way
-from dylora_moe.mixture.routed_linear import RoutedLinear
 
 from ..support.tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
 
 TOLERANCE = 1e-5
-ONLOOKERS = (
-    "a hook",
-    "a pre-hook",
-    "a global hook",
-    "a global pre-hook",
-    "a forward of its own",
-    "a forward of the class",
-    "a weight of its own kind",
-    "a dispatch mode",
-    "autocast",
-)
 PLAIN = {"lora_dropout": 0.0}
 MIXED = {
     "llama": [
@@ -144,72 +126,6 @@ def eager_dispatch(monkeypatch):
         "dylora_moe.mixture.layer_pass.sparse_way", lambda *args: plans.append(plan(*args)) or plans[-1]
     )
     return plans
-
-
-class EveryOperation(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def looking_on(how, layers):
-    """Somebody who must see what each of these layers does."""
-    with contextlib.ExitStack() as stack:
-        if how == "a dispatch mode":
-            stack.enter_context(EveryOperation())
-        elif how == "autocast":
-            stack.enter_context(torch.autocast("cpu", dtype=torch.bfloat16))
-        elif how == "a forward of the class":
-            patch, forward = stack.enter_context(pytest.MonkeyPatch.context()), torch.nn.Linear.forward
-            patch.setattr(torch.nn.Linear, "forward", lambda self, x: forward(self, x))
-        elif how == "a global hook":
-            stack.callback(register_module_forward_hook(lambda *args: None).remove)
-        elif how == "a global pre-hook":
-            stack.callback(register_module_forward_pre_hook(lambda *args: None).remove)
-        for layer in layers:
-            if how == "a hook":
-                stack.callback(layer.register_forward_hook(lambda *args: None).remove)
-            elif how == "a pre-hook":
-                stack.callback(layer.register_forward_pre_hook(lambda *args: None).remove)
-            elif how == "a forward of its own":  # as accelerate puts it, to fetch the weights from elsewhere
-                layer.forward = functools.partial(type(layer).forward, layer)
-                stack.callback(layer.__dict__.pop, "forward")
-            elif how == "a weight of its own kind":
-                stack.callback(setattr, layer, "weight", layer.weight)
-                layer.weight = HankelMatrix(layer.weight, requires_grad=False)
-        yield
-
-
-@pytest.mark.parametrize("dispatched", [True, False])
-@pytest.mark.parametrize("shape", [(2, 9), (2, 1)])
-@pytest.mark.parametrize("kind", ["qwen2", "llama"])  # with and without a bias
-def test_base_layers_are_called_in_evaluation_only_where_somebody_looks(
-    kind, shape, dispatched, eager_dispatch, monkeypatch
-):
-    """Otherwise their product goes onto the sum of what was dispatched, or the experts onto their product."""
-    model, ids = tiny_mixture(kind, 16), random_ids(*shape)
-    layers = [layer.base_layer for _, layer in model.routed_layers()]
-    with seeded(0), torch.no_grad():
-        for layer in layers:
-            if layer.bias is not None:
-                layer.bias.normal_()
-    if dispatched:
-        model.mark_mature()
-    spared, evaluate = [], RoutedLinear._evaluate
-    monkeypatch.setattr(
-        RoutedLinear, "_evaluate", lambda self, base, *args: spared.append(base) or evaluate(self, base, *args)
-    )
-    with torch.no_grad():
-        alone = model(ids).logits
-        assert spared == layers
-        with looking_on("autocast", layers), looking_on("a hook", layers):
-            rounded = model(ids).logits  # in bfloat16 another expert may be chosen
-        for how in ONLOOKERS:
-            spared.clear()
-            with looking_on(how, layers):
-                seen = model(ids).logits
-            assert not spared, how
-            assert difference(rounded if how == "autocast" else alone, seen) <= TOLERANCE, how
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
