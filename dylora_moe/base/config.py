@@ -1,4 +1,4 @@
-"""The config.json of a base model, read as data that may be hostile: checked before anything large is made of it.
+"""The config.json of a base model, which may be hostile: it is checked before anything large is built from it.
 
 Code that it names is never run.
 """
@@ -20,8 +20,8 @@ from ..errors import UsageError, listed
 from .quiet import quiet, refused
 
 MAX_CONFIG_BYTES = 16 << 20
-# What a config may ask for. Far above any model there is; below what would hang or exhaust a machine.
-OTHER_SIZES = r"\w+_dim"  # of which some are no sizes, nor whole numbers: rope_scaling has "mscale_all_dim": 1.0
+OTHER_SIZES = r"\w+_dim"  # not all are sizes or whole numbers: rope_scaling has "mscale_all_dim": 1.0
+# The least and the most that a config may ask for. Real models are far from it; beyond, building one could hang.
 LIMITS = (
     (r"(num_hidden_layers|num_layers|n_layers?|num_decoder_layers|num_encoder_layers)", 1, 1_000),
     (r"(hidden_size|n_embd|d_model|intermediate_size|n_inner|ffn_dim|head_dim|vocab_size)", 1, 1 << 24),
@@ -34,9 +34,14 @@ NOT_CAUSAL = ("MaskedLM", "SequenceClassification", "TokenClassification", "Ques
 
 
 def folder_config(folder: Path, hub_id: str | None = None) -> PreTrainedConfig:
+    """Read the config.json of a folder, which for a model of the hub is a folder of its cache.
+
+    Raises:
+        UsageError: if it cannot be read or used.
+    """
     raw = read_object(folder / "config.json")
-    # A hub config often names code beside a class that transformers has: the class is used, the code never.
-    # A local folder that asks for code is refused, as its owner can mend it.
+    # Many configs on the hub name code for a model_type that transformers has: its class is used, the code never. A
+    # local folder that asks for code is refused, because its owner can correct it.
     if "auto_map" in raw and hub_id is None:
         raise UsageError(
             f"{folder / 'config.json'} asks for code of its own to be run (auto_map), which is never done. "
@@ -45,7 +50,8 @@ def folder_config(folder: Path, hub_id: str | None = None) -> PreTrainedConfig:
     return checked_config({key: value for key, value in raw.items() if key != "auto_map"}, hub_id or str(folder))
 
 
-def read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of at most `MAX_CONFIG_BYTES`. Raises UsageError."""
     try:
         size = path.stat().st_size
         if size > MAX_CONFIG_BYTES:
@@ -58,8 +64,8 @@ def read_object(path: Path) -> dict:
     return raw
 
 
-def checked_config(raw: dict, where: str) -> PreTrainedConfig:
-    """The config object, after its numbers and its kind were checked; nothing large is made before that."""
+def checked_config(raw: dict[str, Any], where: str) -> PreTrainedConfig:
+    """Check the numbers and the type of a config and return it as an object. Raises UsageError naming `where`."""
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         what = "a DyLoRA-MoE checkpoint, not a base model" if model_type == "dylora-moe" else "not known"
@@ -67,7 +73,7 @@ def checked_config(raw: dict, where: str) -> PreTrainedConfig:
             f"The config of {where} cannot be used: model_type {model_type!r} is {what} to this transformers. "
             "Expected a causal language model that transformers knows without extra code."
         )
-    problems = sorted(_absurdities(raw))
+    problems = sorted(_impossible_sizes(raw))
     if problems:
         raise UsageError(f"The config of {where} asks for what cannot be:\n{listed(problems)}\nCorrect the config.")
     if raw.get("quantization_config"):
@@ -78,10 +84,10 @@ def checked_config(raw: dict, where: str) -> PreTrainedConfig:
     return config
 
 
-def _absurdities(raw: dict, prefix: str = "") -> Iterator[str]:
+def _impossible_sizes(raw: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in raw.items():
         if isinstance(value, dict):
-            yield from _absurdities(value, f"{prefix}{key}.")
+            yield from _impossible_sizes(value, f"{prefix}{key}.")
             continue
         for pattern, low, high in LIMITS:
             if re.fullmatch(pattern, str(key)):
@@ -94,7 +100,6 @@ def _absurdities(raw: dict, prefix: str = "") -> Iterator[str]:
 
 
 def _check_causal(config: PreTrainedConfig, architectures: Any, where: str) -> None:
-
     kind = config.model_type
     encoder = kind in MASKED and not getattr(config, "is_decoder", False)
     named = [name for name in architectures or [] if str(name).endswith(NOT_CAUSAL)]

@@ -1,12 +1,12 @@
-"""Where a base model comes from: hub id, local folder, GGUF file, or an architecture preset that ships here.
+"""Finding a base model by its name: a hub id, a local folder, a GGUF file, or a preset that ships with this package.
 
-`find_base` decides, without loading anything, which weights can be had; `load_base` builds the model:
+`find_base` decides which weights to use, without loading any. `load_base` in load.py then builds the model from
 
-- pretrained: the real weights, from a folder, the hub (through its cache) or a GGUF file;
-- random: the same architecture with seeded weights, which take little memory (`random_weights`);
-- none: parameters on the `meta` device, buffers real; costs no memory.
+- pretrained weights: from a folder, from the hub through its cache, or from a GGUF file;
+- random weights: the same architecture with seeded weights that take little memory (random_weights.py);
+- none: all parameters are on the `meta` device and take no memory, buffers are real.
 
-Code that comes with a model is never run, and no name that looks like a path ever turns into a download.
+Code that comes with a model is never run, and a name that looks like a path is never looked for on the hub.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
@@ -32,9 +33,6 @@ WEIGHTS = ("auto", "pretrained", "random", "none")
 PRESETS = Path(__file__).parent / "presets"
 
 
-# ---------------------------------------------------------------------------------------------- finding
-
-
 def find_base(
     name: str | os.PathLike,
     *,
@@ -43,11 +41,21 @@ def find_base(
     revision: str | None = None,
     offline_ok: bool = True,
 ) -> tuple[Base, str]:
-    """The base model of that name, and the weights to be used: "pretrained", "random" or "none".
+    """Find a base model and decide which of its weights to use. No weights are loaded.
 
-    Loads no weights. "none" and "random" touch no network for a preset, a folder or a GGUF file. With
-    offline_ok=False neither cached nor random weights stand in for a hub that cannot be reached.
-    Raises UsageError for whatever cannot be had.
+    Args:
+        name: a hub id, a folder as `save_pretrained` writes it, a GGUF file, or the name of a preset.
+        weights: "pretrained", "random", "none", or "auto" for pretrained ones where they can be had and random ones
+            otherwise. "none" and "random" need no network for a preset, a folder or a GGUF file.
+        token: of the hub; default HF_TOKEN, or the stored login.
+        revision: a branch, tag or commit on the hub.
+        offline_ok: whether cached or random weights may replace those of a hub that cannot be reached.
+
+    Returns:
+        The base model, and "pretrained", "random" or "none".
+
+    Raises:
+        UsageError: if there is no such model, or not the weights that were asked for.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"Unknown weights {weights!r}: expected one of {', '.join(WEIGHTS)}.")
@@ -78,14 +86,15 @@ def find_base(
 
 
 def _local(base: Base, weights: str) -> tuple[Base, str]:
-    if weights != "auto" or base.has_weights:
-        used = "pretrained" if weights == "auto" else weights
-        if used == "pretrained" and not base.has_weights:
-            raise UsageError(
-                f"{base.location} holds no weights: expected {' or '.join(WEIGHT_FILES)}, found only a config.json. "
-                "Add the weights, or use --weights random or none."
-            )
-        return base, used
+    if base.has_weights:
+        return base, "pretrained" if weights == "auto" else weights
+    if weights == "pretrained":
+        raise UsageError(
+            f"{base.location} holds no weights: expected {' or '.join(WEIGHT_FILES)}, found only a config.json. "
+            "Add the weights, or use --weights random or none."
+        )
+    if weights != "auto":
+        return base, weights
     note = f"{base.location} holds a config.json but no weights: random weights of the same architecture are used"
     return replace(base, note=note), "random"
 
@@ -108,7 +117,6 @@ def _gguf_base(name: str, path: Path) -> Base:
     if magic != b"GGUF":
         raise UsageError(f"{name} is not a GGUF file: expected it to begin with b'GGUF', found {magic!r}.")
     need_gguf(name)
-
     with quiet(), refused(f"The GGUF file {name} cannot be read", "Download it again."):
         raw = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
     return Base(name, "gguf", str(path), None, checked_config(raw, name), True)
@@ -119,7 +127,6 @@ def _looks_like_path(name: str) -> bool:
 
 
 def _check_hub_id(name: str) -> None:
-
     try:
         validate_repo_id(name)
         if not name:
@@ -132,20 +139,23 @@ def _check_hub_id(name: str) -> None:
 
 
 @functools.cache
-def _presets() -> dict[str, dict]:
-    """By lower-case hub id, and by its last part."""
+def _presets() -> dict[str, dict[str, Any]]:
+    """Return the presets by their hub ids in lower case, and by the last parts of these."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(PRESETS.glob("*.json"))]
     return {key.lower(): preset for preset in found for key in (preset["id"], preset["id"].split("/")[-1])}
 
 
 def _architecture_base(hub_id: str, known: PreTrainedConfig | None, token: str | None, revision: str | None) -> Base:
-    """For "none" and "random": a preset as it is; otherwise the config from the cache or, alone, from the hub."""
+    """Return the base for "none" and "random": a preset as it is, or the config from the cache or the hub."""
     if known is not None:
         return Base(hub_id, "preset", None, None, known, False)
-    folder = hub.cached(hub_id, revision)
-    if folder is None:
-        folder = hub.ask(hub_id, revision, token)[1]
-    return Base(hub_id, "hub", str(folder), folder.name, folder_config(folder, hub_id), has_weights(folder))
+    return _hub_base(hub_id, hub.cached(hub_id, revision) or hub.ask(hub_id, revision, token))
+
+
+def _hub_base(hub_id: str, folder: Path, known: PreTrainedConfig | None = None) -> Base:
+    """Return the base whose files are in a snapshot folder of the cache, which is named like the commit."""
+    config = known or folder_config(folder, hub_id)
+    return Base(hub_id, "hub", str(folder), folder.name, config, has_weights(folder))
 
 
 def _weights_base(
@@ -156,26 +166,27 @@ def _weights_base(
     revision: str | None,
     offline_ok: bool,
 ) -> tuple[Base, str]:
-    """For "pretrained" and "auto": the hub, else its cache, else (auto) random weights of a known architecture."""
+    """Return the base for "pretrained" and "auto": from the hub, or its cache, or (auto) with random weights."""
     try:
-        commit, folder = hub.ask(hub_id, revision, token, WEIGHT_FILES)
-        config = folder_config(folder, hub_id)
-        return Base(hub_id, "hub", str(folder), commit, config, True, token=token), "pretrained"
+        folder = hub.ask(hub_id, revision, token, WEIGHT_FILES)
+        return replace(_hub_base(hub_id, folder), has_weights=True, token=token), "pretrained"
     except hub.HubError as error:
         problem = error
-    folder = hub.cached(hub_id, revision)
-    stand_in = offline_ok or not problem.unreachable
-    if folder is not None and has_weights(folder) and stand_in:
-        return Base(hub_id, "hub", str(folder), folder.name, folder_config(folder, hub_id), True), "pretrained"
-    if folder is not None and known is None:
-        known = folder_config(folder, hub_id)
-    if weights == "pretrained" or known is None or not stand_in:
+    found = hub.cached(hub_id, revision)
+    if problem.unreachable and not offline_ok:
+        raise problem
+    if found is not None and has_weights(found):
+        return _hub_base(hub_id, found), "pretrained"
+    if weights == "pretrained":
+        raise problem
+    if found is not None:
+        base = _hub_base(hub_id, found, known)
+    elif known is not None:
+        base = Base(hub_id, "preset", None, None, known, False)
+    else:
         raise problem
     note = (
         f"{problem.sentence.rstrip('.')}: random weights of the same architecture are used; "
         f"set HF_TOKEN to use the real ones (export HF_TOKEN=your_token)"
     )
-    location = str(folder) if folder is not None else None
-    commit = folder.name if folder is not None else None
-    kind = "hub" if folder is not None else "preset"
-    return Base(hub_id, kind, location, commit, known, False, note=note), "random"
+    return replace(base, note=note), "random"

@@ -1,32 +1,35 @@
-"""Hankel matrices: full rank, all rows distinct, held and multiplied by in a fraction of a matrix's memory and time.
+"""Hankel matrices: matrices of full rank that need a fraction of the memory and time of other matrices.
 
-    W[i, j] = s[i + j]        (W x)[i] = sum_j s[i + j] x[j]
+    W[i, j] = s[i + j]        (W x)[i] = sum_j s[i + j] x[j]        (https://en.wikipedia.org/wiki/Hankel_matrix)
 
-As a tensor of strides (1, 1), W takes the memory of its d_out + d_in - 1 numbers. W x is the correlation of s and x,
-which the discrete Fourier transform turns into a product (https://en.wikipedia.org/wiki/Hankel_matrix, the correlation
-theorem): O(n log n) per token for n = d_out + d_in, instead of d_out d_in.
+W is a view of s with strides (1, 1), so that it takes the memory of d_out + d_in - 1 numbers. W x is the correlation of
+s and x, which the discrete Fourier transform turns into a product: O(n log n) operations per token, n = d_out + d_in,
+instead of d_out d_in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-ROWS = 16  # tokens transformed at once: what is in between, a few times n float32 per token, stays small
+ROWS = 16  # tokens transformed at once, each of which takes a few times n float32 numbers meanwhile
 
 
 class HankelMatrix(nn.Parameter):
-    """A frozen parameter W (d_out, d_in), as `hankel_matrix` makes it.
+    """A frozen parameter (d_out, d_in), created by `hankel_matrix`.
 
-    A linear layer and an embedding take it as any other weight. What else is done with it gives plain tensors, if need
-    be of full size; a copy of full size is multiplied by as usual.
+    It can be the weight of any linear layer or embedding. All other operations give ordinary tensors, of full size if
+    need be, and copies of full size are multiplied by as usual.
     """
 
     @classmethod
-    def __torch_function__(cls, func, types, args: tuple = (), kwargs: dict[str, Any] | None = None):
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             if func is F.linear:
                 return _linear(*args, **(kwargs or {}))
@@ -34,14 +37,14 @@ class HankelMatrix(nn.Parameter):
 
 
 def hankel_matrix(numbers: torch.Tensor, shape: tuple[int, int]) -> HankelMatrix:
-    """The matrix (d_out, d_in) of d_out + d_in - 1 numbers, which it shares."""
+    """Return the matrix of `shape` (d_out, d_in) over d_out + d_in - 1 contiguous numbers, whose memory it shares."""
     if numbers.shape != (sum(shape) - 1,) or not numbers.is_contiguous():
         raise ValueError(f"a {shape} Hankel matrix takes {sum(shape) - 1} numbers, found {tuple(numbers.shape)}")
     return HankelMatrix(numbers.as_strided(shape, (1, 1)), requires_grad=False)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x (..., d_in) -> (..., d_out) of the same dtype; computed in float32 at least."""
+    """Multiply x (..., d_in) by a matrix: (..., d_out) of the same dtype, computed in float32 or float64."""
     d_out, d_in = weight.shape
     if weight.stride() != (1, 1):
         return F.linear(x, weight, bias)
@@ -53,12 +56,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     parts = x.reshape(-1, d_in).split(ROWS)  # (<= ROWS, d_in) each
     products = [
         torch.fft.irfft(torch.fft.rfft(part.to(dtype), n=n).conj() * numbers, n=n)[:, :d_out].to(x.dtype)
-        for part in parts  # so that one part at a time is held in float32
+        for part in parts  # one after the other, to save memory
     ]
     result = torch.cat(products).view(*x.shape[:-1], d_out)
     return result if bias is None else result + bias
 
 
 def fast_length(n: int) -> int:
-    """The smallest length >= n that is a power of two, or that times 3, 5, 9 or 15: such are transformed fast."""
+    """Return the smallest length >= n with a fast transform: a power of two, times 1, 3, 5, 9 or 15."""
     return min(factor << max(0, (-(-n // factor) - 1).bit_length()) for factor in (1, 3, 5, 9, 15))

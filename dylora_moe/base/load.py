@@ -1,10 +1,11 @@
-"""Loads a base model that `find.find_base` has found: on the device and in the dtype that are wanted; its tokenizer."""
+"""Loading a base model that `find_base` has found, and its tokenizer."""
 
 from __future__ import annotations
 
 import copy
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -21,13 +22,10 @@ from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, 
 from .structure import skeleton
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
+DTYPES |= {name: name for name in DTYPES.values()}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKENIZER_PATTERNS = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-DTYPES |= {name: name for name in DTYPES.values()}
 TOKENIZER_PATTERNS += ["spiece.model", "tekken.json", "chat_template*", "config.json"]
-
-
-# ---------------------------------------------------------------------------------------------- loading
 
 
 def load_base(
@@ -39,11 +37,18 @@ def load_base(
     seed: int = 0,
     compact: bool = False,
 ) -> PreTrainedModel:
-    """The model in eval mode with every parameter frozen.
+    """Load a base model, in eval mode and with all parameters frozen.
 
-    weights: "pretrained", "random" or "none", as find_base returned it. dtype: default the config's. With "none"
-    parameters are on `meta`, buffers real. compact: of random weights, as `random_weights.random_model` takes it.
-    Raises UsageError; weights that are missing are never made up.
+    Args:
+        weights: "pretrained", "random" or "none", as `find_base` returned it. With "none" all parameters are on the
+            `meta` device and buffers are real.
+        dtype: default that of the config.
+        device: None and "auto" choose the best one.
+        seed: of random weights.
+        compact: whether random weights are stored compactly, see `random_weights.random_model`.
+
+    Raises:
+        UsageError: if the model cannot be loaded. Missing weights are never initialised.
     """
     dtype = resolve_dtype(dtype, base.config)
     device = resolve_device(device)
@@ -55,15 +60,14 @@ def load_base(
         model = _pretrained(base, dtype, device)
     else:
         raise UsageError(f"Unknown weights {weights!r}: expected pretrained, random or none.")
-    # A checkpoint takes its base's name from here, and must find it from any working directory.
-    local = base.kind in ("folder", "gguf")
-    model.config._name_or_path = str(Path(base.location).resolve()) if local else base.name
+    # A checkpoint takes the name of its base from here, and must find it from any working directory.
+    model.config._name_or_path = str(base.path.resolve()) if base.kind in ("folder", "gguf") else base.name
     model.requires_grad_(False)
     return model.eval()
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig | None = None) -> torch.dtype:
-    """float32, bfloat16, float16, float64 (or fp32, bf16, fp16, fp64); None means the config's, else float32."""
+    """Return the dtype of a name in `DTYPES`. None means that of the config, or float32."""
     if dtype is None and config is not None:
         dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     name = str(dtype or "float32").removeprefix("torch.")
@@ -73,43 +77,42 @@ def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig | No
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device, if it is there; None and "auto" mean the best there is."""
+    """Return the device if this machine has it. None and "auto" choose the best one."""
     if device is None or device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         found = torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"Unknown device {device!r}: expected cpu, cuda, cuda:0, mps or auto.") from error
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (found.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there.get(found.type, False):
-        usable = [name for name in ("cpu", "mps") if there[name]]
+    if not available.get(found.type, False):
+        usable = [name for name in ("cpu", "mps") if available[name]]
         usable += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise UsageError(f"The device {device} is not available on this machine. Available: {', '.join(usable)}.")
     return found
 
 
 def load_tokenizer(base: Base, token: str | None = None) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, from where its weights come from. Raises UsageError if there is none."""
+    """Load the tokenizer of a base model. Raises UsageError if it has none."""
     source, extra = _tokenizer_source(base, token)
     with quiet(), refused(f"The tokenizer of {base.name} cannot be loaded", "Restore its files."):
         return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **extra)
 
 
-def _tokenizer_source(base: Base, token: str | None) -> tuple[str, dict]:
+def _tokenizer_source(base: Base, token: str | None) -> tuple[str, dict[str, str]]:
     if base.kind == "gguf":
-        path = Path(base.location)
         need_gguf(base.name)
-        return str(path.parent), {"gguf_file": path.name}
-    folder = Path(base.location) if base.location else hub.cached(base.name, base.revision)
+        return str(base.path.parent), {"gguf_file": base.path.name}
+    folder = base.path if base.location else hub.cached(base.name, base.revision)
     if base.kind != "folder" and not _has_tokenizer(folder):
-        commit, folder = hub.ask(base.name, base.revision, token or base.token)
+        commit = hub.ask(base.name, base.revision, token or base.token).name
         folder = hub.download(base.name, commit, TOKENIZER_PATTERNS, token or base.token)
     if not _has_tokenizer(folder):
-        # Without this, transformers 5 makes an empty tokenizer of the model's class.
+        # transformers 5 would create an empty tokenizer of the model's class.
         raise UsageError(f"There is no tokenizer in {folder}: expected one of {', '.join(TOKENIZER_FILES)}.")
     return str(folder), {}
 
@@ -118,49 +121,41 @@ def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-# ---------------------------------------------------------------------------------------------- pretrained
-
-
 def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-
-    source, extra = base.location, {}
+    extra: dict[str, Any] = {}
     if base.kind == "gguf":
         need_gguf(base.name)
-        source, extra = str(Path(base.location).parent), {"gguf_file": Path(base.location).name}
+        folder, extra["gguf_file"] = base.path.parent, base.path.name
     else:
         folder = _weights_folder(base)
         _check_weight_files(folder)
-        source = str(folder)
     if device.type != "cpu":
         extra["device_map"] = {"": device}
     with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source,
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(folder),
             config=copy.deepcopy(base.config),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are listed below, with the rest, instead
+            ignore_mismatched_sizes=True,  # _check_complete lists them with the other problems
             **extra,
         )
-    _check_complete(info, source)
+    model, info = loaded
+    _check_complete(info, folder)
     return model
 
 
 def _weights_folder(base: Base) -> Path:
+    folder = base.path
     if base.kind == "folder":
-        folder = Path(base.location)
         if (folder / "adapter_config.json").exists():
-            # transformers would load that adapter on top, and its base instead of this one.
+            # transformers would load the base model of the adapter instead of this one, and the adapter too.
             raise UsageError(f"{folder} has an adapter_config.json beside the model: move the adapter elsewhere.")
         return folder
-    if base.kind != "hub":
-        raise UsageError(f"{base.name} is a preset: it has an architecture but no weights. Use find_base to get them.")
-    folder = Path(base.location)
-    if hub.is_offline() or (has_weights(folder) and not _missing_shards(folder)):
+    if constants.is_offline_mode() or (has_weights(folder) and not _missing_shards(folder)):
         return folder
-
     machine.need_disk(parameter_bytes(base.config), constants.HF_HUB_CACHE, f"the download of {base.name}")
     safe = hub.download(base.name, base.revision, _patterns("model", "safetensors"), base.token)
     if has_weights(safe):
@@ -174,19 +169,19 @@ def _patterns(stem: str, suffix: str) -> list[str]:
 
 
 def _shard_names(folder: Path) -> list[str]:
-    """The files that hold the weights, as transformers would choose them: safetensors first."""
+    """Return the files that hold the weights, as transformers chooses them: safetensors first."""
     for single, index in zip(SINGLE_FILES, INDEX_FILES, strict=True):
         if (folder / single).exists():
             return [single]
         if (folder / index).exists():
             shards = read_object(folder / index).get("weight_map")
-            if not isinstance(shards, dict) or not all(_plain(name) for name in shards.values()):
+            if not isinstance(shards, dict) or not all(_is_file_name(name) for name in shards.values()):
                 raise UsageError(f"{folder / index} is damaged: expected a weight_map to plain file names.")
             return sorted(set(shards.values()))
     raise UsageError(f"{folder} holds no weights: expected {' or '.join(WEIGHT_FILES)}.")
 
 
-def _plain(name: object) -> bool:
+def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and name == os.path.basename(name) and "\\" not in name and name not in ("", ".", "..")
 
 
@@ -195,7 +190,6 @@ def _missing_shards(folder: Path) -> list[str]:
 
 
 def _check_weight_files(folder: Path) -> None:
-
     problems = [f"{name}: missing" for name in _missing_shards(folder)]
     for name in _shard_names(folder):
         if name.endswith(".safetensors") and (folder / name).is_file():
@@ -208,7 +202,7 @@ def _check_weight_files(folder: Path) -> None:
         raise UsageError(f"The weights in {folder} are damaged:\n{listed(problems)}\nRestore them from their source.")
 
 
-def _check_complete(info: dict, source: str) -> None:
+def _check_complete(info: dict[str, Any], source: Path) -> None:
     problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
     for name, found, expected in sorted(info["mismatched_keys"]):
@@ -220,15 +214,12 @@ def _check_complete(info: dict, source: str) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- sizes
-
-
 def parameter_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
-    """Bytes of all parameters of the full model, tied ones once. Allocates nothing."""
+    """Return the bytes that all parameters of a model take, tied ones counted once. Allocates none of them."""
     model = skeleton(config, resolve_dtype(dtype, config))
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def compact_random_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:
-    """Bytes of the parameters which weights="random" allocates with compact=True."""
+    """Return the bytes that the parameters of a model with compact random weights take. Allocates none of them."""
     return shared_bytes(skeleton(config, resolve_dtype(dtype, config)), compact=True)

@@ -1,4 +1,4 @@
-"""Leaving things as they were found: random generators, modes, and the tensors of a base model."""
+"""Context managers that leave random generators, modes and base models as they were, and copies that share tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's generators start from `seed`; outside they go on as they were."""
+    """Seed the random generators of torch inside the block; afterwards they continue as if it had not been run."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -22,7 +22,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation without dropout or gradients that leaves mode (of every module) and RNG as found."""
+    """Evaluate inside the block, without dropout or gradients. The modes of all modules and the RNG are restored."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -35,8 +35,9 @@ def untouched(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def as_found_on_error(base: PreTrainedModel) -> Iterator[None]:
-    """A base model is as it was where what is done to it inside fails: no layer wrapped, no hook, no flag changed."""
+    """Restore a base model if the block fails: no layer stays wrapped, no hook and no changed flag stays behind."""
     modules = [(module, dict(vars(module))) for module in base.modules()]
+    # The dictionaries of parameters, submodules and hooks.
     inside = [(found, dict(found)) for _, before in modules for found in before.values() if isinstance(found, dict)]
     trainable = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
     try:
@@ -45,16 +46,16 @@ def as_found_on_error(base: PreTrainedModel) -> Iterator[None]:
         for module, before in modules:
             vars(module).clear()
             vars(module).update(before)
-        for found, before in inside:  # parameters, submodules, hooks
+        for found, before in inside:
             found.clear()
             found.update(before)
-        for parameter, before in trainable:
-            parameter.requires_grad_(before)
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
         raise
 
 
 def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
-    """A base model of its own module tree, without experts, whose tensors are those of `base` (shared, not copied)."""
+    """Return a copy of a base model without experts. Its modules are new, its tensors are shared with `base`."""
     with init_empty_weights(include_buffers=False):
         fresh = type(base)(copy.deepcopy(base.config))
     donor = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))

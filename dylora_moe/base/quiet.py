@@ -1,4 +1,4 @@
-"""Keeps the libraries' chatter and tracebacks from the user: no progress bars, and one error for whatever fails."""
+"""Silencing transformers, accelerate and huggingface_hub, and turning their exceptions into one error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..errors import UsageError, is_out_of_memory
 
 @contextlib.contextmanager
 def refused(what: str, remedy: str) -> Iterator[None]:
-    """Whatever goes wrong inside, but a lack of memory, as one UsageError that keeps the first line of the cause."""
+    """Turn an exception inside the block into a UsageError with the first line of its cause, unless memory ran out."""
     try:
         yield
     except UsageError:
@@ -31,8 +31,7 @@ def refused(what: str, remedy: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, log lines or warnings of the libraries inside; all as found after."""
-
+    """Suppress progress bars, log lines and warnings of the libraries inside the block."""
     verbosity = transformers_logging.get_verbosity()
     bars, hub_bars = transformers_logging.is_progress_bar_enabled(), not hub.are_progress_bars_disabled()
     loggers = [logging.getLogger(name) for name in ("huggingface_hub", "accelerate")]

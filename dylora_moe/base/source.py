@@ -1,4 +1,4 @@
-"""What is known of a base model that was found but is not loaded."""
+"""A base model that was found, but is not loaded yet."""
 
 from __future__ import annotations
 
@@ -17,24 +17,34 @@ WEIGHT_FILES = SINGLE_FILES + INDEX_FILES
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, found but not loaded."""
+    """A base model that was found, but is not loaded yet."""
 
-    name: str  # as the user gave it; a preset's full hub id
+    name: str  # as the user gave it, or the full hub id of a preset
     kind: str  # "hub", "folder", "gguf" or "preset"
-    location: str | None  # local folder or file; for the hub the cached snapshot, if any
-    revision: str | None  # hub commit hash, when known
-    config: PreTrainedConfig
-    has_weights: bool
-    note: str | None = None  # one line for the user when "auto" had to take random weights
-    token: str | None = field(default=None, repr=False, compare=False)  # for the download; never shown
+    location: str | None  # the local folder or file, or the snapshot folder in the hub's cache; None for a preset
+    revision: str | None  # the commit of a model of the hub
+    config: PreTrainedConfig  # checked
+    has_weights: bool  # whether its weights can be loaded
+    note: str | None = None  # one line for the user if "auto" had to choose random weights
+    token: str | None = field(default=None, repr=False, compare=False)  # of the hub, for the download; never shown
+
+    @property
+    def path(self) -> Path:
+        """`location` as a path. Raises UsageError for a preset."""
+        if self.location is None:
+            raise UsageError(
+                f"{self.name} is a preset: it has an architecture but no weights. Use find_base to get them."
+            )
+        return Path(self.location)
 
 
 def has_weights(folder: Path) -> bool:
+    """Return whether a folder has a file of weights, or an index of several."""
     return any((folder / name).exists() for name in WEIGHT_FILES)
 
 
 def need_gguf(name: str) -> None:
-
+    """Raise UsageError unless the package that reads the GGUF file `name` is installed."""
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(
             f"Reading the GGUF file {name} needs the package gguf, which is not installed:\n    pip install gguf"
