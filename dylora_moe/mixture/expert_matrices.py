@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..errors import UsageError
-from .expert_sum import Few, can_be_grouped, join
+from .expert_sum import can_be_grouped, join
 from .layer_pass import LayerSlot, Mix, Term
 
 _steps = 0
@@ -98,8 +98,7 @@ class SharedInput:
             x = found.dropout(x)
         way = mix.way(found.layout, found.can_be_grouped)
         parts = way.hidden(x, found.a(way.arrange))
-        b = found.b_by_expert() if isinstance(way, Few) else found.b()
-        return Term(way, dict(zip(found.members, zip(parts, b, strict=True), strict=True)))
+        return Term(way, dict(zip(found.members, zip(parts, found.b(), strict=True), strict=True)))
 
     def _matrices(self, layer: LoraLayer, experts: tuple[int, ...], settled: object | None) -> Matrices:
         if settled is None:
@@ -135,7 +134,6 @@ class Matrices:
             self.can_be_grouped = can_be_grouped(a.dtype, a.shape[1], rank * len(self.members))
         self._a: dict[Callable, torch.Tensor | Sequence[torch.Tensor]] = {}
         self._b: list[torch.Tensor] | None = None
-        self._b_by_expert: list[list[torch.Tensor]] | None = None
 
     def a(self, arrange: Callable) -> torch.Tensor | Sequence[torch.Tensor]:
         """Of all members, arranged as a way wants it."""
@@ -157,12 +155,6 @@ class Matrices:
         if self.are_kept:
             self._b = made
         return made
-
-    def b_by_expert(self) -> list[list[torch.Tensor]]:
-        """Of each member, the B of each expert, transposed: (r, d_out). Nothing is copied."""
-        if self._b_by_expert is None:
-            self._b_by_expert = [[b.t() for b in self._weights(member.lora_B)] for member in self.members]
-        return self._b_by_expert
 
     def _weights(self, holder: nn.ModuleDict) -> list[torch.Tensor]:
         return [holder[name].weight for name in self.names]

@@ -5,8 +5,7 @@ weighted. `add` puts one layer's B to its part of that. Between the halves a par
 
 In evaluation with few experts per token, the tokens' choices are sorted by expert, so that one grouped matmul serves
 all experts however unevenly they are wanted. A few tokens, as in generation, need no sorting: the A of the experts that
-they chose are fetched; on the CPU one token's are added one after the other. Where nothing is cheaper, the sum is over
-all.
+they chose are fetched. Where nothing is cheaper, the sum is over all.
 
 Shapes: S tokens, N experts of rank r, k experts per token, M layers that read the same input, R the sum of the ranks.
 """
@@ -49,38 +48,6 @@ class Dense:
     def add(self, total: torch.Tensor, part: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         """total (S, d_out), b (R, d_out) -> (S, d_out)."""
         return add_product(total, part, b, in_place)
-
-
-@dataclass(eq=False)
-class Few:
-    """One token's experts, one after the other: its cost does not depend on how many others there are.
-
-    ranks: of all N experts.
-    chosen: the place among them, and the weight, scaling included, of each of the k.
-    """
-
-    ranks: Sequence[int]
-    chosen: Sequence[tuple[int, float]]
-
-    @staticmethod
-    def arrange(a: Sequence[Sequence[torch.Tensor]]) -> Sequence[torch.Tensor]:
-        """The A (r, d_in) by layer and expert -> (M * r, d_in) by expert."""
-        return [join(matrices) for matrices in zip(*a, strict=True)]
-
-    def hidden(self, x: torch.Tensor, a: Sequence[torch.Tensor]) -> Sequence[Sequence]:
-        """x (1, d_in) -> M parts, each k times (1, r)."""
-        members = len(a[0]) // self.ranks[0]
-        units = [F.linear(x, a[place]) for place, _ in self.chosen]  # (1, M * r) each
-        if members == 1:
-            return [units]
-        units = [torch.split_with_sizes(u, [u.shape[1] // members] * members, 1) for u in units]
-        return list(zip(*units, strict=True)) or [()] * members
-
-    def add(self, total: torch.Tensor, part: Sequence, b: Sequence[torch.Tensor], in_place: bool) -> torch.Tensor:
-        """total (1, d_out), b (r, d_out) by expert -> (1, d_out)."""
-        for (place, weight), units in zip(self.chosen, part, strict=True):
-            total = add_product(total, units, b[place], in_place, weight)
-        return total
 
 
 @dataclass(eq=False)

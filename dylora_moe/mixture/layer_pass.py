@@ -8,11 +8,11 @@ from functools import lru_cache
 import torch
 from peft.tuners.lora import LoraLayer
 
-from .expert_sum import Dense, Dispatch, Fetch, Few, count_to, sparse_way, sum_rows
+from .expert_sum import Dense, Dispatch, Fetch, count_to, sparse_way, sum_rows
 
 # Of a mix's experts in one layer: their columns in the weights, their ranks, their scalings.
 Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
-Way = Dense | Dispatch | Fetch | Few
+Way = Dense | Dispatch | Fetch
 
 
 Expert = int | tuple[int, ...] | None
@@ -78,33 +78,6 @@ class Mix:
             return None
         index, weights = self.top
         return sparse_way(index, weights, len(self.experts), ranks[0], scales[0])
-
-
-class OneToken(Mix):
-    """A sparse mix of one token, in Python's numbers.
-
-    Args:
-        chosen: the weight of each expert that it uses, by the expert's place in `experts`.
-    """
-
-    __slots__ = ("_chosen",)
-
-    def __init__(self, experts: tuple[int, ...], chosen: dict[int, float]):
-        self.experts = experts
-        self._chosen = chosen
-
-    @property
-    def num_tokens(self) -> int:
-        return 1
-
-    def fresh(self) -> OneToken:
-        return self  # nothing is derived from it
-
-    def way(self, layout: Layout, groupable: bool) -> Few:
-        columns, ranks, scales = layout
-        weights = self._chosen
-        here = [(place, weights[c] * scales[place]) for place, c in enumerate(columns) if c in weights]
-        return Few(ranks, here)
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,6 @@ Shapes: B batch, T tokens, N experts.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -77,33 +76,6 @@ class Router(nn.Module):
             return None
         best, index = logits.topk(k, dim=-1)
         return index, best.softmax(-1)
-
-    def choose(self, hidden: torch.Tensor, experts: tuple[int, ...] | None = None) -> dict[int, float] | None:
-        """What `logits` and `top` find for the one token of hidden (1, 1, hidden_size): the weights of its k experts.
-
-        In Python's numbers: on the CPU, ten operations on tensors of a few numbers take as long as a matmul of the
-        base model. None where those are the way: on another device, in autocast, with all experts, or where a number
-        is not finite or two are equal.
-        """
-        weight = self._weight(experts)
-        count, width = weight.shape
-        k = self.config.experts_per_token(count)
-        if k == count or not hidden.is_cpu or not weight.is_cpu or torch.is_autocast_enabled("cpu"):
-            return None
-        x = hidden.view(width)
-        if not x.dtype == weight.dtype == torch.float32:
-            x, weight = x.to(torch.float32), weight.to(torch.float32)
-        logits, square = torch.mv(weight, x).tolist(), torch.dot(x, x).item()
-        if not math.isfinite(sum(logits, square)):
-            return None
-        scale = 1 / math.sqrt(self.config.temperature**2 * (square / width + RMS_EPSILON))
-        best = sorted(range(count), key=logits.__getitem__, reverse=True)
-        if logits[best[k - 1]] == logits[best[k]]:
-            return None  # of equal ones, `top` has its own choice
-        best = best[:k]
-        shares = [math.exp((logits[i] - logits[best[0]]) * scale) for i in best]
-        total = sum(shares)
-        return {i: share / total for i, share in zip(best, shares, strict=True)}
 
 
 @lru_cache(maxsize=16)

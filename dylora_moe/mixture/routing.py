@@ -20,7 +20,7 @@ from torch import nn
 
 from ..errors import UsageError
 from .expert_matrices import SharedInput, Watch
-from .layer_pass import Expert, LayerSlot, Mix, OneToken
+from .layer_pass import Expert, LayerSlot, Mix
 from .routed_linear import RoutedLinear
 from .router import Router
 
@@ -168,10 +168,6 @@ class Routing:
         with_new = trains or noted
         if self.router.num_experts == 1 or (len(plan.trained) <= 1 and not with_new):
             return ()
-        if plan.sparse and not with_new and hidden.shape[:-1].numel() == 1 and not torch.compiler.is_compiling():
-            chosen = self.router.choose(hidden, plan.trained if plan.new else None)
-            if chosen is not None:
-                return (OneToken(plan.trained, chosen),)
         if not plan.trained or not plan.new:
             logits = self.router.logits(hidden)  # (B, T, N)
             mix, probs = self._mix(plan.trained or plan.new, logits, plan.sparse)

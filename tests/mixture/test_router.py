@@ -48,30 +48,6 @@ def test_top_is_renormalised_and_none_where_it_is_all():
     assert router(4, top_k=9).top(logits) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("experts", [None, (4, 0, 2)])
-def test_the_choice_of_one_token_is_that_of_the_logits(dtype, experts):
-    gate = router(5, top_k=2, temperature=0.3)
-    for scale in (1e-4, 1, 100):
-        hidden = (torch.randn(1, 1, HIDDEN) * scale).to(dtype)
-        index, weights = gate.top(gate.logits(hidden, experts)[0])
-        chosen = gate.choose(hidden, experts)
-        assert list(chosen) == index[0].tolist()
-        assert list(chosen.values()) == pytest.approx(weights[0].tolist(), abs=1e-5)
-
-
-def test_what_is_not_chosen_in_numbers():
-    gate, hidden = router(5, top_k=2), torch.randn(1, 1, HIDDEN)
-    assert gate.choose(hidden) is not None
-    assert router(2, top_k=2).choose(hidden) is None, "all experts"
-    for wrong in (float("nan"), float("inf"), 3e38):
-        assert gate.choose(torch.full_like(hidden, wrong)) is None
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert gate.choose(hidden) is None
-    assert gate.choose(hidden.to("meta")) is None
-    assert gate.choose(torch.zeros_like(hidden)) is None, "all are equal"
-
-
 def test_growing_keeps_the_rows_that_were_there():
     gate = router()
     before = gate.gate.weight.detach().clone()
