@@ -28,7 +28,7 @@ from dylora_moe.base.preserve import fresh_base, seeded, untouched
 from dylora_moe.checkpoint import formats
 from dylora_moe.checkpoint.probe import make_probe
 from dylora_moe.checkpoint.read import load_into
-from dylora_moe.checkpoint.verify import find_problems
+from dylora_moe.checkpoint.verify import find_problems, open_checkpoint
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.errors import CheckpointError
 from dylora_moe.store import run_folder
@@ -103,7 +103,7 @@ def measure_folder(model: DyLoRAMoE, folder: Path, rounds: int, result: Result) 
         READ: Case(lambda: read_all(files)),
         VERIFY: Case(lambda: find_problems(kept)),
         COPY: Case(lambda: target.copy_(source)),
-        LOAD: Case(lambda: load_into(kept, other)),
+        LOAD: Case(lambda: load_into(open_checkpoint(kept), other)),
     }
     timings = common.interleaved(cases, rounds)
     check(model, other, kept, result)
@@ -154,7 +154,7 @@ def check(model: DyLoRAMoE, loaded: DyLoRAMoE, folder: Path, result: Result) -> 
     found = sum(formats.ADAPTER_WEIGHTS in problem for problem in find_problems(folder))
     result.check("changed bytes that verify missed", 1 - min(found, 1), 0)
     try:
-        load_into(folder, loaded)
+        load_into(open_checkpoint(folder), loaded)
         result.check("changed bytes that load missed", 1, 0)
     except CheckpointError:
         result.check("changed bytes that load missed", 0, 0)

@@ -1,6 +1,6 @@
-"""What the checks of a checkpoint folder share: its files, the problems found so far, and rules for values from JSON.
+"""What the checks of a checkpoint share: the files found, the problems found, and rules for values from JSON.
 
-Standard library only.
+Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -12,14 +12,21 @@ import stat
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..store.files import FileProblem, shown
+from ..store.manifest import Identity
+from .safetensors_file import Scan, read_json, scan_file
+
+if TYPE_CHECKING:
+    from .config import CheckpointConfig
 
 MAX_FILES = 8 * 1024
 MAX_LISTED = 10
 SAVE_AGAIN = "restore the file from a copy, or save the checkpoint again"
 
 Rules = tuple[tuple[str, str, Callable[[object], bool]], ...]  # key, what is expected, whether a value is that
+T = TypeVar("T")
 
 _shortener = reprlib.Repr()
 _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 60
@@ -28,36 +35,38 @@ _shortener.maxlevel = 2
 
 @dataclass
 class Contents:
-    """What a folder holds, as far as it could be read, and what is wrong with it."""
+    """What a folder holds, as far as it can be read, and every problem of it."""
 
     folder: Path
     files: dict[str, os.stat_result] = field(default_factory=dict)
-    config: dict = field(default_factory=dict)
+    config: CheckpointConfig | None = None  # None if it is missing or wrong
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
-    scanned: dict[str, list] = field(default_factory=dict)  # file -> what `scan_float32` says, where that is known
+    scans: dict[str, Scan] = field(default_factory=dict)  # of the safetensors files that have been read already
+    identity: Identity | None = None  # of the folder; None before it is published
 
     @property
     def total_bytes(self) -> int:
         return sum(info.st_size for info in self.files.values())
 
     def report(self, name: str, text: str, remedy: str = SAVE_AGAIN) -> None:
-        self.problems.append(printable(f"{shown(name)}: {text}; {remedy}"))
+        """Add a problem of a file."""
+        self.problems.append(shown(f"{shown(name)}: {text}; {remedy}", most=2000))
         self.suspects.add(shown(name))
 
     def take(self, problems: Iterable[str]) -> None:
-        """Problems that are texts already, each beginning with the file's name."""
+        """Add problems that are complete texts, each of which begins with the name of its file."""
         for problem in problems:
             self.problems.append(problem)
             self.suspects.add(problem.partition(": ")[0])
 
     def expect(self, name: str, what: str, expected: object, found: object) -> None:
-        """Report a difference."""
+        """Report that a file holds something else than expected."""
         what = f"{what}: " if what else ""
         self.report(name, f"{what}expected {expected}, found {found}")
 
     def is_known(self, name: str) -> bool:
-        """Whether a problem of this file has been reported already: one missing file is one problem."""
+        """Whether a problem of this file has been reported already: a missing file is one problem, not several."""
         return shown(name) in self.suspects
 
     def list(self, name: str, items: Iterable[str], text: Callable[[str], str]) -> None:
@@ -68,8 +77,11 @@ class Contents:
         if len(items) > MAX_LISTED:
             self.report(name, f"... and {len(items) - MAX_LISTED} more like this: {text(items[-1])}")
 
-    def read(self, name: str, reader: Callable) -> object | None:
-        """`reader` of one file; None where it is missing (which the file set reports) or unreadable (reported here)."""
+    def read(self, name: str, reader: Callable[[Path], T]) -> T | None:
+        """Return what `reader` makes of a file, or None if the file is missing or unreadable.
+
+        An unreadable file is reported here, a missing one by the check of the set of files.
+        """
         if name not in self.files:
             return None
         try:
@@ -80,8 +92,26 @@ class Contents:
             self.report(name, f"expected to read it, found: {error.strerror or error}")
         return None
 
+    def read_object(self, name: str) -> dict[str, Any] | None:
+        """Return the JSON object that a file holds, or None if it holds none, which is reported."""
+        before = len(self.problems)
+        found = self.read(name, read_json)
+        if isinstance(found, dict):
+            return found
+        if name in self.files and len(self.problems) == before:
+            self.expect(name, "", "a JSON object", type(found).__name__)
+        return None
+
+    def scan(self, name: str) -> Scan | None:
+        """Return what one reading of a safetensors file tells; it is read now unless it has been already."""
+        scan = self.scans.get(name) or self.read(name, scan_file)
+        if scan is not None and scan.problem is not None:
+            self.report(name, scan.problem)
+            return None
+        return scan
+
     def follow(self, name: str, found: object, rules: Rules, prefix: str = "") -> bool:
-        """Report where the values of a JSON object, by dotted path, are not what the rules say."""
+        """Report each value of a JSON object, by dotted path, that breaks its rule. Returns whether none does."""
         right = True
         for path, expected, rule in rules:
             value = get(found, path)
@@ -91,7 +121,7 @@ class Contents:
         return right
 
     def walk(self) -> None:
-        """Find all files. Links are not followed, and what is neither file nor folder is reported."""
+        """Find all files. Links are not followed, and whatever is neither a file nor a folder is reported."""
         pending = [""]
         seen = 0
         while pending:
@@ -119,7 +149,7 @@ class Contents:
 
 
 def get(found: object, path: str) -> object:
-    """The value at a dotted path of nested JSON objects; None where there is none."""
+    """Return the value at a dotted path of nested JSON objects, or None if there is none."""
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
     return found
@@ -146,12 +176,6 @@ def texts(value: object) -> bool:
 
 
 def short(value: object) -> str:
-    """A value from JSON in at most 80 characters, however deep or long it is."""
+    """Represent a value from JSON in at most 80 characters, however deep or long it is."""
     text = _shortener.repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def printable(text: str) -> str:
-    """A text that every terminal can show: no control characters, no lone surrogates, no megabytes."""
-    text = text if len(text) <= 2000 else text[:2000] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -16,6 +16,7 @@ PROBE = "probe.safetensors"
 ADAPTERS = "peft_adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TENSOR_FILES = (ADAPTER_WEIGHTS, ROUTER, SKILLS, PROBE)
 GATE = "gate.weight"
 
 OPTIMIZER = "optimizer.pt"

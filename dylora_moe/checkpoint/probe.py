@@ -1,34 +1,34 @@
-"""The proof that a checkpoint carries: what the saving process computed for a fixed input, and a digest of its tensors.
+"""The probe of a checkpoint: what the saving process computed for a fixed input, and digests of the tensors it saved.
 
-A checkpoint whose manifest was rewritten to fit other tensors is sound in itself; against the probe it is not.
+A checkpoint whose manifest was rewritten to fit other tensors is sound in itself, but contradicts its probe.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from .. import __version__
 from ..base.hankel import HankelMatrix
 from ..base.preserve import untouched
 from ..base.structure import weights_fingerprint
 from ..constants import expert_name
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError
 from ..mixture.model import Mixture
 from ..system import machine
 from . import formats
-from .safetensors_file import hash_tensors
-from .verify_tensors import read_facts
+from .tensors import dtype_name, tensor_digests
+from .verify import SoundCheckpoint
 
 PROBE_ENTRIES = 32
-ROWS = 8  # experts of one forward pass
-# Between machines, devices or numbers of threads matmuls round differently; about four bits of the dtype's precision.
+ROWS = 8  # experts that share a forward pass, one for each row of the batch
+# Matmuls round differently on another machine or device, or with another number of threads. These allow for about four
+# bits of the dtype's precision.
 PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16": 0.05}
 
 
@@ -50,15 +50,17 @@ Outputs = tuple[dict[str, torch.Tensor], dict[str, str]]  # tensors and facts
 def make_probe(
     model: Mixture, digests: Sequence[str] | None = None, outputs: Outputs | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """What this model computes for a fixed input, and the facts under which that can be compared.
+    """Compute the probe of a mixture: its tensors, and the facts under which they can be compared.
 
     input_ids (1, 16) and vocabulary (32,) int64; routed (16, 32) and experts (N, 16, 32) float32, the logits of those
-    vocabulary entries; sha256 (N + 1, 32) uint8, of each expert's tensors and the router's. None where the base has no
-    weights, and where it overflows its dtype.
+    vocabulary entries; sha256 (N + 1, 32) uint8, of the file of each expert and of the router.
 
     Args:
-        digests: those SHA-256, where they are known already.
-        outputs: of `probe_outputs`, likewise.
+        digests: the SHA-256 of those files, if they are known already.
+        outputs: what `probe_outputs` has returned, if it was called already.
+
+    Returns:
+        None if the base has no weights, or if its logits overflow their dtype.
     """
     outputs = outputs or probe_outputs(model)
     if outputs is None:
@@ -71,9 +73,9 @@ def make_probe(
 
 
 def probe_outputs(model: Mixture) -> Outputs | None:
-    """The part of a probe that takes forward passes, finite or not; None where the base has no weights.
+    """Compute the part of a probe that takes forward passes, finite or not; None if the base has no weights.
 
-    Of a sharded base every rank must ask for it, and the one that saves gives it to `checkpoint.save`.
+    If the base is sharded, every rank must call it, and the one that saves hands the result to `save_checkpoint`.
     """
     if not model.has_base_weights:
         return None
@@ -87,7 +89,7 @@ def probe_outputs(model: Mixture) -> Outputs | None:
 
 
 def probe_facts(model: Mixture) -> dict[str, str]:
-    """Where these are equal, so must the logits be to the bit; another machine or device rounds differently."""
+    """Return the facts that decide how a model rounds: if they are equal, the logits must be equal to the bit."""
     return {
         "dtype": dtype_name(model),
         "device_type": model.device.type,
@@ -97,8 +99,10 @@ def probe_facts(model: Mixture) -> dict[str, str]:
 
 
 def saved_on(facts: Mapping[str, str], model: Mixture) -> bool:
-    """Whether the base's weights are those of a probe's facts; true as well where it cannot be told: for weights of
-    another dtype, on the meta device, or kept elsewhere."""
+    """Return whether the base's weights are those of a probe's facts.
+
+    True as well if it cannot be told: for weights of another dtype, on the meta device, or offloaded.
+    """
     return (
         not model.has_base_weights
         or facts.get("dtype") != dtype_name(model)
@@ -107,27 +111,23 @@ def saved_on(facts: Mapping[str, str], model: Mixture) -> bool:
 
 
 def _is_compact(model: Mixture) -> bool:
-    """Whether products with the base's matrices are computed in another way than with a matrix of full size."""
+    """Whether the base has compact random weights, whose products round differently from those of full matrices."""
     return any(isinstance(parameter, HankelMatrix) for parameter in model.base.parameters())
 
 
-def dtype_name(model: Mixture) -> str:
-    """The dtype of the base's weights, such as "bfloat16"."""
-    weight = model.base.get_input_embeddings().weight
-    return str(weight.dtype).removeprefix("torch.")
-
-
-def read_probe(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
-    """The tensors and facts of a sound checkpoint's probe; None where it carries none."""
-    path = Path(folder) / formats.PROBE
-    return (load_file(path), read_facts(path)) if path.exists() else None
+def read_probe(checkpoint: SoundCheckpoint) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Return the tensors and the facts of a checkpoint's probe, or None if it has none."""
+    if not checkpoint.config.probe:
+        return None
+    with safe_open(checkpoint.folder / formats.PROBE, framework="pt") as file:
+        return file.get_tensors(), json.loads(file.metadata()["probe"])
 
 
 def probe_difference(model: Mixture, probe: dict[str, torch.Tensor]) -> ProbeDifference:
-    """How far this model is from what the saving process computed.
+    """Compare what this model computes with what the saving process computed.
 
     Raises:
-        CheckpointError: where the probe is of a mixture of another shape.
+        CheckpointError: if the probe is of a mixture of another shape.
     """
     _check_shape(model, probe)
     routed, experts = _probe_logits(model, probe["input_ids"], probe["vocabulary"])
@@ -137,12 +137,12 @@ def probe_difference(model: Mixture, probe: dict[str, torch.Tensor]) -> ProbeDif
 
 
 def changed_tensors(model: Mixture, probe: dict[str, torch.Tensor]) -> list[str]:
-    """The experts, and "router", whose tensors are not to the bit those that were saved.
+    """Return the names of the experts, or "router", whose tensors are not to the bit those that were saved.
 
-    The logits need not show it: in bfloat16 a small change of one weight is rounded away. And it needs no base weights.
+    The logits need not show it: in bfloat16 a small change of one weight is rounded away. No base weights are needed.
 
     Raises:
-        CheckpointError: where the probe is of a mixture of another shape.
+        CheckpointError: if the probe is of a mixture of another shape.
     """
     _check_shape(model, probe)
     names = [*map(expert_name, range(model.num_experts)), "router"]
@@ -162,50 +162,15 @@ def _check_shape(model: Mixture, probe: dict[str, torch.Tensor]) -> None:
 
 
 def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """max |a - b|; NaN counts as infinitely far."""
+    """Return max |a - b|, which is infinite if it is NaN."""
     difference = (a.double() - b.double()).abs().max().item()
     return float("inf") if difference != difference else difference
 
 
-def as_arrays(tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """The same values on the CPU, in float32 where they were rounded further; not copied where they are that already.
-
-    Raises:
-        UsageError: for float64, of which float32 would hold others.
-    """
-    return {name: _as_saved(name, tensor).contiguous().numpy() for name, tensor in tensors.items()}
-
-
-def _as_saved(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.dtype == torch.float64:
-        raise UsageError(f"{name} is in float64, experts and router are saved in float32: cast the mixture to it first")
-    return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-
-def tensor_digests(model: Mixture) -> list[str]:
-    """The SHA-256 of the file that each expert, and then the router, is written to."""
-    parts = [*expert_tensors(model), gate_tensors(model)]
-    return [hash_tensors(as_arrays(part)) for part in parts]
-
-
-def expert_tensors(model: Mixture) -> list[dict[str, torch.Tensor]]:
-    """`model.expert_tensors` of every expert, in one walk over the modules, of which each expert brings more."""
-    found: list[dict[str, torch.Tensor]] = [{} for _ in range(model.num_experts)]
-    for path, layer in model.routed_layers():
-        for index, tensors in enumerate(found):
-            name = expert_name(index)
-            if name in layer.lora_A:
-                tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name].weight
-                tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name].weight
-    return found
-
-
-def gate_tensors(model: Mixture) -> dict[str, torch.Tensor]:
-    return {formats.GATE: model.router.gate.weight}
-
-
-def _probe_logits(model: Mixture, input_ids: torch.Tensor, vocabulary: torch.Tensor) -> tuple:
-    """Routed (16, n) and each expert alone (N, 16, n)."""
+def _probe_logits(
+    model: Mixture, input_ids: torch.Tensor, vocabulary: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the routed mixture (16, n) and of each expert alone (N, 16, n)."""
     experts = range(model.num_experts)
     with untouched(model):
         runs = [model(beside(model, input_ids), use_cache=False).logits]
@@ -215,22 +180,22 @@ def _probe_logits(model: Mixture, input_ids: torch.Tensor, vocabulary: torch.Ten
 
 
 def logits_alone(model: Mixture, input_ids: torch.Tensor, experts: Sequence[int]) -> torch.Tensor:
-    """(len(experts), T, vocabulary) logits of input_ids (1, T) for each of the experts alone, in one pass."""
+    """Return the logits (len(experts), T, vocabulary) of input_ids (1, T), of each expert alone, from one pass."""
     rows = beside(model, input_ids).expand(len(experts), -1)  # (len(experts), T)
     with untouched(model):
         return model(rows, expert=experts, use_cache=False).logits
 
 
 def beside(model: Mixture, input_ids: torch.Tensor) -> torch.Tensor:
-    """On the device that takes them."""
+    """Return the tokens on the device of the base's embeddings."""
     return input_ids.to(model.base.get_input_embeddings().weight.device)
 
 
-def arithmetic(device) -> str:
-    """What rounding depends on: two processes with the same text compute the same bits for the same input.
+def arithmetic(device: torch.device) -> str:
+    """Describe what rounding depends on: two processes of the same description compute the same bits.
 
-    Processor, vector instructions, number of threads, for another device its name too, and the versions of what
-    computes: another one may add up in another order.
+    These are the processor, its vector instructions, the number of threads, the name of another device, and the
+    versions of the libraries, since another version may add in another order.
     """
     parts = [machine.cpu_name(), torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
     parts += [f"torch {torch.__version__}", f"transformers {transformers.__version__}", f"dylora_moe {__version__}"]

@@ -7,28 +7,28 @@ tensors' bytes without gaps.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
-from ..store.files import FileProblem, explained, is_hole, open_regular, parse_json
+from ..store.files import FileProblem, is_hole, open_regular, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 16 << 20
 MAX_NAME = 512
 CHUNK_BYTES = 1 << 20
-FLUSHED_AT_ONCE = 1 << 20
 ITEM_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
     "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-_WRITTEN = {"uint8": "U8", "float32": "F32", "int64": "I64"}
+HOLE = "expected values, found a hole: it takes next to nothing on the disk"
+_one_header_at_a_time = threading.Lock()  # a hostile one takes hundreds of megabytes
 
 
 @dataclass(frozen=True)
@@ -42,105 +42,90 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
-class Written:
-    """A file just written: (bytes, SHA-256) of it, and of each of its float32 tensors what `scan_float32` would say."""
+class Extremes:
+    """Of the float32 values of a tensor: whether all are finite, and whether any is not zero."""
 
-    digest: tuple[int, str]
-    values: list[tuple[str, bool, bool]]
-
-
-# ---- writing ----
+    finite: bool
+    nonzero: bool
 
 
-def write_tensors(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> Written:
-    """Write a safetensors file, to the byte as `safetensors.torch.save_file` does it; hash and look at it on the way.
+@dataclass
+class Scan:
+    """What one reading of a safetensors file tells. With a `problem`, only the digest counts."""
 
-    Unlike that function it holds no copy of the tensors, and the file's mode follows the umask. One key of metadata at
-    most: safetensors itself writes several in an order that changes from run to run. A large file is flushed at once:
-    the disk is busy with it while the next one is hashed.
+    metadata: dict[str, str] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    extremes: dict[str, Extremes] = field(default_factory=dict)  # of the float32 tensors
+    problem: str | None = None
+    digest: tuple[int, str] = (0, "")  # bytes and SHA-256 of the file
 
-    Args:
-        arrays: contiguous uint8, float32 or int64.
+
+class Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+class _Hashing:
+    """A file whose bytes are hashed as they are read."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._hash, self.length = file, hashlib.sha256(), 0
+
+    def read(self, size: int, /) -> bytes:
+        raw = self._file.read(size)
+        self._hash.update(raw)
+        self.length += len(raw)
+        return raw
+
+    def digest(self) -> tuple[int, str]:
+        return self.length, self._hash.hexdigest()
+
+
+def scan_file(path: Path) -> Scan:
+    """Hash a safetensors file, check its header and look at its float32 values, all in one reading.
+
+    A few MiB are in memory at a time. A sparse file, whose zeros it would take hours to read, is not read to its end.
 
     Raises:
-        UsageError: where it cannot be written.
+        OSError: if it cannot be read, or is not a regular file.
     """
-    digest, size = hashlib.sha256(), 0
-    seen = {name: Extent() for name, array in arrays.items() if array.dtype.name == "float32"}
-    with explained("write", path), open(path, "wb", buffering=0) as file:
-        for name, chunk in _serialised(arrays, metadata):
-            digest.update(chunk)
-            if name in seen:
-                seen[name].add(chunk)
-            size += len(chunk)
-            while chunk:
-                chunk = chunk[file.write(chunk) :]
-        if size >= FLUSHED_AT_ONCE:
-            os.fsync(file.fileno())
-    return Written((size, digest.hexdigest()), [(name, extent.finite, extent.nonzero) for name, extent in seen.items()])
+    scan = Scan()
+    with os.fdopen(open_regular(path), "rb") as file:
+        info = os.fstat(file.fileno())
+        hashing = _Hashing(file)
+        try:
+            scan.metadata, scan.tensors = _parse_header(hashing, info.st_size)
+            if is_hole(info):
+                raise FileProblem(HOLE)
+            for name, tensor in sorted(scan.tensors.items(), key=lambda item: item[1].start):
+                chunks = _chunks(hashing, name, tensor)
+                if tensor.dtype == "F32":
+                    scan.extremes[name] = _extremes(chunks)
+                else:
+                    for _ in chunks:
+                        pass
+        except FileProblem as error:
+            scan.problem = str(error)
+        while not is_hole(info) and hashing.length <= info.st_size and hashing.read(CHUNK_BYTES):
+            pass
+    scan.digest = hashing.digest()
+    return scan
 
 
-def hash_tensors(arrays: Mapping[str, np.ndarray]) -> str:
-    """The SHA-256 of what `write_tensors` would write."""
-    digest = hashlib.sha256()
-    for _, chunk in _serialised(arrays, None):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _serialised(
-    arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
-) -> Iterator[tuple[str | None, memoryview]]:
-    """The bytes of a safetensors file, and whose they are, in chunks that stay in the cache."""
-    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name.encode()))
-    header: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
-    position = 0
-    for name in order:
-        array = arrays[name]
-        entry = {"dtype": _WRITTEN[array.dtype.name], "shape": list(array.shape)}
-        header[name] = entry | {"data_offsets": [position, position + array.nbytes]}
-        position += array.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    yield None, memoryview(len(text).to_bytes(8, "little") + text)
-    for name in order:
-        view = memoryview(np.ravel(arrays[name]).view(np.uint8))
-        for start in range(0, len(view), CHUNK_BYTES):
-            yield name, view[start : start + CHUNK_BYTES]
-
-
-class Extent:
-    """Whether all float32 values of a tensor are finite, and whether any is not zero, chunk by chunk."""
-
-    def __init__(self):
-        self.finite, self.nonzero = True, False
-
-    def add(self, raw: bytes | memoryview) -> None:
+def _extremes(chunks: Iterator[bytes]) -> Extremes:
+    finite, nonzero = True, False
+    for raw in chunks:
         values = np.frombuffer(raw, dtype="<f4")
-        least, most = float(values.min()), float(values.max())  # NaN where there is one
-        self.finite = self.finite and math.isfinite(least) and math.isfinite(most)
-        self.nonzero = self.nonzero or least != 0 or most != 0
-
-
-def write_bytes(path: Path, data: bytes) -> Written:
-    """Write a file, and hash it.
-
-    Raises:
-        UsageError: where it cannot be written.
-    """
-    with explained("write", path), open(path, "wb") as file:
-        file.write(data)
-    return Written((len(data), hashlib.sha256(data).hexdigest()), [])
-
-
-# ---- reading ----
+        least, most = float(values.min()), float(values.max())  # NaN if there is one
+        finite = finite and math.isfinite(least) and math.isfinite(most)
+        nonzero = nonzero or least != 0 or most != 0
+    return Extremes(finite, nonzero)
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a regular file for reading, never through a link and never waiting for a pipe.
+    """Open a regular file for reading, without following a link or waiting for a pipe.
 
     Raises:
-        FileProblem: where it is anything else, or cannot be opened.
+        FileProblem: if it is anything else, or cannot be opened.
     """
     try:
         return os.fdopen(open_regular(path), "rb")
@@ -152,7 +137,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
     """Parse a JSON file of at most `most` bytes.
 
     Raises:
-        FileProblem: where there is no such file, and as of `safefiles.parse_json`.
+        FileProblem: if it cannot be opened or is larger, and like `store.files.parse_json`.
     """
     with open_file(path) as file:
         raw = file.read(most + 1)
@@ -162,29 +147,36 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """The metadata and the tensors of a safetensors file, checked against the file's size.
+    """Return the metadata and the tensors of a safetensors file, checked against the size of the file.
 
     Raises:
-        FileProblem: for a header that is cut off, huge, not JSON, or whose offsets overlap, leave gaps or lie.
+        FileProblem: if the header is cut off, huge or not JSON, or if its offsets overlap, leave gaps or lie.
     """
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size < 8:
-            raise FileProblem(f"expected a safetensors file, found {size} bytes: it is empty or cut off")
-        length = int.from_bytes(file.read(8), "little")
-        if length > min(MAX_HEADER_BYTES, size - 8):
-            raise FileProblem(
-                f"expected a safetensors header of at most {min(MAX_HEADER_BYTES, size - 8)} bytes, found the length "
-                f"{length}: it is cut off or no safetensors file"
-            )
-        header = parse_json(file.read(length))
+        return _parse_header(file, os.fstat(file.fileno()).st_size)
+
+
+def _parse_header(file: Readable, size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    if size < 8:
+        raise FileProblem(f"expected a safetensors file, found {size} bytes: it is empty or cut off")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(MAX_HEADER_BYTES, size - 8):
+        raise FileProblem(
+            f"expected a safetensors header of at most {min(MAX_HEADER_BYTES, size - 8)} bytes, found the length "
+            f"{length}: it is cut off or no safetensors file"
+        )
+    with _one_header_at_a_time:
+        return _check_header(parse_json(file.read(length)), 8 + length, size)
+
+
+def _check_header(header: object, data_start: int, size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:
     if not isinstance(header, dict):
         raise FileProblem(f"expected a header that is a JSON object, found {type(header).__name__}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise FileProblem("expected metadata that is a map of texts, found something else")
-    tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in header.items()}
-    position = 8 + length
+    tensors = {name: _tensor_info(name, entry, data_start) for name, entry in header.items()}
+    position = data_start
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if info.start != position:
             raise FileProblem(f"tensor {name}: expected it to start at byte {position}, found {info.start}")
@@ -220,33 +212,20 @@ def _naturals(value: object, most: int) -> bool:
     )
 
 
-def scan_float32(path: Path, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, bool, bool]]:
-    """(name, all values are finite, any value is not zero) of each float32 tensor, a few MiB in memory at a time."""
-    with open_file(path) as file:
-        if is_hole(os.fstat(file.fileno())):
-            raise FileProblem("expected values, found a hole: it takes next to nothing on the disk")
-        for name, info in sorted(tensors.items(), key=lambda item: item[1].start):
-            if info.dtype != "F32":
-                continue
-            extent = Extent()
-            for raw in _chunks(file, name, info):
-                extent.add(raw)
-            yield name, extent.finite, extent.nonzero
-
-
 def read_array(path: Path, name: str, info: TensorInfo) -> np.ndarray:
-    """One uint8, float32 or int64 tensor; the caller has made sure that it is small."""
+    """Read one uint8, float32 or int64 tensor; the caller has made sure that it is small."""
     with open_file(path) as file:
+        file.seek(info.start)
         raw = b"".join(_chunks(file, name, info))
     return np.frombuffer(raw, dtype={"U8": "u1", "F32": "<f4", "I64": "<i8"}[info.dtype]).reshape(info.shape)
 
 
-def _chunks(file: BinaryIO, name: str, info: TensorInfo) -> Iterator[bytes]:
-    file.seek(info.start)
+def _chunks(file: Readable, name: str, info: TensorInfo) -> Iterator[bytes]:
+    """Yield the bytes of a tensor, at whose start the file must be."""
     left = info.end - info.start
     while left:
         raw = file.read(min(left, CHUNK_BYTES))
-        if not raw:
+        if len(raw) < min(left, CHUNK_BYTES):
             raise FileProblem(f"tensor {name}: expected {left} bytes more, found the end of the file")
         left -= len(raw)
         yield raw

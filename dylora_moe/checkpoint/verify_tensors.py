@@ -1,6 +1,6 @@
-"""The part of verify.py that looks at tensors: adapters, router, skill library and probe, against config.json.
+"""The checks of what a checkpoint's tensors say: adapters, router, skill library and probe, against config.json.
 
-Headers first, then the values, a few MiB at a time. No torch.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
+from ..constants import NEW, NO_EXPERT
 from ..store.files import FileProblem, parse_json
 from . import formats
-from .findings import Contents, Rules, get, nothing_or, number, short, texts
-from .safetensors_file import TensorInfo, read_array, read_header, read_json, scan_float32
+from .config import CheckpointConfig, ExpertEntry
+from .findings import Contents, Rules, nothing_or, number, short, texts
+from .safetensors_file import Scan, TensorInfo, read_array
 
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+Size = tuple[int, int]  # of a layer: inputs and outputs
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 MAX_SKILLS = 1 << 20
 GO_BACK = "go back to a checkpoint before"
@@ -35,50 +36,51 @@ _PLAIN += ("megatron_config", "monteclora_config", "use_bdlora", "velora_config"
 
 
 def layout(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
-    """A SHA-256 over the sorted names and shapes of an expert's tensors: which layers it has, and of what size."""
+    """Return a SHA-256 over the sorted names and shapes of an expert's tensors."""
     listed = sorted([name, list(shape)] for name, shape in shapes)
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
 
-def check_experts(contents: Contents) -> None:
-    sizes: dict[str, tuple[str, tuple[int, int]]] = {}
+def check_experts(contents: Contents, config: CheckpointConfig) -> None:
+    """Check each expert's adapter_config.json and tensors."""
+    sizes: dict[str, tuple[str, Size]] = {}
     dropouts: dict[float, str] = {}
-    for expert in contents.config["experts"]:
-        folder = formats.adapter_folder(contents.files, expert["name"])
-        excluded = _check_adapter_config(contents, f"{folder}/{formats.ADAPTER_CONFIG}", expert, dropouts)
+    for expert in config.experts:
+        folder = formats.adapter_folder(contents.files, expert.name)
+        name = f"{folder}/{formats.ADAPTER_CONFIG}"
+        found = contents.read_object(name)
+        excluded = set() if found is None else _check_adapter_config(contents, config, expert, (name, found), dropouts)
         _check_adapter(contents, f"{folder}/{formats.ADAPTER_WEIGHTS}", expert, sizes, excluded)
 
 
-def _check_adapter_config(contents: Contents, name: str, expert: dict, dropouts: dict[float, str]) -> set[str]:
-    """Returns what PEFT would leave out of the targets."""
-    before = len(contents.problems)
-    found = contents.read(name, read_json)
-    if name not in contents.files or len(contents.problems) > before:
-        return set()
-    if not isinstance(found, dict):
-        contents.expect(name, "", "a JSON object", type(found).__name__)
-        return set()
-    revision, base = get(contents.config, "base_model.revision"), get(contents.config, "base_model.name")
-    expected = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    expected |= {"revision": revision, "base_model_name_or_path": base}
-    expected |= {key: expert[key] for key in ("r", "lora_alpha", "use_rslora")}
+def _check_adapter_config(
+    contents: Contents,
+    config: CheckpointConfig,
+    expert: ExpertEntry,
+    there: tuple[str, dict],
+    dropouts: dict[float, str],
+) -> set[str]:
+    """Check an adapter_config.json, `there` with its name. Returns the targets that PEFT would leave out."""
+    name, found = there
+    expected: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
+    expected |= {"revision": config.base_model.revision, "base_model_name_or_path": config.base_model.name}
+    expected |= {"r": expert.r, "lora_alpha": expert.lora_alpha, "use_rslora": expert.use_rslora}
     for key, value in expected.items():
-        there, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
-        if there != value or (type(there) is kind) != (type(value) is kind):
-            contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(there))
+        given, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
+        if given != value or (type(given) is kind) != (type(value) is kind):
+            contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(given))
     targets = found.get("target_modules")
-    if not texts(targets) or sorted(targets) != expert["target_modules"]:
-        contents.expect(
-            name, "target_modules", f"{short(expert['target_modules'])}, as in {formats.CONFIG}", short(targets)
-        )
+    if not texts(targets) or sorted(targets) != expert.target_modules:
+        expected_targets = f"{short(expert.target_modules)}, as in {formats.CONFIG}"
+        contents.expect(name, "target_modules", expected_targets, short(targets))
     for key in _PLAIN:
         value = found.get(key)
         if value is not None and value is not False and value not in ([], {}):  # the layer 0 is one
             contents.expect(name, key, "none in an expert", short(value))
     if contents.follow(name, found, _ADAPTER_RULES):
         other = next(iter(dropouts.values()), None)
-        dropouts.setdefault(found["lora_dropout"], expert["name"])
-        if len(dropouts) > 1 and dropouts[found["lora_dropout"]] == expert["name"]:
+        dropouts.setdefault(found["lora_dropout"], expert.name)
+        if len(dropouts) > 1 and dropouts[found["lora_dropout"]] == expert.name:
             rate = next(iter(dropouts))
             contents.expect(name, "lora_dropout", f"{rate} as of {other}", found["lora_dropout"])
         return set(found.get("exclude_modules") or ())
@@ -93,12 +95,14 @@ _ADAPTER_RULES: Rules = (
 )
 
 
-def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict, excluded: set[str]) -> None:
-    header = contents.read(name, read_header)
-    if header is None:
+def _check_adapter(
+    contents: Contents, name: str, expert: ExpertEntry, sizes: dict[str, tuple[str, Size]], excluded: set[str]
+) -> None:
+    scan = contents.scan(name)
+    if scan is None:
         return
-    tensors: dict[str, TensorInfo] = header[1]
-    targets, used = set(expert["target_modules"]), set()
+    tensors = scan.tensors
+    targets, used = set(expert.target_modules), set()
     pairs: dict[str, dict[str, TensorInfo]] = {}
     foreign = []
     for tensor, info in tensors.items():
@@ -111,29 +115,29 @@ def _check_adapter(contents: Contents, name: str, expert: dict, sizes: dict, exc
         pairs.setdefault(match["module"], {})[match["side"]] = info
         if info.dtype != "F32":
             contents.expect(name, f"tensor {tensor}", "dtype F32", info.dtype)
-    contents.list(name, foreign, lambda t: f"tensor {t}: expected tensors of {expert['name']} only, found this one")
+    contents.list(name, foreign, lambda t: f"tensor {t}: expected tensors of {expert.name} only, found this one")
     left_out = [module for module in pairs if _target(module, excluded)]
     contents.list(name, left_out, lambda m: f"expected no tensors of {m}, which exclude_modules leaves out, found some")
     contents.list(name, targets - used, lambda t: f"expected tensors for the target {t[:200]}, found none")
     before = len(contents.problems)
     for module, pair in pairs.items():
         _check_pair(contents, name, expert, module, pair, sizes)
-    if len(tensors) != expert["tensors"]:
-        contents.expect(name, "", f"{expert['tensors']} tensors", len(tensors))
+    if len(tensors) != expert.tensors:
+        contents.expect(name, "", f"{expert.tensors} tensors", len(tensors))
     parameters = sum(math.prod(info.shape) for info in tensors.values())
-    if parameters != expert["parameters"]:
-        contents.expect(name, "", f"{expert['parameters']} parameters", parameters)
+    if parameters != expert.parameters:
+        contents.expect(name, "", f"{expert.parameters} parameters", parameters)
     found = layout((tensor, info.shape) for tensor, info in tensors.items())
-    if found != expert["layout"] and not foreign and len(contents.problems) == before:
+    if found != expert.layout and not foreign and len(contents.problems) == before:
         contents.report(
             name,
             f"expected tensors of the names and shapes that {formats.CONFIG} tells of, found others of their number",
         )
-    _check_values(contents, name, expert, tensors)
+    _check_values(contents, name, expert, scan)
 
 
 def _target(module: str, targets: set[str]) -> str | None:
-    """The target that a module matches by PEFT's rule: it is the module's name, or the end of it after a dot."""
+    """Return the target that a module matches by PEFT's rule: it is its name, or the end of its name after a dot."""
     while module not in targets:
         _, dot, module = module.partition(".")
         if not dot:
@@ -141,70 +145,73 @@ def _target(module: str, targets: set[str]) -> str | None:
     return module
 
 
-def _check_pair(contents: Contents, name: str, expert: dict, module: str, pair: dict, sizes: dict) -> None:
+def _check_pair(
+    contents: Contents,
+    name: str,
+    expert: ExpertEntry,
+    module: str,
+    pair: dict[str, TensorInfo],
+    sizes: dict[str, tuple[str, Size]],
+) -> None:
     tensor = {side: f"tensor base_model.model.{module}.lora_{side}.weight" for side in "AB"}
     for side in "AB":
         if side not in pair:
             contents.expect(name, tensor[side], "one of each pair", "nothing")
             return
-    r, a, b = expert["r"], pair["A"].shape, pair["B"].shape
+    r, a, b = expert.r, pair["A"].shape, pair["B"].shape
     for side, shape, rank_at, wanted in (("A", a, 0, f"({r}, d_in)"), ("B", b, 1, f"(d_out, {r})")):
         if len(shape) != 2 or shape[rank_at] != r or not all(shape):
             contents.expect(name, tensor[side], f"shape {wanted}", shape)
             return
     size = (a[1], b[0])
-    other, known = sizes.setdefault(module, (expert["name"], size))
+    other, known = sizes.setdefault(module, (expert.name, size))
     if known != size:
         contents.expect(name, f"tensors of {module}", f"to map {known[0]} to {known[1]} as in {other}", size)
 
 
-def _check_values(contents: Contents, name: str, expert: dict, tensors: dict[str, TensorInfo]) -> None:
-    scanned = _scan(contents, name, tensors)
-    if scanned is None:
-        return
+def _check_values(contents: Contents, name: str, expert: ExpertEntry, scan: Scan) -> None:
+    _check_finite(contents, name, scan)
     trained = False
-    for tensor, nonzero in scanned:
+    for tensor, extremes in scan.extremes.items():
         is_b = tensor.endswith(".lora_B.weight")
-        trained = trained or (is_b and nonzero)
-        if not is_b and not nonzero:
+        trained = trained or (is_b and extremes.nonzero)
+        if not is_b and not extremes.nonzero:
             contents.expect(name, f"tensor {tensor}", "values", "zeros only: it can have no effect")
-    if not trained and expert["state"] != "new":
-        contents.report(name, f"expected {expert['state']} experts to be trained, found every lora_B zero: no effect")
-    if trained and expert["state"] == "new":
+    if not trained and expert.state != NEW:
+        contents.report(name, f"expected {expert.state} experts to be trained, found every lora_B zero: no effect")
+    if trained and expert.state == NEW:
         contents.report(name, "expected every lora_B of a new expert to be zero, found trained ones")
 
 
-def _scan(contents: Contents, name: str, tensors: dict[str, TensorInfo]) -> list[tuple[str, bool]] | None:
-    """(name, any value is not zero) of each float32 tensor; those that are not finite are reported."""
-    scanned = contents.scanned.get(name)
-    if scanned is None:
-        scanned = contents.read(name, lambda path: list(scan_float32(path, tensors)))
-    for tensor, finite, _ in scanned or ():
-        if not finite:
+def _check_finite(contents: Contents, name: str, scan: Scan) -> None:
+    for tensor, extremes in scan.extremes.items():
+        if not extremes.finite:
             contents.report(name, f"tensor {tensor}: expected finite numbers, found NaN or Inf", GO_BACK)
-    return None if scanned is None else [(tensor, nonzero) for tensor, _, nonzero in scanned]
 
 
 # ---- the other files ----
 
 
-def check_router(contents: Contents) -> None:
-    header = contents.read(formats.ROUTER, read_header)
-    if header is None:
+def check_router(contents: Contents, config: CheckpointConfig) -> None:
+    """Check the router's gate."""
+    scan = contents.scan(formats.ROUTER)
+    if scan is None:
         return
-    n, hidden = contents.config["num_experts"], contents.config["router"]["hidden_size"]
-    _check_tensors(contents, formats.ROUTER, header[1], {formats.GATE: ("F32", (n, hidden))}, f"for {n} experts")
-    for tensor, nonzero in _scan(contents, formats.ROUTER, header[1]) or ():
-        if not nonzero:
+    n, hidden = config.num_experts, config.router.hidden_size
+    _check_tensors(contents, formats.ROUTER, scan.tensors, {formats.GATE: ("F32", (n, hidden))}, f"for {n} experts")
+    _check_finite(contents, formats.ROUTER, scan)
+    for tensor, extremes in scan.extremes.items():
+        if not extremes.nonzero:
             contents.expect(formats.ROUTER, f"tensor {tensor}", "values", "zeros only: it would not route")
 
 
 def check_skills(contents: Contents) -> None:
+    """Check the names, the embeddings and the experts of the skill library, also if config.json is wrong."""
     name = formats.SKILLS
-    header = contents.read(name, read_header)
-    if header is None:
+    scan = contents.scan(name)
+    if scan is None:
         return
-    tensors = header[1]
+    tensors = scan.tensors
     rows = tensors["names"].shape[0] if "names" in tensors and tensors["names"].shape else 0
     expected = {"names": ("U8", (rows, 32)), "embeddings": ("F32", (rows, 64)), "experts": ("I64", (rows,))}
     if not _check_tensors(contents, name, tensors, expected, f"for {rows} skills"):
@@ -216,20 +223,17 @@ def check_skills(contents: Contents) -> None:
     if values is None:
         return
     _check_skill_names(contents, values["names"])
-    with_numbers = contents.config.get("num_experts")
-    wrong = (values["experts"] < -1) | (values["experts"] >= (with_numbers or 1 << 62))
+    count = contents.config.num_experts if contents.config else None
+    wrong = (values["experts"] < NO_EXPERT) | (values["experts"] >= (count or 1 << 62))
     for row in wrong.nonzero()[0][:3]:
-        contents.expect(
-            name, f"tensor experts, skill {row}", f"-1 or an expert below {with_numbers}", values["experts"][row]
-        )
-
+        contents.expect(name, f"tensor experts, skill {row}", f"-1 or an expert below {count}", values["experts"][row])
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(values["embeddings"].astype(np.float64), axis=1)
     for row in (~(np.abs(lengths - 1) < 1e-3)).nonzero()[0][:3]:  # NaN included
         contents.expect(name, f"tensor embeddings, skill {row}", "a vector of length 1", f"{lengths[row]:.4g}")
 
 
-def _check_skill_names(contents: Contents, names) -> None:
+def _check_skill_names(contents: Contents, names: np.ndarray) -> None:
     seen: set[str] = set()
     for row, raw in enumerate(names):
         stripped = raw.tobytes().rstrip(b"\0")
@@ -244,12 +248,13 @@ def _check_skill_names(contents: Contents, names) -> None:
         seen.add(found)
 
 
-def check_probe(contents: Contents) -> None:
-    name, n = formats.PROBE, contents.config["num_experts"]
-    header = contents.read(name, read_header)
-    if header is None:
+def check_probe(contents: Contents, config: CheckpointConfig) -> None:
+    """Check the probe's tensors, and the facts in its metadata."""
+    name, n = formats.PROBE, config.num_experts
+    scan = contents.scan(name)
+    if scan is None:
         return
-    metadata, tensors = header
+    tensors = scan.tensors
     entries = tensors["vocabulary"].shape[0] if "vocabulary" in tensors and tensors["vocabulary"].shape else 0
     tokens = formats.PROBE_TOKENS
     expected = {
@@ -259,14 +264,14 @@ def check_probe(contents: Contents) -> None:
         "experts": ("F32", (n, tokens, entries)),
         "sha256": ("U8", (n + 1, 32)),
     }
-    _check_facts(contents, metadata)
+    _check_facts(contents, config, scan.metadata)
     if not _check_tensors(contents, name, tensors, expected, f"for {n} experts"):
         return
     if not 1 <= entries <= 1 << 16:
         contents.expect(name, "tensor vocabulary", f"1 to {1 << 16} entries", entries)
         return
-    _scan(contents, name, tensors)
-    size = get(contents.config, "base_model.architecture.vocab_size") or 1 << 48
+    _check_finite(contents, name, scan)
+    size = config.base_model.architecture.vocab_size or 1 << 48
     for tensor in ("input_ids", "vocabulary"):
         values = contents.read(name, lambda path, key=tensor: read_array(path, key, tensors[key]))
         if values is not None and (values.min() < 0 or values.max() >= size):
@@ -274,7 +279,7 @@ def check_probe(contents: Contents) -> None:
             contents.expect(name, f"tensor {tensor}", f"numbers of tokens from 0 to {size - 1}", wrong)
 
 
-def _check_facts(contents: Contents, metadata: dict[str, str]) -> None:
+def _check_facts(contents: Contents, config: CheckpointConfig, metadata: dict[str, str]) -> None:
     try:
         facts = parse_json(metadata.get("probe", "null").encode("utf-8", "surrogatepass"))
     except FileProblem as error:
@@ -282,9 +287,9 @@ def _check_facts(contents: Contents, metadata: dict[str, str]) -> None:
         return
     if not isinstance(facts, dict) or set(facts) != set(FACTS) or not all(isinstance(v, str) for v in facts.values()):
         contents.expect(formats.PROBE, "metadata", f"texts for {', '.join(FACTS)}", short(facts))
-    elif facts["dtype"] != contents.config["base_model"]["dtype"]:
-        dtype = contents.config["base_model"]["dtype"]
-        contents.expect(formats.PROBE, "metadata, dtype", f"{dtype} as in {formats.CONFIG}", short(facts["dtype"]))
+    elif facts["dtype"] != config.base_model.dtype:
+        expected = f"{config.base_model.dtype} as in {formats.CONFIG}"
+        contents.expect(formats.PROBE, "metadata, dtype", expected, short(facts["dtype"]))
 
 
 def _check_tensors(
@@ -300,8 +305,3 @@ def _check_tensors(
         if info.shape != shape:
             contents.expect(name, f"tensor {tensor}", f"shape {shape} {why}", info.shape)
     return len(contents.problems) == before
-
-
-def read_facts(path: Path) -> dict[str, str]:
-    """The facts in the metadata of a sound probe."""
-    return parse_json(read_header(path)[0]["probe"].encode())

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import operator
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from .. import __version__
 from ..base.structure import architecture
 from ..constants import expert_name
 from ..errors import UsageError, listed
+from ..mixture.config import MoELoraConfig
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
 from ..store.files import explained, parallel
 from ..store.publish import staged
 from . import formats
-from .probe import Outputs, as_arrays, dtype_name, expert_tensors, gate_tensors, make_probe
-from .safetensors_file import Written, write_bytes, write_tensors
+from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
+from .probe import Outputs, make_probe
+from .safetensors_file import Scan
+from .tensors import dtype_name, expert_tensors, gate_tensors, native_errors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
-
-# ---- writing ----
 
 
 def save_checkpoint(
@@ -45,97 +43,79 @@ def save_checkpoint(
 
     Args:
         training_files: writes what training needs to resume into the folder it is given.
-        outputs: of `probe_outputs`, where the base is sharded: one rank saves, and alone it could not compute them.
+        outputs: what `probe_outputs` has returned on every rank, if the base is sharded: the one rank that saves could
+            not compute it alone.
 
     Returns:
-        False where a complete checkpoint stood there already: it is left as it is.
+        False if there is a complete checkpoint already, which is left as it is.
 
     Raises:
-        UsageError: where it could not be written, or verify.py would refuse it; nothing is left behind.
+        UsageError: if it cannot be written, or would not be sound; nothing is left behind.
     """
     step = operator.index(step)
     with staged(target) as staging:
         if staging.path is None:
             return False
         with explained("write the checkpoint", target):
-            written = write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
+            scans = write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
             if training_files is not None:
-                with _disk_errors():
+                with native_errors():
                     training_files(staging.path)
-        problems = inspect_files(staging.path, {name: file.values for name, file in written.items()}).problems
+        problems = inspect_files(staging.path, scans).problems
         if problems:
             raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
     return True
 
 
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """Native code says as a RuntimeError or SafetensorError that it could not write; in truth that is an OSError."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        text = str(error)
-        words = ("PytorchStream", "inline_container", "os error", "open file failed")
-        if not any(word in text for word in words):
-            raise
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
-        code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
-        raise OSError(code, text.splitlines()[0][:200]) from error
-
-
 def write_files(
     folder: Path, model: Mixture, *, step: int, skills: SkillLibrary, outputs: Outputs | None = None
-) -> dict[str, Written]:
-    """Write everything but the training state and the manifest; few experts at a time."""
+) -> dict[str, Scan]:
+    """Write everything but the training state and the manifest. Returns what the files with tensors hold, read back."""
     experts = expert_tensors(model)
     folders = [formats.expert_folder(expert_name(index)) for index in range(len(experts))]
 
-    def write(index: int) -> dict[str, Written]:
+    def write(index: int) -> Scan:
         return _write_adapter(_adapter_json(model, index), experts[index], folder / folders[index])
 
-    written = {
-        f"{where}/{leaf}": file
-        for where, files in zip(folders, parallel(write, range(len(experts))), strict=True)
-        for leaf, file in files.items()
-    }
-    written[formats.ROUTER] = write_tensors(folder / formats.ROUTER, as_arrays(gate_tensors(model)))
+    adapters = parallel(write, range(len(experts)))
+    scans = {f"{where}/{formats.ADAPTER_WEIGHTS}": scan for where, scan in zip(folders, adapters, strict=True)}
+    scans[formats.ROUTER] = write_tensors(folder / formats.ROUTER, gate_tensors(model))
+    probe = make_probe(model, [scan.digest[1] for scan in scans.values()], outputs)
     skills.save(folder / formats.SKILLS)
-    parts = [*(f"{where}/{formats.ADAPTER_WEIGHTS}" for where in folders), formats.ROUTER]
-    probe = make_probe(model, [written[part].digest[1] for part in parts], outputs)
     if probe is not None:
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
-        written[formats.PROBE] = write_tensors(folder / formats.PROBE, as_arrays(tensors), metadata)
+        scans[formats.PROBE] = write_tensors(folder / formats.PROBE, tensors, metadata)
     config = describe_mixture(model, step=step, has_probe=probe is not None)
-    written[formats.CONFIG] = write_bytes(folder / formats.CONFIG, _json(config))
-    return written
+    _write_bytes(folder / formats.CONFIG, config.to_json())
+    return scans
 
 
-def write_adapter(model: Mixture, index: int, folder: Path) -> None:
-    """One expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
-    _write_adapter(_adapter_json(model, index), model.expert_tensors(index), folder)
-
-
-def _write_adapter(config: bytes, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Written]:
+def _write_adapter(config: bytes, tensors: dict[str, torch.Tensor], folder: Path) -> Scan:
+    """Write one expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True)
-    return {
-        formats.ADAPTER_WEIGHTS: write_tensors(folder / formats.ADAPTER_WEIGHTS, as_arrays(tensors)),
-        formats.ADAPTER_CONFIG: write_bytes(folder / formats.ADAPTER_CONFIG, config),
-    }
+    scan = write_tensors(folder / formats.ADAPTER_WEIGHTS, tensors)
+    _write_bytes(folder / formats.ADAPTER_CONFIG, config)
+    return scan
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    with explained("write", path), open(path, "wb") as file:
+        file.write(data)
 
 
 def _adapter_json(model: Mixture, index: int) -> bytes:
-    return _json(
+    return encode(
         model.expert_configs[index].to_dict()
         | {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
     )
 
 
 def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
-    """Write one expert as a LoRA of its own, flat, as `PeftModel.from_pretrained` reads it.
+    """Write one expert to a new folder as a plain LoRA, as `PeftModel.from_pretrained` reads it.
 
     Raises:
-        UsageError: where `folder` exists already or cannot be written, or a number of the expert is not finite.
+        UsageError: if `folder` exists already or cannot be written, or if a value of the expert is not finite.
     """
     model._check_expert(-1 if index is None else index)
     broken = [name for name, tensor in model.expert_tensors(index).items() if not tensor.isfinite().all()]
@@ -147,60 +127,53 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         with explained("export to", folder):
-            write_adapter(model, index, partial)
+            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial)
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def describe_mixture(model: Mixture, *, step: int = 0, has_probe: bool = False) -> dict:
-    """The content of config.json."""
-    experts = []
-    parts = zip(model.expert_configs, model.expert_states, expert_tensors(model), strict=True)
-    for index, (config, state, tensors) in enumerate(parts):
-        experts.append(
-            {
-                "name": expert_name(index),
-                "r": config.r,
-                "lora_alpha": config.lora_alpha,
-                "use_rslora": config.use_rslora,
-                "target_modules": sorted(config.target_modules),
-                "state": state,
-                "tensors": len(tensors),
-                "parameters": sum(t.numel() for t in tensors.values()),
-                "layout": layout((name, tensor.shape) for name, tensor in tensors.items()),
-            }
-        )
+def describe_mixture(model: Mixture, *, step: int = 0, has_probe: bool = False) -> CheckpointConfig:
+    """Return the content of a mixture's config.json."""
+    names = map(expert_name, range(model.num_experts))
+    parts = zip(names, model.expert_configs, model.expert_states, expert_tensors(model), strict=True)
     router = model.router.config
-    return {
-        "model_type": formats.MODEL_TYPE,
-        "format_version": formats.FORMAT_VERSION,
-        "base_model": {
-            "name": base_name(model),
-            "revision": model.base_revision,
-            "dtype": dtype_name(model),
-            "architecture": architecture(model.base),
-        },
-        "num_experts": model.num_experts,
-        "experts": experts,
-        "router": {
-            "hidden_size": model.router.gate.in_features,
-            "temperature": router.temperature,
-            "top_k": router.top_k,
-            "balance_coefficient": router.balance_coefficient,
-        },
-        "step": step,
-        "probe": has_probe,
-        "versions": {"dylora_moe": __version__}
-        | {name: importlib.metadata.version(name) for name in ("peft", "safetensors", "torch", "transformers")},
-    }
+    libraries = ("peft", "safetensors", "torch", "transformers")
+    return CheckpointConfig(
+        base_model=BaseModelEntry(
+            name=base_name(model),
+            revision=model.base_revision,
+            dtype=dtype_name(model),
+            architecture=ArchitectureEntry(**architecture(model.base)),
+        ),
+        experts=[_describe_expert(*each) for each in parts],
+        router=RouterEntry(
+            hidden_size=model.router.gate.in_features,
+            temperature=router.temperature,
+            top_k=router.top_k,
+            balance_coefficient=router.balance_coefficient,
+        ),
+        step=step,
+        probe=has_probe,
+        versions={"dylora_moe": __version__} | {name: importlib.metadata.version(name) for name in libraries},
+    )
+
+
+def _describe_expert(name: str, config: MoELoraConfig, state: str, tensors: dict[str, torch.Tensor]) -> ExpertEntry:
+    return ExpertEntry(
+        name=name,
+        r=config.r,
+        lora_alpha=config.lora_alpha,
+        use_rslora=config.use_rslora,
+        target_modules=sorted(config.target_modules),
+        state=state,
+        tensors=len(tensors),
+        parameters=sum(tensor.numel() for tensor in tensors.values()),
+        layout=layout((key, tensor.shape) for key, tensor in tensors.items()),
+    )
 
 
 def base_name(model: Mixture) -> str | None:
-    """The hub id or folder that the base model came from."""
+    """Return the hub id or the folder that the base model came from."""
     return model.base.config._name_or_path or None
-
-
-def _json(value: dict) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -49,8 +49,8 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
         "problems": contents.problems,
         "files": len(contents.files),
         "total_bytes": contents.total_bytes,
-        "step": contents.config.get("step"),
-        "experts": contents.config.get("num_experts"),
+        "step": contents.config and contents.config.step,
+        "experts": contents.config and contents.config.num_experts,
         "states": states_of(contents.config),
     }
     text = json.dumps(value, indent=2) + "\n"
@@ -62,5 +62,6 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
 
 
 def _summary(contents: Contents) -> str:
-    files, step = count_of(list(contents.files), "file"), contents.config["step"]
-    return f"step {step}, {contents.total_bytes / MIB:.1f} MB in {files}, {experts_line(contents.config)}"
+    step = contents.config and contents.config.step
+    files, experts = count_of(contents.files, "file"), experts_line(contents.config)
+    return f"step {step}, {contents.total_bytes / MIB:.1f} MB in {files}, {experts}"

@@ -1,10 +1,14 @@
-"""How several commands word the same thing."""
+"""The wording that several commands share."""
 
 from __future__ import annotations
 
+from collections.abc import Sized
 
-def experts_line(config: dict) -> str:
-    """As "4 experts (3 mature, 1 new)"."""
+from ..checkpoint.config import CheckpointConfig
+
+
+def experts_line(config: CheckpointConfig | None) -> str:
+    """Describe the experts of a checkpoint, as in "4 experts (3 mature, 1 new)"."""
     states = states_of(config)
     if not states:
         return "experts unknown"
@@ -15,9 +19,11 @@ def experts_line(config: dict) -> str:
     return f"{count_of(states, 'expert')} ({counts})"
 
 
-def states_of(config: dict) -> list[str]:
-    return [expert["state"] for expert in config.get("experts", [])]
+def states_of(config: CheckpointConfig | None) -> list[str]:
+    """Return the state of each expert; an empty list if there is no config to tell them."""
+    return [] if config is None else config.states
 
 
-def count_of(items: list, what: str) -> str:
+def count_of(items: Sized, what: str) -> str:
+    """Count items, as in "1 file" or "2 files"."""
     return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"

@@ -11,8 +11,7 @@ from transformers import TrainerState
 
 from ..base.structure import weights_fingerprint
 from ..checkpoint import formats
-from ..checkpoint.read import sound_config
-from ..checkpoint.verify import checkpoint_folder
+from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, open_checkpoint
 from ..constants import IMMATURE, MATURE
 from ..data.blocks import TokenBlocks, data_fingerprint
 from ..errors import CheckpointError, UsageError, listed
@@ -147,22 +146,24 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
 # ---- whether it may be resumed ----
 
 
-def check(folder: Path, run: dict[str, Any], weights_only: bool, *, accept_changes: bool) -> bool:
-    """Refuse a checkpoint that would not continue the run that wrote it.
+def check(
+    folder: Path, run: dict[str, Any], weights_only: bool, *, accept_changes: bool
+) -> tuple[SoundCheckpoint, bool]:
+    """Open a checkpoint, and refuse it if it would not continue the run that wrote it.
 
     Args:
         run: What `compared_settings` returns for this run.
 
     Returns:
-        Whether the run that wrote the checkpoint has come to its end.
+        The checkpoint, and whether the run that wrote it has come to its end.
 
     Raises:
         CheckpointError: If the checkpoint is not sound or lacks its training state; it lists every problem.
         UsageError: If settings differ; it lists them.
     """
-    config = _sound_config(folder, weights_only)
+    checkpoint = _open(folder, weights_only)
     if weights_only:
-        return False
+        return checkpoint, False
     lacking = training_state.missing(folder)
     if lacking:
         raise CheckpointError(folder, [f"{name}: is missing; {WEIGHTS_REMEDY}" for name in lacking])
@@ -179,14 +180,14 @@ def check(folder: Path, run: dict[str, Any], weights_only: bool, *, accept_chang
             f"this would not be the run that wrote {folder}:\n{listed(changed)}\n"
             "Start it with that run's settings and data, or accept the changes with --accept-changes"
         )
-    states = {expert["state"] for expert in config["experts"]}
+    states = checkpoint.config.states
     ended = MATURE in states and IMMATURE not in states
-    return ended and not changed and state["global_step"] > 0
+    return checkpoint, ended and not changed and state["global_step"] > 0
 
 
-def _sound_config(folder: Path, weights_only: bool) -> dict[str, Any]:
+def _open(folder: Path, weights_only: bool) -> SoundCheckpoint:
     try:
-        return sound_config(folder, weights_only=weights_only)
+        return open_checkpoint(folder, weights_only=weights_only)
     except CheckpointError as error:
         if not all(formats.is_training_file(problem.partition(": ")[0]) for problem in error.problems):
             raise

@@ -303,10 +303,10 @@ def begin(settings: TrainSettings, material: Material, start: Start) -> Beginnin
     with ranks.together():
         if start.folder is None:
             return Beginning(start, False, compared, SkillLibrary())
-        ended = check(start.folder, compared, start.weights_only, accept_changes=settings.accept_changes)
+        checkpoint, ended = check(start.folder, compared, start.weights_only, accept_changes=settings.accept_changes)
         if start.weights_only or ended:
-            load_into(start.folder, material.model, weights_only=start.weights_only)
-        return Beginning(start, ended, compared, read_skills(start.folder))
+            load_into(checkpoint, material.model)
+        return Beginning(start, ended, compared, read_skills(checkpoint))
 
 
 def make_trainer(

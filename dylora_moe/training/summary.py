@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.probe import dtype_name
+from ..checkpoint.tensors import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated

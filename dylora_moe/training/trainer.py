@@ -22,6 +22,7 @@ from ..base.preserve import untouched
 from ..checkpoint import formats
 from ..checkpoint.probe import probe_outputs
 from ..checkpoint.read import load_into
+from ..checkpoint.verify import open_checkpoint
 from ..checkpoint.write import save_checkpoint
 from ..constants import IGNORED_LABEL
 from ..errors import UsageError
@@ -168,7 +169,7 @@ class MoETrainer(Trainer):
             training_state.read_moments(Path(resume_from_checkpoint), self.mixture.trained_parameters())
 
         if not self.start_step:
-            load_into(resume_from_checkpoint, self.mixture, check=check)
+            load_into(open_checkpoint(resume_from_checkpoint), self.mixture, check=check)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if self.start_step:
@@ -193,7 +194,7 @@ class MoETrainer(Trainer):
         """The stock one knows of no best model, or it would delete the last checkpoint where the limit is 1."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
             best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
-            load_into(best, self.mixture)
+            load_into(open_checkpoint(best), self.mixture)
         return super()._finalize_training(*args, **kwargs)
 
     # ---- evaluation and logs ----

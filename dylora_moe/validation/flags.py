@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint import formats
+from ..checkpoint.config import CheckpointConfig
 from ..constants import MAX_EXPERTS, MAX_SEED
 from ..errors import UsageError
 from ..system.command_line import number, path, text
@@ -125,16 +125,16 @@ def given_json_target(argv: Sequence[str]) -> str | None:
         return None
 
 
-def check_against(args: ScriptSettings, config: dict[str, Any]) -> None:
+def check_against(args: ScriptSettings, config: CheckpointConfig) -> None:
     """Refuse a flag that contradicts the config.json of the checkpoint that --checkpoint names.
 
     Raises:
         UsageError: For the first such flag.
     """
-    found = {
-        "experts": {config["num_experts"]},
-        "lora_r": {expert["r"] for expert in config["experts"]},
-        "lora_alpha": {expert["lora_alpha"] for expert in config["experts"]},
+    found: dict[str, set[float]] = {
+        "experts": {config.num_experts},
+        "lora_r": {expert.r for expert in config.experts},
+        "lora_alpha": {expert.lora_alpha for expert in config.experts},
     }
     for name, values in found.items():
         asked = getattr(args, name)

@@ -1,18 +1,16 @@
 """The checks of a checkpoint that is loaded again: into a fresh instance, and what that instance then computes.
 
-On a CPU the forward passes are nearly all of the cost, and more rows in one are nearly free. So each pass is made once
-and serves every comparison that needs it (`Forwards`), and the experts of a comparison go together, one for each
-row of a batch. The input is that of the checkpoint's probe. For N experts, up to 8, these are: 2 passes while saving,
-1 before loading, 2 after it, 2 negative controls, and 2 N to hold `expert=i` against stock PEFT to the bit.
+The input is that of the checkpoint's probe. The experts of a comparison share a forward pass, one for each row of the
+batch, which on a CPU is hardly slower than a pass of one row. Only the comparison with stock PEFT, which must agree to
+the bit, takes two passes for each expert.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -32,132 +30,77 @@ from ..checkpoint.probe import (
     probe_facts,
     read_probe,
 )
-from ..checkpoint.read import _adapter_folder, build_mixture, load_into
-from ..checkpoint.verify import inspect_config
-from ..constants import expert_name
+from ..checkpoint.read import build_mixture, load_into
+from ..checkpoint.verify import SoundCheckpoint
+from ..constants import NEW, expert_name
 from ..errors import CheckpointError
 from ..mixture.model import Mixture
 from .report import CheckResult
 from .saved import compare_tensors
 
 TOLERANCE = 1e-5
-KEPT_BYTES = 256 << 20  # of logits that a Forwards keeps; what is beyond is computed again
 NOT_APPLICABLE = "not applicable"
 
 
-# ---- forward passes ----
-
-
 def logits(model: Mixture, input_ids: torch.Tensor, expert: int | None = None) -> torch.Tensor:
-    """(T, vocabulary) logits of input_ids (1, T), in the base's dtype; the model is left as found."""
+    """Return the logits (T, vocabulary) of input_ids (1, T), in the base's dtype; the model is left as found."""
     with untouched(model):
         return model(beside(model, input_ids), expert=expert, use_cache=False).logits[0]
-
-
-class Forwards:
-    """What a mixture computes for an input: taken from the passes that were made inside the block, otherwise computed.
-
-    Saving makes for its probe, and comparing with a probe makes, the very passes that the other comparisons need.
-    """
-
-    def __init__(self, model: Mixture):
-        self.model = model
-        self._routed: tuple[torch.Tensor, torch.Tensor] | None = None  # (1, T) and (T, vocabulary)
-        self._alone: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._room = KEPT_BYTES
-
-    def __enter__(self) -> Forwards:
-        self._hook = self.model.register_forward_hook(self._keep, with_kwargs=True)
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._hook.remove()
-
-    def _keep(self, model, args: tuple, kwargs: dict, output) -> None:
-        ids, expert = args[0] if args else kwargs.get("input_ids"), kwargs.get("expert")
-        wanted = len(ids) == 1 if expert is None and ids is not None else isinstance(expert, Sequence)
-        if not wanted or not self._fits(output.logits):
-            return
-        if expert is None:
-            self._routed = ids, output.logits[0].detach()
-        else:
-            rows = zip(expert, ids.unsqueeze(1), output.logits.detach(), strict=True)
-            self._alone |= {index: (row, logits) for index, row, logits in rows}
-
-    def _fits(self, tensor: torch.Tensor) -> bool:
-        self._room -= tensor.numel() * tensor.element_size()
-        return self._room >= 0
-
-    def routed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """(T, vocabulary) logits of input_ids (1, T)."""
-        if self._routed is not None and _same(self._routed[0], input_ids):
-            return self._routed[1]
-        return logits(self.model, input_ids)
-
-    def alone(self, input_ids: torch.Tensor, experts: range) -> torch.Tensor:
-        """(len(experts), T, vocabulary) logits of input_ids (1, T) for each of the experts alone."""
-
-        kept = [self._alone.get(expert) for expert in experts]
-        if all(found is not None and _same(found[0], input_ids) for found in kept):
-            return torch.stack([found[1] for found in kept])
-        return logits_alone(self.model, input_ids, experts)
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-
-    return torch.equal(a.cpu(), b.cpu())
 
 
 # ---- load ----
 
 
-@dataclass
+@dataclass(frozen=True)
 class Loaded:
     """A mixture read from a checkpoint into a fresh instance, and what that instance computed before."""
 
+    checkpoint: SoundCheckpoint
     model: Mixture
     probe: tuple[dict[str, torch.Tensor], dict[str, str]] | None  # tensors and facts
     input_ids: torch.Tensor  # (1, T)
     before: torch.Tensor  # (T, vocabulary) logits of the fresh instance
-    states: list[str]  # of the experts, as the checkpoint has them
 
 
-def check_load(folder: Path, base: PreTrainedModel) -> tuple[CheckResult, Loaded | None]:
-    """The checkpoint goes into a fresh instance completely: every tensor, and every expert's state."""
+def check_load(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> CheckResult:
+    """Check that every tensor and every state of a checkpoint arrives in a fresh instance.
+
+    If it could be loaded, the result's `value` is a `Loaded`.
+    """
     result = CheckResult("load")
     try:
-        model = build_mixture(folder, base)
-        probe, input_ids = _read_probe(folder, base.get_input_embeddings().num_embeddings)
+        model = build_mixture(checkpoint, base)
+        probe, input_ids = _read_probe(checkpoint, base.get_input_embeddings().num_embeddings)
         before = logits(model, input_ids)
-        skills = load_into(folder, model)
+        skills = load_into(checkpoint, model)
     except CheckpointError as error:
         result.problems = error.problems
-        return result, None
-    states = [expert["state"] for expert in inspect_config(folder)["experts"]]
-    compared, result.problems = compare_tensors(folder, model)
+        return result
+    states = checkpoint.config.states
+    compared, result.problems = compare_tensors(checkpoint.folder, checkpoint.files, model)
     if model.expert_states != states:
         found = ", ".join(model.expert_states)
         result.problems.append(f"the experts are {found} after loading, expected {', '.join(states)}")
     result.measures["tensors_compared"] = compared
     result.notes.append(f"{model.num_experts} experts ({', '.join(sorted(set(states)))}), router, {len(skills)} skills")
-    return result, Loaded(model, probe, input_ids, before, states)
+    result.value = Loaded(checkpoint, model, probe, input_ids, before)
+    return result
 
 
-def _read_probe(folder: Path, vocabulary_size: int) -> tuple[tuple | None, torch.Tensor]:
-    """The probe, None where there is none; and the input (1, 16) that all is computed for.
+def _read_probe(checkpoint: SoundCheckpoint, vocabulary_size: int) -> tuple[tuple | None, torch.Tensor]:
+    """Return the probe, or None if there is none, and the input (1, 16) for which everything is computed.
 
     Raises:
-        CheckpointError: where the probe is for another vocabulary.
+        CheckpointError: if the probe is for another vocabulary.
     """
-
-    probe = read_probe(folder)
+    probe = read_probe(checkpoint)
     if probe is None:
         return None, (torch.arange(formats.PROBE_TOKENS) * 7919 + 13).unsqueeze(0) % vocabulary_size
     input_ids = probe[0]["input_ids"]
     least, most = int(input_ids.min()), int(input_ids.max())
     if least < 0 or most >= vocabulary_size:
         found = f"expected tokens from 0 to {vocabulary_size - 1}, found {least} to {most}"
-        raise CheckpointError(folder, [f"{formats.PROBE}: tensor input_ids: {found}; {SAVE_AGAIN}"])
+        raise CheckpointError(checkpoint.folder, [f"{formats.PROBE}: tensor input_ids: {found}; {SAVE_AGAIN}"])
     return probe, input_ids
 
 
@@ -166,7 +109,7 @@ def _read_probe(folder: Path, vocabulary_size: int) -> tuple[tuple | None, torch
 
 @dataclass
 class Differences:
-    """Largest absolute differences of logits: routed, and per expert alone."""
+    """The largest absolute differences of logits, of the routed mixture and of each expert alone."""
 
     routed: float | None = None
     experts: list[float] = field(default_factory=list)
@@ -180,26 +123,28 @@ class Differences:
         return max(difference for _, difference in self.named())
 
 
-def check_consistency(loaded: Loaded, folder: Path, *, saved: Forwards | None, weights: str) -> CheckResult:
-    """The loaded mixture computes what the saved one does, routed and for each expert alone; and spoiling is seen.
+def check_consistency(loaded: Loaded, *, saved: Mixture | None, weights: str) -> CheckResult:
+    """Check that the loaded mixture computes what the saved one does, and that a spoiled one would not.
+
+    Both are compared routed and for each expert alone.
 
     Args:
-        saved: of the mixture that was saved; None where the checkpoint is somebody else's and only its probe can speak.
-        weights: "pretrained" or "random", what the base's are.
+        saved: the mixture that was saved; None if there is only its checkpoint, whose probe is then all there is to
+            compare with.
+        weights: "pretrained" or "random", the kind of weights that the base has.
     """
     result = CheckResult("consistency")
     model, ids = loaded.model, loaded.input_ids
-    with Forwards(model) as here:
-        to_probe = _compare_probe(loaded, weights, result)
-    routed = here.routed(ids)
-    before = _difference(loaded.before, routed)
-    to_saved = Differences(None if saved is None else _difference(saved.routed(ids), routed))
+    to_probe = _compare_probe(loaded, weights, result)
+    routed = logits(model, ids)
+    before = max_abs_difference(loaded.before, routed)
+    to_saved = Differences(None if saved is None else max_abs_difference(logits(saved, ids), routed))
     spoiled: dict[str, float | str] = {}
     for start in range(0, model.num_experts, ROWS):
         experts = range(start, min(start + ROWS, model.num_experts))
-        alone = here.alone(ids, experts)  # (rows, T, vocabulary)
+        alone = logits_alone(model, ids, experts)  # (rows, T, vocabulary)
         if saved is not None:
-            to_saved.experts += _differences(saved.alone(ids, experts), alone)
+            to_saved.experts += _differences(logits_alone(saved, ids, experts), alone)
         spoiled |= _spoil_experts(model, ids, experts, alone)
     spoiled["router"] = _spoil_router(model, ids, routed)
 
@@ -207,29 +152,25 @@ def check_consistency(loaded: Loaded, folder: Path, *, saved: Forwards | None, w
     noise = min(max((difference for _, difference in to_saved.named()), default=0.0), TOLERANCE)
     _report_before(result, before, loaded, noise)
     _report_loaded(result, to_saved, to_probe)
-    _report_stock(result, _compare_stock(model, folder, ids))
+    _report_stock(result, _compare_stock(loaded))
     _report_spoiled(result, spoiled, noise)
     return result
 
 
-def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
-
-    return max_abs_difference(a, b)
-
-
 def _differences(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Of each row of (rows, T, vocabulary)."""
-    return [_difference(mine, yours) for mine, yours in zip(a, b, strict=True)]
+    """Return the largest absolute difference in each row of (rows, T, vocabulary)."""
+    return [max_abs_difference(mine, yours) for mine, yours in zip(a, b, strict=True)]
 
 
-def _compare_stock(model: Mixture, folder: Path, input_ids: torch.Tensor) -> Differences:
-    """Each expert as this package computes it alone, against stock PEFT's loading of its files."""
-    stock = stock_peft_logits(folder, model.num_experts, model.fresh_base(), beside(model, input_ids))
-    return Differences(None, [_difference(theirs, logits(model, input_ids, i)) for i, theirs in enumerate(stock)])
+def _compare_stock(loaded: Loaded) -> Differences:
+    """Compare each expert alone, as this package computes it, with stock PEFT's loading of its files."""
+    model, ids = loaded.model, loaded.input_ids
+    stock = stock_peft_logits(loaded.checkpoint, model.fresh_base(), beside(model, ids))
+    return Differences(None, [max_abs_difference(there, logits(model, ids, i)) for i, there in enumerate(stock)])
 
 
 def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differences:
-    """Without a value where nothing can be compared, which `result` then says, as a problem or as a note."""
+    """Return no value if nothing can be compared, which a note or a problem of `result` then says."""
     if loaded.probe is None:
         result.notes.append("probe: none in this checkpoint (saved without base weights); not checked")
         return Differences()
@@ -267,7 +208,7 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
 def _report_before(result: CheckResult, before: float, loaded: Loaded, noise: float) -> None:
     result.measures["max_abs_diff_before_load"] = before
     note = f"before loading the fresh instance differs by {before:.3g}"
-    if set(loaded.states) == {"new"}:
+    if set(loaded.checkpoint.config.states) == {NEW}:
         result.notes.append(f"{note} (all experts are new: they have no effect yet)")
         return
     result.notes.append(note)
@@ -304,30 +245,30 @@ def _report_stock(result: CheckResult, to_stock: Differences) -> None:
 def _spoil_experts(
     model: Mixture, input_ids: torch.Tensor, experts: range, alone: torch.Tensor
 ) -> dict[str, float | str]:
-    """What it changes for each of the experts alone when its B are negated. One row does not see another's expert."""
+    """Return what it changes for each expert alone when its B are negated: a row of the pass sees only its expert."""
     tensors = [
         tensor
         for index in experts
         for name, tensor in model.expert_tensors(index).items()
         if name.endswith("lora_B.weight")
     ]
-    new = [model.expert_states[index] == "new" for index in experts]  # nothing to negate
+    new = [model.expert_states[index] == NEW for index in experts]  # its B are zero: nothing to negate
     with _negated(tensors):
         differences = _differences(logits_alone(model, input_ids, experts), alone)
     return {f"expert_{i}": NOT_APPLICABLE if n else d for i, n, d in zip(experts, new, differences, strict=True)}
 
 
 def _spoil_router(model: Mixture, input_ids: torch.Tensor, routed: torch.Tensor) -> float | str:
-    """What it changes for the routed mixture when the gate is negated."""
-    if model.expert_states.count("new") >= model.num_experts - 1:
-        return NOT_APPLICABLE  # at most one expert has an effect, and its weight is 1 whatever the gate says
+    """Return what it changes for the routed mixture when the gate is negated."""
+    if model.expert_states.count(NEW) >= model.num_experts - 1:
+        return NOT_APPLICABLE  # at most one expert has an effect, and its weight is 1 whatever the gate computes
     with _negated([model.router.gate.weight]):
-        return _difference(logits(model, input_ids), routed)
+        return max_abs_difference(logits(model, input_ids), routed)
 
 
 @contextmanager
 def _negated(tensors: list[torch.Tensor]) -> Iterator[None]:
-    """The sign is exact to change and to change back."""
+    """Negate tensors inside the block. A sign is changed, and changed back, without rounding."""
 
     def negate() -> None:
         with torch.no_grad():
@@ -352,19 +293,20 @@ def _report_spoiled(result: CheckResult, spoiled: dict[str, float | str], noise:
             result.problems.append(f"spoiling {name} was not seen ({difference:.3g}): this comparison could not fail")
 
 
-def stock_peft_logits(folder: str | Path, experts: int, base: PreTrainedModel, input_ids: torch.Tensor) -> Iterator:
-    """What stock PEFT computes with each expert as a LoRA of its own: logits (T, vocabulary) of input_ids (1, T).
+def stock_peft_logits(
+    checkpoint: SoundCheckpoint, base: PreTrainedModel, input_ids: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Yield what stock PEFT computes with each expert as a plain LoRA: logits (T, vocabulary) of input_ids (1, T).
 
     Args:
-        base: a base model without adapters; PEFT wraps its layers.
+        base: a base model without adapters, whose layers PEFT wraps.
     """
-    folder = Path(folder)
     model = None
-    for index in range(experts):
+    for index in range(checkpoint.config.num_experts):
         name = expert_name(index)
-        path = folder / _adapter_folder(folder, name)
+        path = checkpoint.folder / checkpoint.adapter_folder(index)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
+            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT calls a deprecated name of Transformers
             if model is None:
                 model = PeftModel.from_pretrained(base, path, adapter_name=name).eval()
             else:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TextIO
 
 from ..checkpoint import formats
 from ..constants import MIB
@@ -23,20 +24,26 @@ RULE = "=" * 60
 
 @dataclass
 class CheckResult:
-    """What one check found: problems (none: passed), lines for people, and figures."""
+    """What one check has found: problems (if there are none, it has passed), lines for people, and measures.
+
+    Attributes:
+        value: what the check hands on to the next one, if anything.
+    """
 
     name: str
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    measures: dict = field(default_factory=dict)
+    measures: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    value: Any = None
 
     @property
     def passed(self) -> bool:
         return not self.problems
 
 
-def timed(check: Callable[..., CheckResult], *args, **kwargs) -> CheckResult:
+def timed(check: Callable[..., CheckResult], *args: Any, **kwargs: Any) -> CheckResult:
+    """Make a check and note how long it took."""
     started = time.perf_counter()
     result = check(*args, **kwargs)
     result.seconds = time.perf_counter() - started
@@ -45,7 +52,7 @@ def timed(check: Callable[..., CheckResult], *args, **kwargs) -> CheckResult:
 
 @dataclass
 class Report:
-    """Everything that one run of a script has found."""
+    """What one run of a script has found."""
 
     script: str
     model: str | None = None
@@ -64,6 +71,7 @@ class Report:
         return self.error is None and bool(self.checks) and all(check.passed for check in self.checks)
 
     def as_json(self) -> str:
+        """Return the object that --json writes."""
         value = {
             "script": self.script,
             "passed": self.passed,
@@ -91,7 +99,7 @@ class Report:
 
 
 def _finite(value: object) -> object:
-    """JSON has no infinity and no NaN: they become text."""
+    """Replace infinity and NaN, which JSON does not have, by text."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -100,7 +108,7 @@ def _finite(value: object) -> object:
 
 
 class Printer:
-    """Prints to standard output, or to standard error where standard output is for JSON."""
+    """Prints to standard output, or to standard error if standard output is for JSON."""
 
     def __init__(self, to_stderr: bool = False):
         self.to_stderr = to_stderr
@@ -109,23 +117,25 @@ class Printer:
         self._print(line, sys.stderr if self.to_stderr else sys.stdout)
 
     def error(self, text: str) -> None:
-        """Why the script could not run."""
+        """Print why the script could not run."""
         self._print(f"{command_line.FAIL_MARK} {text}", sys.stderr)
 
     @staticmethod
-    def _print(line: str, stream) -> None:
+    def _print(line: str, stream: TextIO) -> None:
         try:
             print(line, file=stream, flush=True)
-        except BrokenPipeError:  # `... | head`: the checks go on, the exit code counts
+        except BrokenPipeError:  # as under `| head`: the checks go on, since the exit code counts
             command_line.mute(stream)
 
     def heading(self, title: str) -> None:
+        """Print the heading of a check."""
         self()
         self(RULE)
         self(title)
         self(RULE)
 
     def result(self, check: CheckResult) -> None:
+        """Print the notes and the problems of a check, at most ten of them."""
         for note in check.notes:
             self(f"  {note}")
         for problem in check.problems[:10]:
@@ -135,7 +145,7 @@ class Printer:
         self(f"  ({check.seconds:.1f} s)")
 
     def summary(self, report: Report, success: str) -> None:
-        """The last lines, as the guide shows them."""
+        """Print the last lines: each check's verdict, that of all, and the size of the checkpoint."""
         self()
         self(f"Peak memory: {report.peak_memory_bytes / 1e9:.2f} GB, {report.seconds:.1f} s in all")
         self()
@@ -152,7 +162,7 @@ class Printer:
 
 
 def write_json(report: Report, target: str) -> None:
-    """Write the report to a file, or to standard output for `-`."""
+    """Write the report to a file, or to standard output if `target` is "-"."""
     if target == "-":
         try:
             sys.stdout.write(report.as_json())
@@ -164,7 +174,7 @@ def write_json(report: Report, target: str) -> None:
 
 
 def annotate(report: Report, printer: Printer) -> None:
-    """Failures as annotations, and a table in the job's summary (docs.github.com, workflow commands)."""
+    """In GitHub Actions, annotate failures and add a table to the job's summary (see its workflow commands)."""
     if not command_line.in_github_actions():
         return
     for check in report.checks:
@@ -195,7 +205,7 @@ def _table(report: Report) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text that cannot end its cell, its row, or open a tag."""
+    """Escape what would end a cell or a row of a table, or open a tag."""
     return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
@@ -204,7 +214,7 @@ def _escape(text: str) -> str:
 
 
 def report_file(value: str) -> str:
-    """An argparse type: where the value of --json is written, which must not change a checkpoint."""
+    """Parse the value of --json, as a type of argparse: a file that is not in a checkpoint."""
     target = command_line.path(value)
     if target == "-":
         return target

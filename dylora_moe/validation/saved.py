@@ -1,13 +1,13 @@
-"""The checks that the scripts share: what was saved, its structure and its size.
+"""The checks of what was saved: its tensors against those in memory, its structure and its size.
 
-Each check returns a `CheckResult`; none prints, none ends the program. Those of a reload are in checks_reload.py, those
-of the environment in checks_quick.py.
+Each check returns a `CheckResult`; none prints or ends the program. The checks of a reload are in reloaded.py, those of
+the environment in environment.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,25 +15,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import formats
-from ..checkpoint.probe import expert_tensors
-from ..checkpoint.verify import inspect_checkpoint
-from ..constants import MIB
+from ..checkpoint.tensors import expert_tensors, gate_tensors, tensor_digests
+from ..checkpoint.verify import inspect_checkpoint, require_sound
+from ..constants import MIB, expert_name
 from ..mixture.model import Mixture
 from ..skills.library import EMBEDDING_DIM, SkillLibrary
 from ..store import run_folder
 from ..store.files import parallel
-from ..store.manifest import MANIFEST
+from ..store.manifest import MANIFEST, survey
 from .report import CheckResult
 
-NOISE = 0.05  # of the B that stand for trained ones: large enough to be seen in bfloat16 logits
+NOISE = 0.05  # the largest value of a B that stands for a trained one: large enough to show in bfloat16 logits
 
 
 # ---- save ----
 
 
 def fill_experts(model: Mixture, seed: int) -> None:
-    """Give every B and the gate seeded values that are not zero, as if trained: zeros would hide what is not saved."""
-
+    """Fill every B and the gate with seeded values, as if trained: a tensor of zeros could be lost without a trace."""
     experts = expert_tensors(model)
 
     @torch.no_grad()
@@ -50,7 +49,7 @@ def fill_experts(model: Mixture, seed: int) -> None:
 
 
 def save_with(callback_class: type) -> Callable[[Mixture, Path], None]:
-    """A function that saves a mixture as training does: through the callback's `on_save`."""
+    """Return a function that saves a mixture as training does: through the callback's `on_save`."""
 
     def save(model: Mixture, target: Path) -> None:
         skills = SkillLibrary()
@@ -66,7 +65,7 @@ def save_with(callback_class: type) -> Callable[[Mixture, Path], None]:
 
 
 def check_save(model: Mixture, target: Path, save: Callable[[Mixture, Path], None]) -> CheckResult:
-    """What was saved is what is in memory, tensor by tensor, and the model is as it was."""
+    """Save, and check that each tensor was saved as it is in memory, and that the model is as it was before."""
     result = CheckResult("save")
     before = _fingerprint(model)
     started = time.perf_counter()
@@ -78,7 +77,8 @@ def check_save(model: Mixture, target: Path, save: Callable[[Mixture, Path], Non
     if _fingerprint(model) != before:
         what = "mode, requires_grad, gradients, active experts or random state are not as found"
         result.problems.append(f"saving changed the model: {what}")
-    compared, problems = compare_tensors(target, model)
+    digests = {name: sha256 for name, (_, sha256) in survey(target)[2].items()}
+    compared, problems = compare_tensors(target, digests, model)
     result.problems.extend(problems)
     result.measures["tensors_compared"] = compared
     counts = model.parameter_counts()
@@ -90,22 +90,33 @@ def check_save(model: Mixture, target: Path, save: Callable[[Mixture, Path], Non
     return result
 
 
-def compare_tensors(folder: Path, model: Mixture) -> tuple[int, list[str]]:
-    """How many tensors of the experts and the router were compared with their files, and each difference."""
-    adapters = folder / formats.ADAPTERS
-    files = {path.relative_to(folder).as_posix() for path in adapters.rglob("*")}
+def compare_tensors(folder: Path, digests: Mapping[str, str], model: Mixture) -> tuple[int, list[str]]:
+    """Compare the experts and the router of a mixture with their files.
 
-    todo = [
-        (f"{formats.adapter_folder(files, f'expert_{index}')}/{formats.ADAPTER_WEIGHTS}", tensors)
+    Args:
+        digests: the SHA-256 of the files, by relative path. A file is opened only if this is not the SHA-256 of what a
+            save of the tensors in memory would write.
+
+    Returns:
+        How many tensors were compared, and a text for each difference.
+    """
+    parts = [
+        (f"{formats.adapter_folder(digests, expert_name(index))}/{formats.ADAPTER_WEIGHTS}", tensors)
         for index, tensors in enumerate(expert_tensors(model))
     ]
-    todo.append((formats.ROUTER, dict(model.router.named_parameters())))
-    found = parallel(lambda item: _compare_file(folder, *item), todo)
-    return sum(compared for compared, _ in found), [text for _, problems in found for text in problems]
+    parts.append((formats.ROUTER, gate_tensors(model)))
+    compared, problems = 0, []
+    for (name, tensors), sha256 in zip(parts, tensor_digests(model), strict=True):
+        if digests.get(name) == sha256:
+            compared += len(tensors)
+        else:
+            count, found = _compare_file(folder, name, tensors)
+            compared += count
+            problems += found
+    return compared, problems
 
 
 def _compare_file(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> tuple[int, list[str]]:
-
     problems = []
     try:
         with safe_open(folder / name, framework="pt") as file:
@@ -123,8 +134,7 @@ def _compare_file(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> 
         return 0, [f"{name}: cannot be read back: {error}"]
 
 
-def _fingerprint(model: Mixture) -> tuple:
-
+def _fingerprint(model: Mixture) -> tuple[object, ...]:
     return (
         tuple(module.training for module in model.modules()),
         tuple((parameter.requires_grad, parameter.grad is None) for parameter in model.parameters()),
@@ -137,28 +147,28 @@ def _fingerprint(model: Mixture) -> tuple:
 
 
 def check_structure(folder: Path) -> CheckResult:
-    """Everything that verify.py compares."""
+    """Verify the checkpoint. If nothing is wrong with it, the result's `value` is the `SoundCheckpoint`."""
     result = CheckResult("structure")
     contents = inspect_checkpoint(folder)
     result.problems = [_as_in_the_guide(problem) for problem in contents.problems]
     result.measures["files"] = len(contents.files)
-    if contents.config:
-        for expert in contents.config["experts"]:
-            result.notes.append(f"{expert['name']}: {expert['tensors']} tensors, r={expert['r']}, {expert['state']}")
-        router = contents.config["router"]
-        result.notes.append(f"router: {contents.config['num_experts']} x {router['hidden_size']}")
+    if contents.config is not None:
+        for expert in contents.config.experts:
+            result.notes.append(f"{expert.name}: {expert.tensors} tensors, r={expert.r}, {expert.state}")
+        result.notes.append(f"router: {contents.config.num_experts} x {contents.config.router.hidden_size}")
     if result.passed:
         result.notes.append(f"{len(contents.files)} files, their SHA-256 as in {MANIFEST}")
+        result.value = require_sound(contents)
     return result
 
 
 def _as_in_the_guide(problem: str) -> str:
-    """The guide shows the finding of a merged model as a line of its own: the remedy goes below it."""
+    """Put the remedy for a merged model on a line of its own, since the guide shows the finding as a line."""
     return problem.replace("; ", "\n  ", 1) if problem.startswith("Found merged model file: ") else problem
 
 
 def check_size(folder: Path, max_size_mb: float) -> CheckResult:
-    """The bytes of all files, in MiB as the guide counts, against a limit."""
+    """Check that all files together are below a limit. A MB is a MiB here, as in the guide."""
     result = CheckResult("size")
     sizes = run_folder.file_sizes(folder)
     total = sum(sizes.values())
@@ -178,7 +188,7 @@ def check_size(folder: Path, max_size_mb: float) -> CheckResult:
     if not total:
         result.problems.append("the checkpoint has no files; save it again")
     if total >= max_size_mb * MIB:
-        largest = max(sizes, key=sizes.get)
+        largest = max(sizes, key=lambda name: sizes[name])
         result.problems.append(
             f"the checkpoint has {total / MIB:.1f} MB, expected less than {max_size_mb:g} MB; the largest file is "
             f"{largest} ({sizes[largest] / MIB:.1f} MB); --max-size-mb raises the limit"

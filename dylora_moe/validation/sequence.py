@@ -1,24 +1,23 @@
-"""The checks of the minimal and the full script, in order: a checkpoint is saved and checked, or one that is there."""
+"""The checks of the minimal and the full script, in order, for a new checkpoint or for an existing one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..base.load import resolve_device, resolve_dtype
 from ..checkpoint import formats
-from ..checkpoint.verify import checkpoint_folder, inspect_config
+from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, inspect_config
 from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..store import run_folder
 from ..store.manifest import held_still
 from . import subject, workspace
 from .flags import check_against
-from .reloaded import Forwards, check_consistency, check_load
-from .report import CheckResult
+from .reloaded import check_consistency, check_load
 from .run import Run
 from .saved import check_save, check_size, check_structure, save_with
 
@@ -33,10 +32,11 @@ def check_checkpoint(run: Run) -> None:
         save_and_validate(run)
 
 
-# ---- a checkpoint that is saved to be checked ----
+# ---- a new checkpoint ----
 
 
 def save_and_validate(run: Run) -> None:
+    """Save a mixture as the flags ask for, and check what was saved."""
     source, weights = subject.base_of(run.script, run.args)
     run.report.model, run.report.weights = source.name, weights
     run.report.experts = subject.setting(run.args, "experts")
@@ -52,7 +52,7 @@ def save_and_validate(run: Run) -> None:
 
 @contextmanager
 def target_folder(run: Run) -> Iterator[Path]:
-    """Where the checkpoint is to be written; what is not to be kept is gone afterwards."""
+    """Yield where to write the checkpoint, which is removed at the end unless it is to be kept."""
     if run.args.output_dir:
         place = workspace.output_folder(Path(run.args.output_dir))
     else:
@@ -68,11 +68,8 @@ def target_folder(run: Run) -> Iterator[Path]:
 
 
 def check_saving(run: Run, model: Mixture, target: Path) -> None:
-    forwards = None
-    if run.script.reloads:
-        forwards = Forwards(model)
-    with forwards or nullcontext():
-        save = run.step("save", check_save, model, target, save_with(run.checkpoint_callback()))
+    """Save the mixture and make every check of the script."""
+    save = run.step("save", check_save, model, target, save_with(run.checkpoint_callback()))
     if not target.is_dir():
         run.skip("nothing was saved", *[name for name in run.script.headings if name != "save"])
         return
@@ -80,31 +77,26 @@ def check_saving(run: Run, model: Mixture, target: Path) -> None:
     run.report.total_bytes = sum(run_folder.file_sizes(target).values())
     structure = run.step("structure", check_structure, target)
     if run.script.reloads and save.passed and structure.passed:
-        check_reloading(run, target, model.fresh_base(), forwards)
+        check_reloading(run, structure.value, model.fresh_base(), model)
     elif run.script.reloads:
         run.skip("the checkpoint is not sound", "load", "consistency")
     run.step("size", check_size, target, run.args.max_size_mb)
 
 
-def check_reloading(run: Run, folder: Path, base: PreTrainedModel, saved: Forwards | None = None) -> None:
-    loaded = []
-
-    def load() -> CheckResult:
-        result, instance = check_load(folder, base)
-        loaded.append(instance)
-        return result
-
-    run.step("load", load)
-    if loaded[0] is None:
+def check_reloading(run: Run, checkpoint: SoundCheckpoint, base: PreTrainedModel, saved: Mixture | None = None) -> None:
+    """Load the checkpoint into a fresh instance and compare what that instance computes."""
+    load = run.step("load", check_load, checkpoint, base)
+    if load.value is None:
         run.skip("the checkpoint was not loaded", "consistency")
         return
-    run.step("consistency", check_consistency, loaded[0], folder, saved=saved, weights=run.report.weights)
+    run.step("consistency", check_consistency, load.value, saved=saved, weights=run.report.weights)
 
 
-# ---- a checkpoint that is there already ----
+# ---- an existing checkpoint ----
 
 
 def validate(run: Run) -> None:
+    """Check the checkpoint that --checkpoint names, without changing it."""
     try:
         folder = checkpoint_folder(Path(run.args.checkpoint))
     except UsageError as error:
@@ -114,37 +106,38 @@ def validate(run: Run) -> None:
 
 
 def validate_folder(run: Run, folder: Path) -> None:
+    """Make every check of the script but "save"."""
     run.report.checkpoint = str(folder)
     run.report.total_bytes = sum(run_folder.file_sizes(folder).values())
-    config = inspect_config(folder)
-    if config:
-        run.report.experts = config["num_experts"]
-        run.report.model = config["base_model"]["name"]
+    config = inspect_config(folder)  # flags that contradict it are refused before anything is checked
+    if config is not None:
+        run.report.experts = config.num_experts
+        run.report.model = config.base_model.name
         check_against(run.args, config)
     structure = run.step("structure", check_structure, folder)
     if structure.passed:
-        validate_on_base(run, folder, config)
+        validate_on_base(run, structure.value)
     elif run.script.reloads:
         run.skip("the checkpoint is not sound", "load", "consistency")
     run.step("size", check_size, folder, run.args.max_size_mb)
 
 
-def validate_on_base(run: Run, folder: Path, config: dict) -> None:
-    """What needs the base model, or its config."""
-    trained_on = config["base_model"]
-    name = run.args.model or trained_on["name"]
+def validate_on_base(run: Run, checkpoint: SoundCheckpoint) -> None:
+    """Make the checks that need the base model, or its config."""
+    trained_on = checkpoint.config.base_model
+    name = run.args.model or trained_on.name
     if not run.script.reloads and not run.args.model:
         run.report.weights = "none"
         return
     if not name:
-        raise UsageError(f"{folder / formats.CONFIG} names no base model: say which with --model.")
-    revision = trained_on["revision"] if name == trained_on["name"] else None
+        raise UsageError(f"{checkpoint.folder / formats.CONFIG} names no base model: say which with --model.")
+    revision = trained_on.revision if name == trained_on.name else None
     source, weights = subject.base_of(run.script, run.args, name, revision)
     run.report.model, run.report.weights = source.name, weights
     if source.note:
         run.printer(source.note)
-    subject.check_architecture(source, config, name)
+    subject.check_architecture(source, trained_on, name)
     if run.script.reloads:
-        subject.check_room_to_load(run.args, source, weights, config)
-        base = subject.base_weights_of(run.args, source, weights, trained_on["dtype"])
-        check_reloading(run, folder, base)
+        subject.check_room_to_load(run.args, source, weights, checkpoint.config)
+        base = subject.base_weights_of(run.args, source, weights, trained_on.dtype)
+        check_reloading(run, checkpoint, base)

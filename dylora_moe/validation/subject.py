@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from ..base.preserve import seeded
 from ..base.source import Base
 from ..base.structure import architecture
 from ..checkpoint import formats
+from ..checkpoint.config import BaseModelEntry, CheckpointConfig
 from ..checkpoint.probe import ROWS
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
@@ -21,7 +21,7 @@ from ..mixture.model import Mixture
 from ..mixture.targets import adapter_parameters
 from ..system import machine
 from . import workspace
-from .flags import DEFAULTS, QUICK, Script, cheaper
+from .flags import DEFAULTS, QUICK, Script, ScriptSettings, cheaper
 from .saved import fill_experts
 
 SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
@@ -30,7 +30,7 @@ SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and t
 MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
 
 
-def base_of(script: Script, args: Namespace, name: str | None = None, revision: str | None = None):
+def base_of(script: Script, args: ScriptSettings, name: str | None = None, revision: str | None = None):
     """The base model, found but not loaded, and which of its weights are used."""
     weights = args.weights
     if weights == "auto" and not script.reloads:
@@ -39,13 +39,13 @@ def base_of(script: Script, args: Namespace, name: str | None = None, revision: 
     return find_base(name, weights=weights, token=args.hf_token or None, revision=revision)
 
 
-def base_weights_of(args: Namespace, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
+def base_weights_of(args: ScriptSettings, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
 
     dtype = args.dtype or dtype
     return load_base(source, weights, dtype=dtype, device=args.device, seed=args.seed, compact=True)
 
 
-def build_mixture(args: Namespace, source: Base, weights: str) -> Mixture:
+def build_mixture(args: ScriptSettings, source: Base, weights: str) -> Mixture:
     """A mixture as the flags ask for it, whose experts and gate hold something."""
     base = base_weights_of(args, source, weights)
     lora = MoELoraConfig(r=setting(args, "lora_r"), lora_alpha=setting(args, "lora_alpha"))
@@ -56,7 +56,7 @@ def build_mixture(args: Namespace, source: Base, weights: str) -> Mixture:
     return model
 
 
-def setting(args: Namespace, name: str) -> int | float:
+def setting(args: ScriptSettings, name: str) -> int | float:
     """A flag, or its default. Flags have none of their own, since --checkpoint must know which were given."""
     given = getattr(args, name)
     return DEFAULTS[name] if given is None else given
@@ -65,7 +65,7 @@ def setting(args: Namespace, name: str) -> int | float:
 # ---- what it needs ----
 
 
-def check_room_to_save(script: Script, args: Namespace, source: Base, weights: str) -> None:
+def check_room_to_save(script: Script, args: ScriptSettings, source: Base, weights: str) -> None:
     """Estimate disk and memory, and refuse before anything large is written or allocated.
 
     Raises:
@@ -82,10 +82,10 @@ def check_room_to_save(script: Script, args: Namespace, source: Base, weights: s
     machine.need_memory(needed, what, cheaper=cheaper(args) if script.reloads else instead)
 
 
-def check_room_to_load(args: Namespace, source: Base, weights: str, config: dict) -> None:
-    """As `check_room_to_save`, for a checkpoint that is there already."""
-    sizes = [4 * expert["parameters"] for expert in config["experts"]]
-    dtype = args.dtype or config["base_model"]["dtype"]
+def check_room_to_load(args: ScriptSettings, source: Base, weights: str, config: CheckpointConfig) -> None:
+    """Like `check_room_to_save`, for an existing checkpoint."""
+    sizes = [4 * expert.parameters for expert in config.experts]
+    dtype = args.dtype or config.base_model.dtype
     needed = base_bytes(source, weights, dtype, len(sizes)) + 2 * sum(sizes) + 2 * max(sizes)
     what = f"{len(sizes)} experts on {source.name} with {weights} weights"
     machine.need_memory(needed, what, cheaper=cheaper(args))
@@ -102,21 +102,19 @@ def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> i
     return size_of(source.config, dtype) + logits
 
 
-# ---- a checkpoint that is there already ----
+# ---- an existing checkpoint ----
 
 
-def check_architecture(source: Base, config: dict, name: str) -> None:
-    """Whether --model is what the checkpoint was trained on.
+def check_architecture(source: Base, trained_on: BaseModelEntry, name: str) -> None:
+    """Check that --model is the base model that the checkpoint was trained on.
 
     Raises:
-        UsageError: says in what they differ.
+        UsageError: which says in what they differ.
     """
-    here, there = architecture(source.config), config["base_model"]["architecture"]
-    if here["fingerprint"] != there["fingerprint"]:
-        keys = [key for key in there if key != "fingerprint" and here.get(key) != there[key]]
-        differences = ", ".join(f"{key}: {there[key]} there, {here.get(key)} here" for key in keys)
-        trained_on = config["base_model"]["name"] or "another model"
+    here, there = architecture(source.config), trained_on.architecture
+    if here["fingerprint"] != there.fingerprint:
+        differences = ", ".join(there.differences(here)) or "other parameters"
         raise UsageError(
-            f"{name} is not what the checkpoint was trained on, {trained_on} ({differences or 'other parameters'}): "
+            f"{name} is not what the checkpoint was trained on, {trained_on.name or 'another model'} ({differences}): "
             "leave --model out, or name that one."
         )

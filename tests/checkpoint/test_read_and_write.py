@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -24,16 +26,17 @@ from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base
 from dylora_moe.checkpoint import formats
+from dylora_moe.checkpoint import tensors as checkpoint_tensors
 from dylora_moe.checkpoint.probe import (
     changed_tensors,
-    expert_tensors,
     make_probe,
     probe_difference,
     probe_facts,
     read_probe,
 )
 from dylora_moe.checkpoint.read import build_mixture, load_into, load_mixture, read_skills
-from dylora_moe.checkpoint.verify import find_problems, inspect_checkpoint
+from dylora_moe.checkpoint.tensors import expert_tensors
+from dylora_moe.checkpoint.verify import find_problems, inspect_checkpoint, open_checkpoint
 from dylora_moe.checkpoint.write import export_expert, save_checkpoint
 from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.mixture.config import MoELoraConfig
@@ -108,7 +111,7 @@ def test_adapters_are_those_that_peft_writes_and_reads(kind, tmp_path):
             stock_model = PeftModel.from_pretrained(tiny_base(kind), ours).eval()
         with torch.no_grad():
             assert (stock_model(ids).logits - model(ids, expert=index).logits).abs().max() < 1e-5
-    logits = list(stock_peft_logits(tmp_path / "ours", 2, tiny_base(kind), ids))
+    logits = list(stock_peft_logits(open_checkpoint(tmp_path / "ours"), tiny_base(kind), ids))
     assert (logits[1] - model(ids, expert=1).logits[0]).abs().max() < 1e-5
 
 
@@ -229,6 +232,17 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {LOCK}
 
 
+def native_full_disk(name: str):
+    """A `save_file` that finds the disk full when it writes this file; the message is that of safetensors 0.8."""
+
+    def save(tensors, path, metadata=None):
+        if str(path).endswith(f"/{name}"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        return save_file(tensors, path, metadata=metadata)
+
+    return save
+
+
 WRITTEN = [ADAPTER_0, ADAPTER_1, CONFIG_1, "router.safetensors", "skill_library.safetensors", "probe.safetensors"]
 
 
@@ -238,6 +252,7 @@ def test_rows_3_6_a_file_that_cannot_be_written_is_named_and_nothing_is_publishe
     before, model = files_of(tmp_path), tiny_mixture(seed=1)
     values = tensors(model)
     full_disk(monkeypatch, name)
+    monkeypatch.setattr("dylora_moe.checkpoint.tensors.save_file", native_full_disk(name))
     with pytest.raises(UsageError) as caught:
         save_checkpoint(tmp_path / "checkpoint-2", model)
     assert re.fullmatch(
@@ -319,11 +334,11 @@ def test_load_gives_the_same_bits(tmp_path):
     assert loaded.expert_states == model.expert_states == ["mature", "new", "immature"]
     assert loaded.router.config == model.router.config
     assert loaded.label_smoothing == 0.1
-    probe, facts = read_probe(tmp_path / "a")
+    probe, facts = read_probe(open_checkpoint(tmp_path / "a"))
     assert facts == probe_facts(loaded)
     assert probe_difference(loaded, probe).largest == 0
     assert changed_tensors(loaded, probe) == []
-    skills = read_skills(tmp_path / "a")
+    skills = read_skills(open_checkpoint(tmp_path / "a"))
     assert (skills.names, skills.experts) == (["Python", "prose ✓"], [0, -1])
     assert torch.equal(skills.embeddings, two_skills().embeddings)
     assert files_of(save_again(tmp_path / "b", loaded)) == files_of(tmp_path / "a")
@@ -339,7 +354,7 @@ def test_load_into_a_mixture_of_the_same_shape(tmp_path):
     model.mark_mature()
     save_checkpoint(tmp_path / "a", model, skills=two_skills())
     trainable = [p.requires_grad for p in other.parameters()]
-    skills = load_into(tmp_path / "a", other)
+    skills = load_into(open_checkpoint(tmp_path / "a"), other)
     assert equal(tensors(other), tensors(model))
     assert other.expert_states == ["mature", "mature"]
     assert [p.requires_grad for p in other.parameters()] == trainable
@@ -352,7 +367,7 @@ def test_the_flat_form_is_read(tmp_path):
     make_flat(folder, "expert_0")
     rewrite_manifest(folder)
     assert equal(tensors(load_mixture(folder, tiny_base())), tensors(model))
-    logits = list(stock_peft_logits(folder, 2, tiny_base(), random_ids(1, 5)))
+    logits = list(stock_peft_logits(open_checkpoint(folder), tiny_base(), random_ids(1, 5)))
     assert len(logits) == 2
     assert load_mixture(save_mixed(tmp_path / "b"), tiny_base()).num_experts == 3
 
@@ -385,7 +400,7 @@ def test_a_base_that_overflows_has_no_probe(tmp_path):
     with torch.no_grad():
         model.base.lm_head.weight.fill_(60000)
     save_checkpoint(tmp_path / "a", model)
-    assert read_probe(tmp_path / "a") is None
+    assert read_probe(open_checkpoint(tmp_path / "a")) is None
     assert find_problems(tmp_path / "a") == []
 
 
@@ -427,7 +442,7 @@ def test_nothing_changes_where_a_checkpoint_does_not_fit(fault, tmp_path):
     model, base = tiny_mixture(seed=1), tiny_base()
     before, base_before = tensors(model), describe_base(base)
     with pytest.raises(CheckpointError) as caught:
-        load_into(folder, model)
+        load_into(open_checkpoint(folder), model)
     assert caught.value.problems == sorted(caught.value.problems)
     assert equal(tensors(model), before)
     assert model.expert_states == ["immature", "immature"]
@@ -483,7 +498,7 @@ def test_row_28_another_base_names_both(other, tmp_path):
     folder = save_sound(tmp_path / "a")
     base = tiny_base("gemma") if other == "gemma" else wider_base()
     before = describe_base(base)
-    for read in (load_mixture, build_mixture):
+    for read in (load_mixture, lambda path, base: build_mixture(open_checkpoint(path), base)):
         with pytest.raises(CheckpointError) as caught:
             read(folder, base)
         expected = "model_type: llama there, gemma here" if other == "gemma" else "intermediate_size: 48 there, 64 here"
@@ -492,7 +507,7 @@ def test_row_28_another_base_names_both(other, tmp_path):
     model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))
     values = tensors(model)
     with pytest.raises(CheckpointError, match=expected):
-        load_into(folder, model)
+        load_into(open_checkpoint(folder), model)
     assert equal(tensors(model), values)
 
 
@@ -509,7 +524,7 @@ def test_a_mixture_of_another_shape_is_refused_with_every_difference(tmp_path):
     model = tiny_mixture(experts=3, r=2)
     before = tensors(model)
     with pytest.raises(CheckpointError) as caught:
-        load_into(folder, model)
+        load_into(open_checkpoint(folder), model)
     assert "has 2 experts, the model has 3" in str(caught.value)
     assert "expert_1 has r 4, in the model it is 2" in str(caught.value)
     assert equal(tensors(model), before)
@@ -534,7 +549,7 @@ def test_row_10_what_goes_while_it_is_read_is_an_error_that_touches_nothing(tmp_
 
     monkeypatch.setattr("dylora_moe.checkpoint.read.load_file", gone)
     with pytest.raises(error, match=text):
-        load_into(folder, model)
+        load_into(open_checkpoint(folder), model)
     assert equal(tensors(model), before)
     (tmp_path / "gone").rename(folder / what)
     with pytest.raises(error, match=text):
@@ -627,7 +642,7 @@ def test_rows_1_3_4_a_full_save_with_a_fault_at_every_operation(mode, stride, sa
     run, sound, model, save = saving
     monkeypatch.setattr("dylora_moe.store.files.WORKERS", 1)  # the operations in one order
     for k in itertools.count(1 + stride // 2, stride):
-        outcome = run_with_fault(save, k, mode, writers=[(torch, "save")])
+        outcome = run_with_fault(save, k, mode, writers=[(torch, "save"), (checkpoint_tensors, "save_file")])
         assert files_of(run / "checkpoint-1") == sound, k
         newest = run_folder.latest(run)
         if "saved" in outcome.acks:

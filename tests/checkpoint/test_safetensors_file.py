@@ -15,14 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dylora_moe.checkpoint.safetensors_file import (
-    hash_tensors,
-    read_array,
-    read_header,
-    read_json,
-    scan_float32,
-    write_tensors,
-)
+from dylora_moe.checkpoint.safetensors_file import read_array, read_header, read_json, scan_file
+from dylora_moe.checkpoint.tensors import write_tensors
 from dylora_moe.checkpoint.torch_file import check_torch_file
 from dylora_moe.store.files import FileProblem, parse_json
 
@@ -51,23 +45,19 @@ def entry(start: int, end: int, shape=(1,), dtype="F32") -> dict:
 # ---- writing ----
 
 
-@pytest.mark.parametrize("metadata", [None, {"probe": '{"a": "b\\n\\u00e9 é/"}'}])
-def test_written_to_the_byte_as_safetensors_does_and_hashed(tmp_path, metadata):
-    arrays = {name: tensor.numpy() for name, tensor in TENSORS.items()}
-    written = write_tensors(tmp_path / "ours", arrays, metadata)
-    save_file(TENSORS, tmp_path / "theirs", metadata=metadata or {"format": "pt"})
+def test_a_written_file_is_that_of_safetensors_and_is_read_back(tmp_path):
+    scan = write_tensors(tmp_path / "ours", TENSORS)
+    save_file(TENSORS, tmp_path / "theirs", metadata={"format": "pt"})
     data = (tmp_path / "ours").read_bytes()
     assert data == (tmp_path / "theirs").read_bytes()
-    assert written.digest == (len(data), hashlib.sha256(data).hexdigest())
-    assert sorted(written.values) == sorted(scan_float32(tmp_path / "ours", read_header(tmp_path / "ours")[1]))
-    if metadata is None:
-        assert hash_tensors(arrays) == written.digest[1]
+    assert scan == scan_file(tmp_path / "ours")
+    assert scan.digest == (len(data), hashlib.sha256(data).hexdigest())
 
 
 def test_the_mode_of_a_file_follows_the_umask(tmp_path):
     before = os.umask(0o027)
     try:
-        write_tensors(tmp_path / "x", {"x": np.zeros(1, dtype=np.float32)})
+        write_tensors(tmp_path / "x", {"x": torch.zeros(1)})
     finally:
         os.umask(before)
     assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
@@ -90,10 +80,8 @@ def test_scan_finds_nan_inf_and_zeros_across_chunks(tmp_path, monkeypatch):
     tensors["last"] *= 0
     tensors["last"][8] = -1e-30
     save_file(tensors, tmp_path / "x")
-    found = {
-        name: (finite, nonzero)
-        for name, finite, nonzero in scan_float32(tmp_path / "x", read_header(tmp_path / "x")[1])
-    }
+    scan = scan_file(tmp_path / "x")
+    found = {name: (extremes.finite, extremes.nonzero) for name, extremes in scan.extremes.items()}
     expected = {"fine": (True, True), "inf": (False, True), "last": (True, True), "nan": (False, True)}
     assert found == expected | {"zero": (True, False)}
 
@@ -142,6 +130,9 @@ def test_row_32_a_hostile_header_is_refused_at_once(case, tmp_path):
         read_header(path)
     assert reason in str(caught.value)
     assert len(str(caught.value)) < 1000
+    scan = scan_file(path)
+    assert scan.problem == str(caught.value)
+    assert scan.digest == (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
     assert time.monotonic() - began < 2
 
 
@@ -164,10 +155,8 @@ def test_row_32_a_sparse_terabyte_is_refused_without_reading_it(tmp_path):
     path = header_file(tmp_path / "x", {"x": entry(0, 1 << 40, shape=(1 << 38,))})
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size + (1 << 40))
-    tensors = read_header(path)[1]
     began = time.monotonic()
-    with pytest.raises(FileProblem, match="a hole"):
-        list(scan_float32(path, tensors))
+    assert "a hole" in scan_file(path).problem
     assert time.monotonic() - began < 1
 
 
@@ -230,7 +219,9 @@ def test_row_31_a_pickle_is_not_a_torch_file_and_is_not_unpickled(tmp_path):
     assert not (tmp_path / "PWNED").exists()
 
 
-@pytest.mark.parametrize("module", ["safetensors_file", "torch_file", "verify", "formats", "findings"])
+@pytest.mark.parametrize(
+    "module", ["safetensors_file", "torch_file", "verify", "verify_tensors", "config", "formats", "findings"]
+)
 def test_no_torch_is_imported(module):
     code = (
         f"import dylora_moe.checkpoint.{module}, sys; "

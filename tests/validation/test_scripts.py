@@ -14,12 +14,11 @@ import time
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
-from dylora_moe.checkpoint.probe import expert_tensors
 from dylora_moe.checkpoint.read import read_skills
+from dylora_moe.checkpoint.tensors import expert_tensors
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.validation import subject, workspace
 from dylora_moe.validation.saved import fill_experts
@@ -111,13 +110,6 @@ def test_full(capsys, tiny):
 def test_full_on_other_architectures(capsys, tmp_path, architecture):
     tiny_base(architecture).save_pretrained(tmp_path / "model")
     assert run(full, capsys, "--model", tmp_path / "model").code == 0
-
-
-def test_full_makes_no_forward_pass_twice(capsys, tiny, monkeypatch):
-    passes, forward = [], LlamaForCausalLM.forward
-    monkeypatch.setattr(LlamaForCausalLM, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
-    assert run(full, capsys, "--model", tiny, "--experts", 2).code == 0
-    assert len(passes) == 2 + 1 + 2 + 2 + 2 * 2  # saving, before loading, after, spoiled, each against stock PEFT
 
 
 def test_full_with_one_expert_has_no_router_to_spoil(capsys, tiny):
@@ -603,7 +595,7 @@ def test_save_sees_a_missing_router(capsys, tiny, monkeypatch):
     outcome = run(minimal, capsys, "--model", tiny)
     assert outcome.code == 1
     assert outcome.failed() == ["save", "structure"]
-    assert re.search(r"✗ router.safetensors: .*missing", outcome.out)
+    assert re.search(r"✗ router.safetensors: cannot be read back", outcome.out)
 
 
 def test_save_sees_that_nothing_was_written(capsys, tiny, monkeypatch):
@@ -627,7 +619,7 @@ def test_save_sees_a_model_that_is_left_changed(capsys, tiny, monkeypatch):
 
 
 def test_load_sees_that_nothing_was_loaded(capsys, tiny, saved, monkeypatch):
-    monkeypatch.setattr("dylora_moe.validation.reloaded.load_into", lambda folder, model: read_skills(folder))
+    monkeypatch.setattr("dylora_moe.validation.reloaded.load_into", lambda checkpoint, model: read_skills(checkpoint))
     outcome = run(full, capsys, "--model", tiny)
     assert outcome.code == 1
     assert outcome.failed() == ["load", "consistency"]
