@@ -22,7 +22,7 @@ from ..base.structure import check_base, decoder_layers
 from ..constants import EXPERT_PREFIX, IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError, listed
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
-from .cross_entropy import Head, summed_cross_entropy, watched_head
+from .cross_entropy import summed_cross_entropy
 from .experts import ExpertStates
 from .layer_pass import Expert
 from .routed_linear import RoutedLinear
@@ -342,8 +342,6 @@ class Mixture(nn.Module):
             labels: (B, T) int64; the token at t is predicted at t - 1; -100 is left out of the loss.
             expert: send every token to this expert alone; a sequence: one expert for each row of the batch.
             num_items_in_batch: labelled tokens of the whole batch, where this is one of several micro-batches.
-
-        In training the gradient of the loss goes past the logits, straight to what they were made of, where it can.
         """
         if isinstance(expert, Sequence):
             expert = self._check_rows(expert, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
@@ -357,26 +355,25 @@ class Mixture(nn.Module):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         with self._routing.its_turn():
             collect = labels is not None and self._looks_at_routing(expert)
-            layer = self.base.get_output_embeddings() if labels is not None and self.training else None
-            with self._routing.force(expert), self._routing.record(collect) as probs, watched_head(layer) as head:
+            with self._routing.force(expert), self._routing.record(collect) as probs:
                 out = self.base(input_ids, **kwargs)
         losses = {}
         if labels is not None:
-            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs, head)
+            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs)
         result = MixtureOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
         for name, value in out.items():
             if name not in _OUTPUT_FIELDS:  # some bases have their state in a field of their own
                 result[name] = value
         return result.to_tuple() if as_tuple else result
 
-    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs, head: Head | None) -> dict:
+    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict:
         """The losses by their names in the output; counts the usage. probs: of each decoder layer, (B, T, N)."""
         # The logit at t is held against the token at t + 1. Shifting the labels spares a copy of the logits.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
         count = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, device=logits.device, dtype=torch.float32).clamp(min=1)
         smoothing = self.label_smoothing if self.training else 0.0  # evaluation is in nats
-        lm_loss = summed_cross_entropy(logits, targets, smoothing, head) / count
+        lm_loss = summed_cross_entropy(logits, targets, smoothing) / count
         if not probs:
             return {"loss": lm_loss, "lm_loss": lm_loss}
         mask = targets != IGNORED_LABEL
