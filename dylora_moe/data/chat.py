@@ -1,4 +1,4 @@
-"""Chats to text: which of it is learned, with the tokenizer's chat template or without one."""
+"""Chats to text, with or without a chat template of the tokenizer, and which characters of it are learned."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from datetime import datetime
 from typing import Any
 
 from ..errors import UsageError
+from .schemas import INPUT_COLUMNS, SYSTEM_COLUMNS
 
-PROMPT_COLUMNS = ("instruction", "prompt", "question")
-ANSWER_COLUMNS = ("output", "response", "completion", "answer")
-INPUT_COLUMNS = ("input", "context")
-SYSTEM_COLUMNS = ("system", "system_prompt")
 ROLES = {
     **{role: role for role in ("system", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"},
 }
 DATE_CODES = ("%Y", "%y", "%m", "%B", "%b", "%d", "%A", "%a", "%j", "%H", "%I", "%M", "%S", "%p")
 
-Message = dict[str, str]
-# What templates that write the date are given, or the tokens would change overnight.
-TEMPLATE_DATE = datetime(2024, 7, 26)
+TEMPLATE_DATE = datetime(2024, 7, 26)  # for templates that write the date: otherwise tokens would change every day
+
+Message = dict[str, str]  # "role" and "content"
 
 
 @dataclass(frozen=True)
 class Part:
-    """Text, and the (start, end) characters of it that are learned; None for all of it. Parts are joined by EOS."""
+    """A text, and the (start, end) of the characters that are learned; None for all. An EOS ends each part."""
 
     text: str
     spans: list[tuple[int, int]] | None
@@ -34,23 +31,27 @@ class Part:
 
 @dataclass(frozen=True)
 class Rendered:
+    """A row as text."""
+
     parts: list[Part]
     from_template: bool = False
     unlabelled_turns: int = 0
 
 
 def as_text(value: Any, where: str, column: str) -> str:
+    """Return the value of a column as text, "" for None. Raises UsageError for anything but text and integers."""
     if value is None:
         return ""
     if isinstance(value, str):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    # A float is not what was written: 13 among fractions is read as 13.0.
+    # A float is not what was written: in a column with fractions, 13 is read as 13.0.
     raise UsageError(f"{where}: the column {column} must hold text, found {type(value).__name__}; convert it to text")
 
 
 def read_messages(value: Any, where: str) -> list[Message]:
+    """Return the messages of a chat with the roles system, user, assistant and tool. Raises UsageError."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -76,7 +77,7 @@ def _message(value: Any, where: str) -> Message:
 
 
 def pair_messages(row: dict[str, Any], where: str) -> list[Message]:
-    """A prompt and its answer as a chat. Either may itself be a list of messages."""
+    """Return a chat of a prompt and its answer, the first two columns. Each may itself be a list of messages."""
     prompt, answer, *more = row
     system = [name for name in more if name in SYSTEM_COLUMNS]
     extra = [name for name in more if name in INPUT_COLUMNS]
@@ -96,12 +97,14 @@ def pair_messages(row: dict[str, Any], where: str) -> list[Message]:
 
 
 def render_joined(row: dict[str, Any], where: str) -> Rendered | None:
+    """Join `prompt` and `completion` as they are, of which the latter is learned; None if it is empty."""
     prompt, answer = (as_text(row[name], where, name) for name in ("prompt", "completion"))
     text = prompt + answer
     return Rendered([Part(text, [(len(prompt), len(text))])]) if answer.strip() else None
 
 
 def render_plainly(messages: list[Message]) -> Rendered:
+    """Render a chat without a template, one part per answer."""
     parts, text = [], ""
     for message in messages:
         text += f"### {message['role'].capitalize()}:\n"
@@ -114,16 +117,15 @@ def render_plainly(messages: list[Message]) -> Rendered:
     return Rendered(parts)
 
 
-# --- chat templates --------------------------------------------------------------------------------------------------
-
-
 def render_by_template(messages: list[Message], tokenizer: Any, where: str) -> Rendered:
-    """The chat as the template writes it, and the characters of it that are answers.
+    """Render a chat by the tokenizer's template and find the characters that are answers.
 
-    An answer is found by rendering the chat up to it and through it: both must be the beginning of the whole. Where
-    that does not hold the answer is left unlabelled, and where it holds for none of them the template cannot be used.
+    An answer lies between the rendering of the messages before it and the rendering that includes it. Both must be
+    prefixes of the whole chat; otherwise the answer is not learned.
+
+    Raises:
+        UsageError: if the template refuses the chat, or no answer can be found.
     """
-
     template = _undated(tokenizer.get_chat_template())
 
     def render(some: list[Message], generation: bool = False) -> str:
@@ -138,15 +140,14 @@ def render_by_template(messages: list[Message], tokenizer: Any, where: str) -> R
     if not found:
         raise UsageError(
             f"{where}: the answer cannot be found in what the tokenizer's chat template renders, so that it is not "
-            "known what to "
-            "learn; expected a template that writes a chat from left to right. Give data with a text column, or "
-            "another template"
+            "known what to learn; expected a template that writes a chat from left to right. Give data with a text "
+            "column, or another template"
         )
     return Rendered([Part(full, found)], from_template=True, unlabelled_turns=len(spans) - len(found))
 
 
 def _undated(template: str) -> str:
-    """The template with a clock that stands still, as a macro: functions are no longer let into templates (5.23)."""
+    """Fix the date of a template by a macro, as transformers 5.23 lets no functions into templates any more."""
     if "strftime_now" not in template:
         return template
     stopped = "".join(f" | replace({code!r}, {TEMPLATE_DATE.strftime(code)!r})" for code in DATE_CODES)
@@ -154,10 +155,10 @@ def _undated(template: str) -> str:
 
 
 def _accepted(messages: list[Message], render: Callable[..., str], where: str) -> tuple[list[Message], str]:
-    """The messages and their rendering. Where a template has no system role, that goes before the user's words."""
+    """Return the messages and their rendering; without a system role in the template, merged into the user's turn."""
     try:
         return messages, render(messages).rstrip()
-    except Exception as error:  # a template may raise what it likes
+    except Exception as error:  # a template may raise anything
         first, *rest = messages
         if first["role"] == "system" and rest[0]["role"] == "user":
             merged = [{"role": "user", "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
@@ -169,7 +170,7 @@ def _accepted(messages: list[Message], render: Callable[..., str], where: str) -
 
 
 def _answer_span(render: Callable[..., str], messages: list[Message], i: int, full: str) -> tuple[int, int] | None:
-    """From the prompt's end to the end of the turn's end token; white space after that is not the model's to write."""
+    """Return where answer `i` is, from the end of the prompt to the end of its end token; None if it is not found."""
     content = messages[i]["content"].strip()
     through = render(messages[: i + 1]).rstrip()
     if not full.startswith(through):
@@ -178,7 +179,7 @@ def _answer_span(render: Callable[..., str], messages: list[Message], i: int, fu
     prompt = render(messages[:i], generation=True) if i else ""
     if len(prompt) > len(before) and through.startswith(prompt) and content in through[len(prompt) :]:
         return len(prompt), len(through)
-    # The template has no generation prompt, or one that it does not write itself: the words must stand there once.
+    # There is no generation prompt, or none that precedes the answer: the content itself must occur exactly once.
     if not content or not through.startswith(before) or through.count(content, len(before)) != 1:
         return None
     return through.index(content, len(before)), len(through)

@@ -1,37 +1,26 @@
-"""From rows to documents: which text is learned, and as which tokens.
+r"""Rows to documents: token ids, and which of them are learned.
 
-| columns | what is learned |
-|---|---|
-| `messages` ({role, content}) or `conversations` ({from, value}) | every assistant turn, with its end token |
-| `prompt` + `completion` | the completion |
-| `instruction`, `prompt`, `question` + `output`, `response`, `completion`, `answer` | the answer and its end token |
-| `text` or `content` | everything |
-
-With `input` or `context` beside it an instruction or question is followed by an empty line and that text; `system`
-or `system_prompt` becomes the system message. Where the tokenizer has a chat template, all but plain text is rendered
-by it. Where it has none, `prompt` + `completion` are joined as they stand, and a chat is rendered as
+Where the tokenizer has a chat template, it renders all schemas but plain text. Where it has none, `prompt` and
+`completion` are joined as they are, and a chat is rendered as
 
     ### System:\n...\n\n### User:\n...\n\n### Assistant:\nthe answer<EOS>\n\n### User:\n...
 
-Every document ends with one EOS, which is learned. A document begins with a BOS where the tokenizer adds one to plain
-text; what a chat template renders is taken as it is, since that is what the model is given when it is used.
+Every document ends with one EOS, which is learned. A document begins with a BOS if the tokenizer adds one to plain
+text. What a chat template renders gets no BOS, because the model is given it as it is when it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
-from ..errors import UsageError, listed
+from ..errors import UsageError
 from .chat import (
-    ANSWER_COLUMNS,
-    INPUT_COLUMNS,
-    PROMPT_COLUMNS,
-    SYSTEM_COLUMNS,
     Part,
     Rendered,
     as_text,
@@ -41,22 +30,14 @@ from .chat import (
     render_joined,
     render_plainly,
 )
+from .schemas import ANSWER_COLUMNS, CHAT_COLUMNS, TEXT_COLUMNS, detect_schema
 
-CHAT_COLUMNS = ("messages", "conversations")
-TEXT_COLUMNS = ("text", "content")
-READ_COLUMNS = (*PROMPT_COLUMNS, *ANSWER_COLUMNS, *INPUT_COLUMNS, *SYSTEM_COLUMNS, *CHAT_COLUMNS, *TEXT_COLUMNS)
-KNOWN_SCHEMAS = [
-    "messages: a list of {role, content}",
-    "conversations: a list of {from, value}",
-    f"one of {', '.join(PROMPT_COLUMNS)} with one of {', '.join(ANSWER_COLUMNS)}",
-    "text or content: plain text",
-]
 BATCH_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `ids` (T,) int32, and `learned` (T,) bool, true where the token is to be predicted."""
+    """The tokens of a document: `ids` (T,) int32, and `learned` (T,) bool, true for the tokens to be predicted."""
 
     ids: np.ndarray
     learned: np.ndarray
@@ -66,36 +47,33 @@ class Document:
 
     @property
     def key(self) -> bytes:
-        """The same for the same tokens, in any data set and on any machine."""
+        """A hash of the tokens and of which of them are learned."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes() + self.learned.tobytes()).digest()
 
     @property
     def text_key(self) -> bytes:
-        """The same for the same tokens, whichever of them are learned."""
+        """A hash of the tokens alone."""
         return hashlib.sha256(self.ids.astype("<i4").tobytes()).digest()
 
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of a data set.
-
-    Skipped are rows without text or without an answer. Unlabelled are answers within a chat which the chat template
-    writes otherwise once the chat goes on, so that they are no example of what to write.
-    """
+    """The documents of a data set, and what was not read."""
 
     items: list[Document]
     schema: str
     unused_columns: list[str]
-    skipped_rows: int
-    unlabelled_turns: int
+    skipped_rows: int  # without text, or without an answer
+    unlabelled_turns: int  # answers that are not learned: the chat template changes them once the chat goes on
 
 
 def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
-    """Tokenizes every row.
+    """Render and tokenize every row of a data set.
 
     Raises:
-        UsageError: for unknown columns, rows of several schemas, a row that is not what its columns promise, a chat
-            that the template refuses, a tokenizer that cannot do it, and where nothing is left.
+        UsageError: if the columns are unknown or the rows have several schemas, if a row does not fit its schema, if
+            the chat template refuses a chat or hides the answers, if the tokenizer lacks something, or if no row has
+            anything to learn.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(
@@ -104,15 +82,13 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     schema, columns = detect_schema(rows.column_names, where)
     _check_one_schema(rows, columns, where)
     unused = [name for name in rows.column_names if name not in columns]
-    rows = rows.select_columns(columns)
     items: list[Document] = []
-    skipped = unlabelled = 0
-    for start in range(0, len(rows), BATCH_ROWS):
-        batch = _batch(rows, start, where)
+    number = skipped = unlabelled = 0
+    for batch in _batches(rows, columns, where):
         rendered = []
-        for offset in range(len(batch[columns[0]])):
-            row = {name: batch[name][offset] for name in columns}
-            rendered.append(_render(row, schema, tokenizer, f"{where}, row {start + offset + 1}"))
+        for row in batch:
+            number += 1
+            rendered.append(_render(row, schema, tokenizer, f"{where}, row {number}"))
         kept = [one for one in rendered if one is not None]
         skipped += len(rendered) - len(kept)
         unlabelled += sum(one.unlabelled_turns for one in kept)
@@ -120,61 +96,45 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     if not items:
         raise UsageError(
             f"{where}: all {len(rows)} row(s) are without text or without an answer to learn (columns "
-            f"{', '.join(columns)}); "
-            "give documents that have some"
+            f"{', '.join(columns)}); give documents that have some"
         )
     return Documents(items, schema, unused, skipped, unlabelled)
 
 
-def _batch(rows: Dataset, start: int, where: str) -> dict[str, list]:
+def _batches(rows: Dataset, columns: list[str], where: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows in lists, each row with the columns in the given order."""
     try:
-        return rows[start : start + BATCH_ROWS]
+        for batch in rows.select_columns(columns).iter(BATCH_ROWS):
+            values = zip(*(batch[name] for name in columns), strict=True)
+            yield [dict(zip(columns, row, strict=True)) for row in values]
     except UnicodeDecodeError:
         raise UsageError(f"{where}: is not UTF-8 text; convert it to UTF-8") from None
 
 
-def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
-    """The schema's name and the columns that it reads."""
-
-    def first(names: tuple[str, ...]) -> str | None:
-        return next((name for name in names if name in columns), None)
-
-    if chat := first(CHAT_COLUMNS):
-        return "chat", [chat]
-    prompt, answer = first(PROMPT_COLUMNS), first(ANSWER_COLUMNS)
-    if prompt and answer:
-        more = [first(SYSTEM_COLUMNS), first(INPUT_COLUMNS) if prompt != "prompt" else None]
-        return f"{prompt} + {answer}", [prompt, answer, *(name for name in more if name)]
-    if text := first(TEXT_COLUMNS):
-        return "text", [text]
-    raise UsageError(
-        f"{where}: the columns are none that can be trained on; found {', '.join(sorted(columns)) or 'none'}; "
-        f"rename them to one of:\n{listed(KNOWN_SCHEMAS)}"
-    )
-
-
 def _check_one_schema(rows: Dataset, columns: list[str], where: str) -> None:
-    """`datasets` reads rows of several schemas as rows of all their columns, with None where a row has none."""
+    """Check that no row has its content in columns of another schema.
+
+    From rows of several schemas, `datasets` makes rows with all of their columns and fills the gaps with None.
+    """
     others = [name for name in (*CHAT_COLUMNS, *ANSWER_COLUMNS, *TEXT_COLUMNS) if name in rows.column_names]
     others = [name for name in others if name not in columns]
-    rows = rows.select_columns([*columns, *others])
-    for start in range(0, len(rows), BATCH_ROWS) if others else ():
-        batch = _batch(rows, start, where)
-        for offset, values in enumerate(zip(*(batch[name] for name in columns), strict=True)):
-            filled = [name for name in others if (value := batch[name][offset]) and value == value]  # NaN is nothing
-            if filled and not any(values):
+    if not others:
+        return
+    number = 0
+    for batch in _batches(rows, [*columns, *others], where):
+        for row in batch:
+            number += 1
+            filled = [name for name in others if (value := row[name]) and value == value]  # not NaN
+            if filled and not any(row[name] for name in columns):
                 raise UsageError(
-                    f"{where}, row {start + offset + 1}: has nothing in {', '.join(columns)}, by which the rows are "
+                    f"{where}, row {number}: has nothing in {', '.join(columns)}, by which the rows are "
                     f"read, but something in {', '.join(filled)}; expected rows of one kind: give each kind a file of "
                     "its own, or leave one of the columns out"
                 )
 
 
-# --- rows to text ----------------------------------------------------------------------------------------------------
-
-
 def _render(row: dict[str, Any], schema: str, tokenizer: Any, where: str) -> Rendered | None:
-    """None where there is nothing to learn."""
+    """Render a row as text; None if it has nothing to learn."""
     if schema == "text":
         text = as_text(next(iter(row.values())), where, next(iter(row)))
         return Rendered([Part(text, None)]) if text.strip() else None
@@ -186,13 +146,10 @@ def _render(row: dict[str, Any], schema: str, tokenizer: Any, where: str) -> Ren
             return render_joined(row, where)
         messages = pair_messages(row, where)
     while messages and messages[-1]["role"] != "assistant":
-        messages.pop()  # what no answer follows teaches nothing
+        messages.pop()  # nothing is learned of a turn that no answer follows
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         return None
     return render_by_template(messages, tokenizer, where) if tokenizer.chat_template else render_plainly(messages)
-
-
-# --- text to tokens --------------------------------------------------------------------------------------------------
 
 
 def _tokenize(rendered: list[Rendered], tokenizer: Any, where: str) -> list[Document]:
@@ -216,15 +173,14 @@ def _tokenize_parts(parts: list[Part], tokenizer: Any, where: str) -> list[Docum
     if need_spans and not tokenizer.is_fast:
         raise UsageError(
             f"{where}: learning answers only needs a fast tokenizer (one with tokenizer.json), got "
-            f"{type(tokenizer).__name__}; "
-            "convert the tokenizer, or give data with a text column"
+            f"{type(tokenizer).__name__}; convert the tokenizer, or give data with a text column"
         )
     encoded = tokenizer(
         [part.text for part in parts],
         add_special_tokens=False,
         return_attention_mask=False,
         return_offsets_mapping=need_spans,
-        verbose=False,  # "sequence is longer than the model's maximum": it will be cut into blocks
+        verbose=False,  # no warning of long sequences: they are cut into blocks later
     )
     documents = []
     for number, part in enumerate(parts):
@@ -232,7 +188,7 @@ def _tokenize_parts(parts: list[Part], tokenizer: Any, where: str) -> list[Docum
         if part.spans is None:
             learned = np.ones(len(ids), dtype=bool)
         else:
-            offsets = np.asarray(encoded["offset_mapping"][number]).reshape(-1, 2)  # (T, 2) characters from, to
+            offsets = np.asarray(encoded["offset_mapping"][number]).reshape(-1, 2)  # (T, 2): first character, end
             learned = np.zeros(len(ids), dtype=bool)
             for start, end in part.spans:
                 learned |= (offsets[:, 1] > start) & (offsets[:, 0] < end)
@@ -241,6 +197,7 @@ def _tokenize_parts(parts: list[Part], tokenizer: Any, where: str) -> list[Docum
 
 
 def _document(parts: list[Document], starts: list[int], eos: int) -> Document:
+    """Join the parts, each of which ends with one EOS, after the tokens `starts`, which are not learned."""
     ids, learned = [], []
     if starts and parts[0].ids[:1].tolist() != starts:
         ids.append(np.asarray(starts, dtype=np.int32))
@@ -252,5 +209,5 @@ def _document(parts: list[Document], starts: list[int], eos: int) -> Document:
             ids.append(np.asarray([eos], dtype=np.int32))
             learned.append(np.ones(1, dtype=bool))
     all_learned = np.concatenate(learned)
-    all_learned[0] = False  # nothing stands before the first token that could predict it
+    all_learned[0] = False  # no token before the first could predict it
     return Document(np.concatenate(ids), all_learned)

@@ -1,4 +1,10 @@
-"""Documents to blocks of one length: none is cut that fits, and none is told apart from the next by position alone."""
+"""Documents to blocks of one length.
+
+Documents that are longer than a block are cut into pieces of one block. The last pieces, and all shorter documents, are
+never cut: they are put together by best-fit decreasing (https://arxiv.org/abs/2404.10830), and the rest of a block is
+padding without labels. The positions of each piece begin at 0, by which the model keeps the pieces apart. Pieces in
+which nothing is learned are dropped, and their tokens counted.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +22,23 @@ from .documents import Document
 COLUMNS = ("input_ids", "labels", "position_ids")
 
 
-# --- packing ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Packed:
+    """Blocks, sorted by the lengths of their first pieces."""
+
     rows: np.ndarray  # (blocks, 3, block_size) int32, in the order of COLUMNS
-    padding: int
-    dropped: int
+    padding: int  # tokens of padding
+    dropped: int  # tokens of the dropped pieces
 
     def shuffled(self, seed: int) -> np.ndarray:
-        """Packing sorts by length; `random` keeps its promise of the same order in later versions, numpy makes none."""
+        """Return the rows in an order drawn by `random`, which stays the same in later versions, unlike numpy's."""
         order = list(range(len(self.rows)))
         random.Random(seed).shuffle(order)
         return self.rows[order]
 
 
 def pack(documents: list[Document], block_size: int, pad: int) -> Packed:
+    """Pack documents into blocks of `block_size` tokens, with `pad` as the id of padding."""
     pieces = [
         Document(document.ids[start : start + block_size], document.learned[start : start + block_size])
         for document in documents
@@ -54,7 +60,7 @@ def _fill(row: np.ndarray, pieces: list[Document], pad: int) -> None:
         start, end = end, end + len(piece)
         ids[start:end] = piece.ids
         labels[start:end] = np.where(piece.learned, piece.ids, IGNORED_LABEL)
-        labels[start] = IGNORED_LABEL  # or the document before would be taught to go on with this one
+        labels[start] = IGNORED_LABEL  # it does not follow from the document before
         positions[start:end] = np.arange(len(piece))
     ids[end:] = pad
     labels[end:] = IGNORED_LABEL
@@ -62,9 +68,9 @@ def _fill(row: np.ndarray, pieces: list[Document], pad: int) -> None:
 
 
 def _best_fit(lengths: list[int], room: int) -> list[list[int]]:
-    """Bins of indices: the longest first, each into the fullest bin that still takes it."""
+    """Return bins of indices of `lengths`: the longest first, each put into the fullest bin with enough room."""
     bins: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # room left -> bins with that much
+    by_room: dict[int, list[int]] = {}  # room that is left -> the bins with that much room
     rooms: list[int] = []  # the keys of by_room, sorted
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         place = bisect.bisect_left(rooms, lengths[index])
@@ -86,7 +92,7 @@ def _best_fit(lengths: list[int], room: int) -> list[list[int]]:
 
 
 def as_dataset(rows: np.ndarray, source: int | None = None) -> Dataset:
-    """Rows (blocks, 3, block_size) as a data set in memory, 12 bytes per token."""
+    """Make a data set in memory of rows (blocks, 3, block_size), with a column `source` if that is given."""
     blocks, _, size = rows.shape
     columns: dict[str, pa.Array] = {
         name: pa.ListArray.from_arrays(

@@ -1,15 +1,15 @@
-"""Where documents come from: a file, a folder or a data set of the Hugging Face hub, as one `datasets.Dataset` of rows.
+"""Sources of documents: a file, a folder or a data set of the Hugging Face hub, read as a `datasets.Dataset` of rows.
 
 | source | rows |
 |---|---|
 | `FILE.jsonl`, `.json`, `.parquet`, `.csv` | the rows of the file |
-| `FILE.txt`, or any other text file of a folder | one row per file, in the column `text` |
-| a folder with files of one of the kinds above | their rows; of `train` and `test` files only the `train` ones |
-| a folder without | one row per text file in it, in the order of the paths |
+| `FILE.txt` | one row with the text of the file in the column `text` |
+| a folder with files of one of the kinds above | their rows; with `train` and `test` files those of `train` |
+| any other folder | one row per text file in it, in the order of the paths |
 | a folder written by `save_to_disk` | what was saved |
-| `NAME`, `ORG/NAME`, with `:CONFIG`, `@REVISION` | the hub's, by `datasets.load_dataset`; no code of it is run |
+| `NAME`, `ORG/NAME`, with `:CONFIG`, `@REVISION` | the rows of a data set of the hub; its code is never run |
 
-What is local is read in memory through a temporary cache, so that nothing is left beside the user's files.
+Local files are read into memory through a temporary cache, so that nothing is left beside them.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -32,28 +33,28 @@ import pandas
 from datasets import Dataset, DatasetDict, Features, List, Value
 
 from ..errors import UsageError, listed
-from .documents import READ_COLUMNS
+from .schemas import READ_COLUMNS
 from .text_files import files_in, text_of
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 DATA_SUFFIXES = (*LOADERS, ".txt")
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-WORDS = ("content", "value", "text")  # of a chat's message
+MESSAGE_TEXTS = ("content", "value", "text")  # keys of the messages of a chat
 HELD_OUT_WORDS = {"test", "validation", "valid", "val", "dev", "eval", "evaluation"}
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[^@]+))?(@(?P<revision>.+))?")
-NO_ROWS = "corresponds to no data"  # `datasets` of a file that can be read and is empty: [], a header alone
+NO_ROWS = "corresponds to no data"  # in the message of `datasets` for a file without rows: [], or only a header
 HUB_PROBE_SECONDS = 3.0
 CAUSE_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """One `--data SOURCE[=WEIGHT]`. A path that itself contains `=` and exists is taken whole."""
+    """One `--data SOURCE[=WEIGHT]`. A source that contains `=` is not divided if a file of that name exists."""
 
     source: str
     weight: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.source.strip():
             raise UsageError(
                 "--data: the name or path of a data set is empty; expected NAME_OR_PATH or NAME_OR_PATH=WEIGHT"
@@ -66,6 +67,7 @@ class DataSpec:
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:
+        """Parse the value of `--data`. Raises UsageError."""
         if "=" not in text or Path(os.path.expanduser(text)).exists():
             return cls(text)
         source, _, weight = text.rpartition("=")
@@ -81,7 +83,7 @@ class DataSpec:
 
     @property
     def name(self) -> str:
-        """A short name for metrics, of [A-Za-z0-9_-]: that of the file (no ending), the folder or the hub data set."""
+        """A short name for metrics, of [A-Za-z0-9_-]: the name of the file, the folder or the data set of the hub."""
         path = Path(os.path.expanduser(self.source))
         if path.is_dir():
             short = path.resolve().name
@@ -94,14 +96,14 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a source and how many files of it were left out (other splits, or not of the kind that is read)."""
+    """The rows of a source, and how many of its files were not read (of other splits or kinds)."""
 
     dataset: Dataset
     skipped_files: int = 0
 
 
 def read_rows(source: str, token: str | None = None) -> Rows:
-    """The rows of a source; `UsageError` for whatever keeps it from being read."""
+    """Read the rows of a source. Raises UsageError if it cannot be read or has no rows."""
     path = Path(os.path.expanduser(source))
     if path.is_dir():
         rows = _read_folder(path)
@@ -120,14 +122,11 @@ def read_rows(source: str, token: str | None = None) -> Rows:
 
 
 def looks_like_a_path(source: str) -> bool:
-    """Whether a missing source was meant as a path, so that a typing error does not become a download."""
+    """Return whether a source that does not exist was meant as a path: a typing error must not become a download."""
     if source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1:
         return True
     suffix = Path(source).suffix
     return suffix.lower() in DATA_SUFFIXES or ("/" in source and re.fullmatch(r"\.[A-Za-z]{2,8}", suffix) is not None)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _read_file(path: Path) -> Rows:
@@ -156,7 +155,7 @@ def _check_readable(path: Path) -> None:
 
 
 def _load(paths: list[Path], loader: str, where: str) -> Dataset:
-    """What the files hold, texts as they are written there: 007 is no number, and None in a csv file no gap."""
+    """Load files without converting their texts: 007 in a csv file is not a number, and None not a missing value."""
     with tempfile.TemporaryDirectory(prefix="dylora_data_") as cache, _quiet_datasets():
         load = partial(
             datasets.load_dataset,
@@ -175,7 +174,7 @@ def _load(paths: list[Path], loader: str, where: str) -> Dataset:
             return _without_times(rows, paths) if loader == "json" else rows
         except (MemoryError, KeyboardInterrupt):
             raise
-        except Exception as error:  # what each loader raises for bad content is not documented, and changes
+        except Exception as error:  # what the loaders raise for bad content is not documented
             if NO_ROWS in str(error):
                 return Dataset.from_dict({})
             raise UsageError(
@@ -184,20 +183,20 @@ def _load(paths: list[Path], loader: str, where: str) -> Dataset:
 
 
 def _has_times(feature: object) -> bool:
-    """Whether something was read as a time: what is written like one, in every row of a column."""
+    """Return whether `datasets` has read texts as times, as it does if all of a column look like times."""
     if isinstance(feature, Value):
         return feature.dtype.startswith(("timestamp", "date", "time"))
     if isinstance(feature, List):
         return _has_times(feature.feature)
-    return isinstance(feature, dict) and any(_has_times(feature[name]) for name in WORDS if name in feature)
+    return isinstance(feature, dict) and any(_has_times(feature[name]) for name in MESSAGE_TEXTS if name in feature)
 
 
 def _without_times(rows: Dataset, paths: list[Path]) -> Dataset:
-    """The rows with the texts that `datasets` has read as times, which cannot be turned back into what was written."""
+    """Replace columns that `datasets` has read as times, from which the texts cannot be restored, by those texts."""
     times = [name for name in READ_COLUMNS if name in rows.column_names and _has_times(rows.features[name])]
     if not times:
         return rows
-    written = []
+    written: list[Any] = []
     for path in paths:
         for value in _json_values(path.read_text(encoding="utf-8-sig")):
             written += value if isinstance(value, list) else [value]
@@ -210,7 +209,7 @@ def _without_times(rows: Dataset, paths: list[Path]) -> Dataset:
 
 
 def _json_values(content: str) -> Iterator[object]:
-    """Those that stand one after the other, on lines of their own or not."""
+    """Yield the JSON values of a text one after the other, whether on lines of their own or not."""
     decoder, something, at = json.JSONDecoder(), re.compile(r"[^ \t\r\n]"), 0
     while match := something.search(content, at):
         value, at = decoder.raw_decode(content, match.start())
@@ -219,7 +218,7 @@ def _json_values(content: str) -> Iterator[object]:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """No progress bars and no log lines of `datasets`: a library does not print, and the error says what they say."""
+    """Suppress progress bars and log lines of `datasets`. Our errors say what they would."""
     bars = not datasets.are_progress_bars_disabled()
     level = datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
@@ -233,7 +232,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error and what it was raised from, innermost last."""
+    """Return an exception and its causes, the innermost last."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -241,13 +240,10 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost message: `datasets` wraps the one that says what is wrong."""
+    """Return the innermost message, which says what is wrong; `datasets` wraps it."""
     innermost = _chain(error)[-1]
     text = " ".join(str(innermost).split()) or type(innermost).__name__
     return text if len(text) <= CAUSE_CHARACTERS else text[:CAUSE_CHARACTERS] + " ..."
-
-
-# --- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _read_folder(folder: Path) -> Rows:
@@ -275,14 +271,14 @@ def _read_saved(folder: Path) -> Dataset:
         return _pick_split(datasets.load_from_disk(str(folder), keep_in_memory=True), str(folder))
     except (MemoryError, UsageError):
         raise
-    except Exception as error:  # see _load
+    except Exception as error:  # as in _load
         raise UsageError(
             f"{folder}: looks like a folder of save_to_disk, but cannot be read: {_cause(error)}; save it again"
         ) from error
 
 
 def _training_files(folder: Path, files: list[Path]) -> list[Path]:
-    """Those named `train`; where none is, those not named after a held-out split; where there are only such, all."""
+    """Return the files named after `train`, else those not named after a held-out split, else all."""
 
     def words(file: Path) -> set[str]:
         return set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower()))
@@ -310,16 +306,13 @@ def _read_texts(folder: Path, files: list[Path]) -> Rows:
     return Rows(Dataset.from_dict({"text": found}), skipped_files=len(texts) - len(found))
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
-
-
 def hub_answers() -> bool:
-    """Whether the hub can be reached. `datasets` itself retries an unreachable hub for more than twenty seconds."""
+    """Return whether the hub can be reached. `datasets` itself would try for more than twenty seconds."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return True  # nothing is asked then: `datasets` looks in the cache
+        return True  # `datasets` looks in the cache alone
     try:
         huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_PROBE_SECONDS)
-    except Exception:  # of httpx or of requests, as the installed version of huggingface_hub has it
+    except Exception:  # of httpx or requests, whichever this version of huggingface_hub uses
         return False
     return True
 
@@ -333,47 +326,42 @@ def _read_hub(source: str, token: str | None) -> Dataset:
         )
     if not hub_answers():
         raise UsageError(
-            f"{source}: no such file or folder, and the Hugging Face hub cannot be reached to look for it there; "
-            "give a "
-            "local file or folder, check the network, or set HF_HUB_OFFLINE=1 if the data set is in the local cache"
+            f"{source}: no such file or folder, and the Hugging Face hub cannot be reached to look for it there; give "
+            "a local file or folder, check the network, or set HF_HUB_OFFLINE=1 if the data set is in the local cache"
         )
     try:
         loaded = datasets.load_dataset(match["name"], match["config"], revision=match["revision"], token=token)
     except MemoryError:
         raise
-    except Exception as error:  # the hub, the network and the data set's own files each have theirs
+    except Exception as error:  # of the hub, the network or the files of the data set
         raise UsageError(_hub_problem(source, error)) from error
     return _pick_split(loaded, source)
 
 
 def _hub_problem(source: str, error: Exception) -> str:
-    """What went wrong and what to do. `datasets` reports a gated data set as one that was not found."""
+    """Say what went wrong and what to do. `datasets` reports a gated data set as one that was not found."""
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
-    text = _cause(error)
     said = " ".join(str(one) for one in _chain(error))
     if "GatedRepoError" in kinds or re.search(r"\bgated\b", said):
-        return (
-            f"{source}: the data set is gated: {text}; accept its terms on the hub, then set HF_TOKEN (or "
-            "--hf-token) to a "
-            "token that may read it, or give a local file"
+        problem = "the data set is gated"
+        remedy = (
+            "accept its terms on the hub, then set HF_TOKEN (or --hf-token) to a token that may read it, or give a "
+            "local file"
         )
-    if kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
-        return (
-            f"{source}: no such file or folder, and no such data set on the hub: {text}; check the spelling, set "
-            "HF_TOKEN if "
-            "it is private, or give a local file"
-        )
-    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "TransportError", "RequestException"}:
-        return f"{source}: the Hugging Face hub cannot be reached: {text}; check the network, or give a local file"
-    if re.search(r"\b40[13]\b", said):
-        return (
-            f"{source}: the hub refuses access: {text}; set HF_TOKEN to a token that may read it, or give a local file"
-        )
-    if "Config name is missing" in said or re.search("BuilderConfig .* not found", said):
-        return f"{source}: a configuration must be named: {text}; give it as {source.split(':')[0]}:CONFIG"
-    if "scripts are no longer supported" in said:
-        return f"{source}: needs its own code to be run, which is never done: {text}; export it to a local file first"
-    return f"{source}: cannot be read from the hub: {text}; try again, or give a local file"
+    elif kinds & {"DatasetNotFoundError", "RepositoryNotFoundError", "RevisionNotFoundError"}:
+        problem = "no such file or folder, and no such data set on the hub"
+        remedy = "check the spelling, set HF_TOKEN if it is private, or give a local file"
+    elif kinds & {"ConnectionError", "OfflineModeIsEnabled", "TransportError", "RequestException"}:
+        problem, remedy = "the Hugging Face hub cannot be reached", "check the network, or give a local file"
+    elif re.search(r"\b40[13]\b", said):
+        problem, remedy = "the hub refuses access", "set HF_TOKEN to a token that may read it, or give a local file"
+    elif "Config name is missing" in said or re.search("BuilderConfig .* not found", said):
+        problem, remedy = "a configuration must be named", f"give it as {source.split(':')[0]}:CONFIG"
+    elif "scripts are no longer supported" in said:
+        problem, remedy = "needs its own code to be run, which is never done", "export it to a local file first"
+    else:
+        problem, remedy = "cannot be read from the hub", "try again, or give a local file"
+    return f"{source}: {problem}: {_cause(error)}; {remedy}"
 
 
 def _pick_split(loaded: Dataset | DatasetDict, where: str) -> Dataset:

@@ -1,4 +1,4 @@
-"""The text files of a folder, and the text of a file."""
+"""Finding the text files of a folder and reading them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import UsageError
 
 
 def text_of(path: Path) -> str | None:
-    """The file's text without a byte order mark; None where it is not UTF-8 text."""
+    """Return the text of a file, without a byte order mark; None if it is not UTF-8 text."""
     content = path.read_bytes()
     if b"\0" in content:
         return None
@@ -21,9 +21,9 @@ def text_of(path: Path) -> str | None:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """The files below a folder in the order of their paths; hidden ones, caches and linked folders left out."""
+    """Yield the files below a folder in the order of their paths, without hidden ones, caches and linked folders."""
 
-    def refuse(error: OSError):
+    def refuse(error: OSError) -> None:
         raise UsageError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
 
     for parent, folders, names in os.walk(folder, onerror=refuse):
