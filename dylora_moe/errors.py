@@ -1,4 +1,4 @@
-"""The errors that a user can mend. Each message says what, where, what was expected, what was found, and the remedy."""
+"""The errors that a user can fix. Messages say what is wrong and where, what was expected and found, and the remedy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate mem
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch says so in words only."""
+    """Return whether memory ran out, which torch reports only by the words of its errors."""
     return isinstance(error, MemoryError) or any(text in str(error).lower() for text in _OUT_OF_MEMORY)
 
 
 def listed(items: list[str], limit: int = MAX_LISTED) -> str:
-    """The items on lines of their own, at most `limit` of them and a count of the rest."""
+    """Format at most `limit` items, each on its own line, and the number of the others."""
     lines = [f"  - {item}" for item in items[:limit]]
     if len(items) > limit:
         lines.append(f"  ... and {len(items) - limit} more")
@@ -20,15 +20,15 @@ def listed(items: list[str], limit: int = MAX_LISTED) -> str:
 
 
 class DyLoRAMoEError(Exception):
-    """Base of every error that this package raises on purpose; its text is meant for the user as it stands."""
+    """Base class of the errors that this package raises on purpose. Their messages are meant for the user."""
 
 
 class UsageError(DyLoRAMoEError, ValueError):
-    """What was asked for cannot be done: bad input, an unreachable model, too little memory. Exit code 2."""
+    """A request cannot be fulfilled: bad input, an unreachable model, too little memory. Exit code 2."""
 
 
 class CheckpointError(DyLoRAMoEError, ValueError):
-    """A checkpoint is not what it must be. `problems` has one text for each thing that is wrong. Exit code 1."""
+    """A checkpoint is not sound. `problems` has one text for each thing that is wrong. Exit code 1."""
 
     def __init__(self, where: object, problems: list[str]):
         self.where = str(where)
