@@ -53,15 +53,15 @@ def save_checkpoint(
         UsageError: if it cannot be written, or would not be sound; nothing is left behind.
     """
     step = operator.index(step)
-    with staged(target) as staging:
-        if staging.path is None:
+    with staged(target) as folder:
+        if folder is None:
             return False
         with explained("write the checkpoint", target):
-            scans = write_files(staging.path, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
+            scans = write_files(folder, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
             if training_files is not None:
                 with native_errors():
-                    training_files(staging.path)
-        problems = inspect_files(staging.path, scans).problems
+                    training_files(folder)
+        problems = inspect_files(folder, scans).problems
         if problems:
             raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
     return True

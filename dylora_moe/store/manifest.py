@@ -1,10 +1,10 @@
-"""The manifest: what files a checkpoint has, and whether they are there and unchanged.
+"""The manifest: which files a checkpoint has, and whether they are unchanged.
 
     {"format_version": 1, "files": {"router.safetensors": {"bytes": 16520, "sha256": "..."}, ...}}
 
-It lists every file of the folder but itself, by relative POSIX path, and is written last: a folder without a valid one
-is no checkpoint. What it says is not trusted: its names are only compared with those found on disk, just files found
-there are opened, and no link is followed. Only the standard library is used.
+It lists every file of the folder except itself, by relative POSIX path, and is written last: a folder without a valid
+manifest is not a checkpoint. A manifest is not trusted. Its paths are only compared with those that are found in the
+folder, and no link is followed. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ MAX_MANIFEST_BYTES = 4 << 20  # 1024 experts need about 0.4 MiB
 MAX_ENTRIES = 100_000
 
 Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
+Digest = Callable[[Path, int], tuple[int, str]]  # as `file_digest`
 Identity = tuple[int, int]  # device and inode of a folder
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -36,18 +37,18 @@ _AGAIN = "copy the checkpoint again from where it came, or use another one"
 
 
 class FolderGone(UsageError):
-    """The folder is not there, or was moved away while it was read; what was found in it says nothing."""
+    """A folder does not exist, or was moved away while it was read, so that what was found in it means nothing."""
 
 
-def manifest_problems(
-    folder: os.PathLike | str, digest: Callable[[Path, int], tuple[int, str]] | None = None
-) -> list[str]:
-    """Everything in which the folder is not what its manifest says, sorted; [] if it is sound.
+def manifest_problems(folder: os.PathLike | str, digest: Digest | None = None) -> list[str]:
+    """Return all differences between a folder and its manifest, sorted; [] if it is sound.
 
     Args:
-        digest: is called instead of `file_digest`, for a caller that looks at the content in the same reading.
+        digest: called instead of `file_digest`, by a caller that examines the content while it is read.
 
-    Raises: FolderGone if the folder is not there, or was moved away meanwhile; UsageError if it is not a folder.
+    Raises:
+        FolderGone: if the folder does not exist, or is moved away meanwhile.
+        UsageError: if it is not a folder.
     """
     folder = Path(folder)
     with held_still(folder):
@@ -62,9 +63,9 @@ def manifest_problems(
 
 
 def first_reason(folder: Path) -> str | None:
-    """Why the folder is no complete checkpoint: no valid manifest, or files that are missing or of another size.
+    """Return why a folder is not a complete checkpoint, or None. Raises as `manifest_problems`.
 
-    None if it is complete. Nothing is hashed, files too many are allowed. Raises as `manifest_problems` does.
+    It is complete if its manifest is valid and all files have the listed sizes. Nothing is hashed; others may be there.
     """
     with held_still(folder):
         try:
@@ -74,7 +75,7 @@ def first_reason(folder: Path) -> str | None:
 
 
 def survey(folder: Path) -> tuple[list[str], list[str], Digests]:
-    """(problems, files too many, what is listed of the files whose size is right). OSErrors pass."""
+    """Return the problems, those of unlisted files, and the entries of files with the right size. May raise OSError."""
     entries = list_entries(folder)
     try:
         listed, problems = _read(folder, entries.get(MANIFEST))
@@ -105,7 +106,7 @@ def survey(folder: Path) -> tuple[list[str], list[str], Digests]:
 
 
 def encode(digests: Digests) -> tuple[bytes, list[str]]:
-    """The manifest's bytes, the same for the same files in any order; and for what a reader would refuse it."""
+    """Return the bytes of a manifest, which the order of `digests` does not change, and what a reader would refuse."""
     files = {path: {"bytes": size, "sha256": sha256} for path, (size, sha256) in sorted(digests.items())}
     manifest = {"format_version": FORMAT_VERSION, "files": files}
     data = json.dumps(manifest, indent=1).encode() + b"\n"
@@ -116,7 +117,7 @@ def encode(digests: Digests) -> tuple[bytes, list[str]]:
 
 
 def list_entries(folder: Path) -> dict[str, os.stat_result]:
-    """Everything below the folder, by relative POSIX path; links are not followed. OSErrors pass."""
+    """Return everything below a folder, by relative POSIX path, without following links. May raise OSError."""
     found: dict[str, os.stat_result] = {}
     pending = [""]
     while pending:
@@ -132,12 +133,12 @@ def list_entries(folder: Path) -> dict[str, os.stat_result]:
 
 
 def parents(paths: Iterable[str]) -> set[str]:
-    """The folders that hold them, "" for the outermost."""
+    """Return the folders that hold the paths, "" for the outermost."""
     return {path.rpartition("/")[0] for path in paths}
 
 
 def file_digest(path: Path, size: int) -> tuple[int, str]:
-    """(bytes, sha256) of a regular file; of one with more than `size` bytes only a part is read. OSErrors pass."""
+    """Return (bytes, SHA-256) of a regular file, reading little more than `size` bytes. May raise OSError."""
     digest, length = hashlib.sha256(), 0
     for chunk in chunks(path, size):
         digest.update(chunk)
@@ -154,7 +155,7 @@ def _read(folder: Path, found: os.stat_result | None) -> tuple[Digests, list[str
 
 
 def _check(manifest: object) -> tuple[Digests, list[str]]:
-    """The entries that make sense, and the problems of those that do not."""
+    """Return the valid entries of a manifest, and the problems of the others."""
     if type(manifest) is not dict or type(manifest.get("format_version")) is not int:
         raise ValueError("expected an object with the integer format_version")
     if manifest["format_version"] != FORMAT_VERSION:
@@ -163,7 +164,7 @@ def _check(manifest: object) -> tuple[Digests, list[str]]:
         raise ValueError("expected format_version and the object files, and nothing else")
     listed, problems = {}, []
     for path, entry in manifest["files"].items():
-        if _is_bad(path):
+        if not _is_inside(path):
             problems.append(f"{MANIFEST}: expected relative paths inside the folder, found {shown(path)}; {_AGAIN}")
         elif (
             type(entry) is not dict
@@ -180,11 +181,11 @@ def _check(manifest: object) -> tuple[Digests, list[str]]:
     return listed, problems
 
 
-def _is_bad(path: str) -> bool:
-    return "\\" in path or "\0" in path or path == MANIFEST or any(part in ("", ".", "..") for part in path.split("/"))
+def _is_inside(path: str) -> bool:
+    return not (path == MANIFEST or set(path) & set("\\\0") or set(path.split("/")) & {"", ".", ".."})
 
 
-def _hash_problem(folder: Path, digest: Callable, item: tuple[str, tuple[int, str]]) -> str | None:
+def _hash_problem(folder: Path, digest: Digest, item: tuple[str, tuple[int, str]]) -> str | None:
     path, expected = item
     try:
         found = digest(folder / path, expected[0])
@@ -201,11 +202,14 @@ def _unreadable(path: object, error: OSError) -> str:
 
 @contextmanager
 def held_still(folder: Path, before: Identity | None = None) -> Iterator[Identity]:
-    """What is found inside the block, errors too, counts only if the folder is the same one at the end of it.
+    """Check at the end of the block that a folder is still the same one, so that what was found in it counts.
 
-    Yields the folder's identity. With `before`, that of an earlier block, it must have been the same one since then.
+    Args:
+        before: the identity that an earlier block has yielded, if the folder must be the same since then.
 
-    Raises: FolderGone where it is not, whatever else was raised; UsageError where it is not a folder.
+    Raises:
+        FolderGone: if it is not, instead of any exception of the block.
+        UsageError: if it is not a folder.
     """
 
     def identity() -> Identity | None:

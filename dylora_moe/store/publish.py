@@ -1,19 +1,19 @@
 """The commit protocol: a folder of files becomes a checkpoint all at once, or not at all.
 
-    make_run_dir(run_dir)
-    with staged(run_dir / "checkpoint-836") as staging:
-        if staging.path is not None:              # None: this step is published already, nothing is to be written
-            write_all_files(staging.path)
-    rotate(run_dir, limit=3, keep=[best_step])    # only after the commit
-    newest = latest(run_dir)                      # complete checkpoints only
+    run_folder.make_run_dir(run_dir)
+    with staged(run_dir / "checkpoint-836") as folder:
+        if folder is not None:                    # None: this step is published already, nothing is to be written
+            write_all_files(folder)
+    run_folder.rotate(run_dir, limit=3, keep=[best_step])    # only after the commit
+    newest = run_folder.latest(run_dir)                      # considers complete checkpoints only
 
-A save writes into `.dylora-staging-*` beside the target, fsyncs files and folders, writes `manifest.json` last, renames
-the folder to its name and fsyncs the parent; whoever looks sees no checkpoint or a whole one. A folder without a valid
-manifest (manifest.py) is not a checkpoint. Rotation renames to `.dylora-trash-*` before it deletes. One process at a
-time writes into a run folder (lock.py).
+A save writes into a folder `.dylora-staging-*` beside the target. It flushes files and folders to the disk, writes
+`manifest.json` last, renames the folder to its final name and flushes the parent. A reader sees no checkpoint or a
+whole one: a folder without a valid manifest (manifest.py) is not a checkpoint. Rotation (run_folder.py) renames a
+checkpoint to `.dylora-trash-*` before it deletes it. One process at a time writes into a run folder (lock.py).
 
-Nothing here knows what a tensor is. Only the standard library is used, and every file-system call goes through `os.*`,
-where the tests put their faults. Everything that fails is a `UsageError`.
+Nothing here knows what a tensor is. Only the standard library is used, and every access to the file system is a call of
+`os.*`, where the tests inject their faults (files.py). Every failure is a `UsageError`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from ..errors import UsageError, listed
@@ -32,46 +32,35 @@ from .lock import guard, private_name, writer_lock
 from .manifest import MANIFEST, Digests, encode, file_digest, list_entries, parents, survey
 
 
-@dataclass
-class Staging:
-    """What `staged` yields. `path` is None where `target` is published already and nothing is to be written."""
-
-    target: Path
-    path: Path | None
-    set_aside: Path | None = None  # after the save: where an incomplete folder of the target's name was moved to
-
-
-# ---- saving ---------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
-def staged(target: os.PathLike | str) -> Iterator[Staging]:
-    """A folder to write into, which becomes `target` when the block ends; an exception leaves nothing of it.
+def staged(target: os.PathLike | str) -> Iterator[Path | None]:
+    """Yield a folder to write into, which becomes `target` when the block ends. If it raises, nothing is left behind.
 
-    A published target stays as it is. An incomplete folder of its name is moved aside, never deleted.
+    None is yielded if `target` is published already; then it is not changed. An incomplete folder of its name is moved
+    aside, never deleted.
 
-    Raises: UsageError where the save could not be done: nothing is published then. Exceptions of the block pass.
+    Raises:
+        UsageError: if the folder cannot be published. Exceptions of the block pass unchanged.
     """
     target = Path(os.path.abspath(target))
     with writer_lock(target.parent):
         run_folder.clean_leftovers(target.parent)
         if _is_published(target):
-            with explained("flush", target.parent):  # its writer may have been killed before it could
+            with explained("flush", target.parent):  # its writer may have been killed before it did
                 fsync(target.parent, folder=True)
-            yield Staging(target, None)
+            yield None
             return
-        with private_name(target.parent, "staging") as path:
+        with private_name(target.parent, "staging") as folder:
             try:
-                with explained("create", path):
-                    os.mkdir(path)
-                staging = Staging(target, path)
-                yield staging
-                _seal(path)
+                with explained("create", folder):
+                    os.mkdir(folder)
+                yield folder
+                seal(folder)
                 with guard():
                     if not _is_published(target):  # by another thread of this process
-                        staging.set_aside = _publish(path, target)
+                        _publish(folder, target)
             finally:
-                remove(path)  # nothing is there after a rename
+                remove(folder)  # unless it was renamed
 
 
 def _is_published(target: Path) -> bool:
@@ -81,12 +70,12 @@ def _is_published(target: Path) -> bool:
             return False
         if not stat.S_ISDIR(found.st_mode):
             raise UsageError(f"{target} is {kind(found)}, not a folder: move it away, or choose another output folder")
-        # A read error is no proof that it is incomplete, so it is an error here.
+        # What cannot be read is not known to be incomplete: that passes as an error.
         return not survey(target)[0]
 
 
-def _seal(folder: Path) -> None:
-    """Fsync and hash every file, write the manifest, fsync every folder."""
+def seal(folder: Path) -> None:
+    """Flush and hash every file of a folder, write its manifest, and flush every folder. Raises UsageError."""
     with explained("list", folder):
         entries = list_entries(folder)
     sizes = {path: found.st_size for path, found in entries.items() if stat.S_ISREG(found.st_mode)}
@@ -98,7 +87,7 @@ def _seal(folder: Path) -> None:
         if digests[path][0] != size
     ]
     folders = parents(entries) | {""}
-    problems += [  # a reader would refuse it
+    problems += [  # readers would refuse these
         f"{shown(path)}: expected files, found {kind(found)} without any"
         for path, found in entries.items()
         if path not in sizes and path not in folders
@@ -107,7 +96,7 @@ def _seal(folder: Path) -> None:
         raise UsageError(f"cannot publish what was written into {folder}:\n{listed(sorted(problems))}")
     with explained("write", folder / MANIFEST):
         write_new(folder / MANIFEST, data)
-    for path in sorted(folders, key=len, reverse=True):  # a folder after those inside it
+    for path in sorted(folders, key=len, reverse=True):  # a folder after those in it
         with explained("flush", folder / path):
             fsync(folder / path, folder=True)
 
@@ -123,35 +112,24 @@ def _flush_and_hash(folder: Path, sizes: dict[str, int]) -> Digests:
         with explained("read back", folder / path):
             digests[path] = file_digest(folder / path, sizes[path])
 
-    files = sorted(sizes, key=lambda path: (-sizes[path], path))  # the largest first, and flushed while it is hashed
+    files = sorted(sizes, key=lambda path: (-sizes[path], path))  # the largest first, flushed and hashed at once
     jobs = [(job, path) for path in files for job in (flush, digest)]
     parallel(lambda job: job[0](job[1]), jobs)
     return digests
 
 
-def _publish(path: Path, target: Path) -> Path | None:
-    """Rename the sealed folder to its name. Returns where an incomplete one of that name was moved to."""
-    aside = None
+def _publish(folder: Path, target: Path) -> None:
+    """Rename a sealed folder to its final name, and an incomplete one of that name to `*.incomplete`."""
     with explained("move aside", target):
-        if lstat(target) is not None:  # a rename would silently replace an empty folder
-            aside = _set_aside(target)
+        if lstat(target) is not None:  # a rename would replace an empty folder without a word
+            names = (f"{target.name}.incomplete" + (f"-{number}" if number > 1 else "") for number in count(1))
+            os.rename(target, next(path for path in map(target.with_name, names) if lstat(path) is None))
     try:
         with explained("publish", target):
-            os.rename(path, target)
+            os.rename(folder, target)
             fsync(target.parent, folder=True)
-    except BaseException:  # renamed, but not known to be on the disk: a save that fails has never happened
+    except BaseException:  # not known to be on the disk: undo the rename, since a save that fails publishes nothing
         with suppress(OSError):
-            if lstat(path) is None:
-                os.rename(target, path)
+            if lstat(folder) is None:
+                os.rename(target, folder)
         raise
-    return aside
-
-
-def _set_aside(folder: Path) -> Path:
-    number = 1
-    while True:
-        aside = folder.with_name(f"{folder.name}.incomplete" + (f"-{number}" if number > 1 else ""))
-        if lstat(aside) is None:
-            os.rename(folder, aside)
-            return aside
-        number += 1

@@ -35,11 +35,7 @@ class Checkpoint:
 def make_run_dir(run_dir: os.PathLike | str) -> list[Path]:
     """Create a run folder and its missing parents, and flush each of them to the disk.
 
-    Returns:
-        The folders that were created, the innermost first.
-
-    Raises:
-        UsageError: if that fails, or something else has the name. Then no folder is left behind.
+    Returns the folders that were created, the innermost first. Raises UsageError, and then leaves no folder behind.
     """
     folder = Path(os.path.abspath(run_dir))
     created: list[Path] = []

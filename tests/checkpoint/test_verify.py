@@ -111,8 +111,8 @@ step = 1
 while not enough.exists():
     step += 1
     time.sleep(min(0.05 * 1.05**step, 2))  # the slower, the longer it takes a busy machine to read one
-    with staged(run / f"checkpoint-{step}") as staging:
-        shutil.copytree(sources[step % 2], staging.path, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
+    with staged(run / f"checkpoint-{step}") as folder:
+        shutil.copytree(sources[step % 2], folder, dirs_exist_ok=True, ignore=lambda *_: ["manifest.json"])
     rotate(run, 1)
 """
 

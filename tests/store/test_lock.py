@@ -34,8 +34,8 @@ with writer_lock(sys.argv[1]):
 
 
 def test_a_second_process_gets_an_error_that_names_the_first(run):
-    with staged(run / "checkpoint-10") as staging:
-        write_files(staging.path, 10)
+    with staged(run / "checkpoint-10") as folder:
+        write_files(folder, 10)
         for action in ("staged(run / 'checkpoint-20').__enter__()", "rotate(run, 1)", "check_writable(run)"):
             second = python(f"run = Path(sys.argv[1])\n{action}", run)
             error = second.communicate()[1]

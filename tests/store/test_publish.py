@@ -21,7 +21,7 @@ from dylora_moe.errors import UsageError
 from dylora_moe.store import run_folder
 from dylora_moe.store.lock import LOCK
 from dylora_moe.store.manifest import MANIFEST, FolderGone, file_digest, first_reason, manifest_problems
-from dylora_moe.store.publish import _seal, staged
+from dylora_moe.store.publish import seal, staged
 
 from ..support.faults import CHANGES, MODES, run_with_fault
 from ..support.saving import FILES, NESTED, content, python, save, steps, tree, write_files
@@ -89,39 +89,39 @@ def test_manifest_bytes_depend_on_the_files_alone(tmp_path, monkeypatch):
 
 def test_any_name_can_be_a_target(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with staged("checkpoint") as staging:
-        write_files(staging.path, 1)
+    with staged("checkpoint") as folder:
+        write_files(folder, 1)
     assert manifest_problems("checkpoint") == []
 
 
 def test_the_staging_folder_is_beside_the_target_and_no_checkpoint(run):
-    with staged(run / "checkpoint-10") as staging:
-        write_files(staging.path, 10)
-        assert staging.path.parent == run
-        assert not re.search(r"checkpoint|^[^.]", staging.path.name)
+    with staged(run / "checkpoint-10") as folder:
+        write_files(folder, 10)
+        assert folder.parent == run
+        assert not re.search(r"checkpoint|^[^.]", folder.name)
         assert (run_folder.checkpoints(run), run_folder.incomplete(run)) == ([], [])
 
 
 def test_the_same_step_again_leaves_the_published_one_untouched(run):
     save(run, 10)
     before = tree(run)
-    with staged(run / "checkpoint-10") as staging:
-        assert staging.path is None
+    with staged(run / "checkpoint-10") as folder:
+        assert folder is None
     assert tree(run) == before
 
 
 def test_a_published_checkpoint_with_a_stray_file_is_not_replaced_either(sound):
     (sound / ".DS_Store").write_text("x")
-    with staged(sound) as staging:
-        assert staging.path is None
-    assert staging.set_aside is None
+    with staged(sound) as folder:
+        assert folder is None
+    assert {path.name for path in sound.parent.iterdir()} == {sound.name, LOCK}
 
 
 def test_an_incomplete_folder_of_that_name_is_moved_aside(run):
     for expected in ("checkpoint-10.incomplete", "checkpoint-10.incomplete-2"):
         (run / "checkpoint-10").mkdir()
         (run / "checkpoint-10/half.bin").write_text(expected)
-        assert save(run, 10).set_aside == run / expected
+        save(run, 10)
         assert (run / expected / "half.bin").read_text() == expected
         assert manifest_problems(run / "checkpoint-10") == []
         shutil.rmtree(run / "checkpoint-10")
@@ -129,7 +129,7 @@ def test_an_incomplete_folder_of_that_name_is_moved_aside(run):
 
 def test_an_empty_folder_of_that_name_is_not_silently_replaced(run):
     (run / "checkpoint-10").mkdir()
-    assert save(run, 10).set_aside == run / "checkpoint-10.incomplete"
+    save(run, 10)
     assert (run / "checkpoint-10.incomplete").is_dir()
 
 
@@ -146,8 +146,8 @@ def test_a_target_that_is_no_folder_is_an_error(run, make):
 def test_an_exception_while_writing_passes_and_leaves_nothing(run, error):
     save(run, 10)
     before = tree(run)
-    with pytest.raises(type(error)) as caught, staged(run / "checkpoint-20") as staging:
-        write_files(staging.path, 20)
+    with pytest.raises(type(error)) as caught, staged(run / "checkpoint-20") as folder:
+        write_files(folder, 20)
         raise error
     assert caught.value is error
     assert tree(run) == before
@@ -170,9 +170,9 @@ def spoil_with_link(folder: Path) -> None:
     ],
 )
 def test_what_a_reader_would_refuse_is_not_published(run, spoil, message):
-    with pytest.raises(UsageError, match=message), staged(run / "checkpoint-10") as staging:
-        write_files(staging.path, 10)
-        spoil(staging.path)
+    with pytest.raises(UsageError, match=message), staged(run / "checkpoint-10") as folder:
+        write_files(folder, 10)
+        spoil(folder)
     assert {path.name for path in run.iterdir()} == {LOCK}
 
 
@@ -250,8 +250,8 @@ def test_everything_is_on_the_disk_before_its_name_and_its_name_before_the_ackno
 
 def test_the_name_is_flushed_again_if_its_writer_could_not(sound):
     def function(ack):
-        with staged(sound) as staging:
-            assert staging.path is None
+        with staged(sound) as folder:
+            assert folder is None
         ack("saved")
 
     outcome = run_with_fault(function, 0, "kill")
@@ -295,7 +295,7 @@ def add_strangers(run: Path) -> None:
     for name in STRANGERS:
         (run / name).mkdir()
         (run / name / "router.safetensors").write_text(name)
-        _seal(run / name)
+        seal(run / name)
     (run / "checkpoint-7").write_text("a file")
     (run / "checkpoint-8").symlink_to("elsewhere")
     (run / "checkpoint-999").symlink_to("nowhere")
@@ -568,10 +568,10 @@ def test_a_target_that_cannot_be_looked_at_is_not_taken_for_missing(sound, monke
 def test_a_write_that_takes_only_a_part_is_continued(run, sound, monkeypatch):
     real = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, data: real(descriptor, data[:7]))
-    with staged(run / "checkpoint-20") as staging:
+    with staged(run / "checkpoint-20") as folder:
         for path in FILES:
-            (staging.path / path).parent.mkdir(parents=True, exist_ok=True)
-            (staging.path / path).write_bytes((sound / path).read_bytes())
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes((sound / path).read_bytes())
     assert tree(run / "checkpoint-20") == tree(sound)
 
 
@@ -597,9 +597,9 @@ def test_a_reader_sees_an_old_or_a_new_one_never_a_mixture(run):
 import os
 os.fsync = lambda descriptor: None
 for step in range(2, int(sys.argv[2])):
-    with staged(Path(sys.argv[1], f"checkpoint-{step}")) as staging:
+    with staged(Path(sys.argv[1], f"checkpoint-{step}")) as folder:
         for name in "abc":
-            (staging.path / name).write_text(f"{name} of {step}" * 1000)
+            (folder / name).write_text(f"{name} of {step}" * 1000)
     rotate(sys.argv[1], 1)
 """
     writer = python(code, run, 150)

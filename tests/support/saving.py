@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dylora_moe.store import run_folder
 from dylora_moe.store.files import explained
-from dylora_moe.store.publish import Staging, staged
+from dylora_moe.store.publish import staged
 
 ROOT = Path(__file__).parents[2]
 NESTED = "peft_adapters/expert_0/expert_0"
@@ -35,11 +35,10 @@ def write_files(folder: Path, step: int) -> None:
                 os.close(descriptor)
 
 
-def save(run: Path, step: int) -> Staging:
-    with staged(run / f"checkpoint-{step}") as staging:
-        if staging.path is not None:
-            write_files(staging.path, step)
-    return staging
+def save(run: Path, step: int) -> None:
+    with staged(run / f"checkpoint-{step}") as folder:
+        if folder is not None:
+            write_files(folder, step)
 
 
 def steps(run: Path) -> list[int]:

@@ -18,7 +18,7 @@ import torch
 
 import train
 from dylora_moe.checkpoint.write import write_files
-from dylora_moe.store.publish import _seal
+from dylora_moe.store.publish import seal
 from dylora_moe.training.run import load_model
 from dylora_moe.training.trainer import MoETrainer
 
@@ -365,7 +365,7 @@ def rewrite(folder: Path, *removed: str, **changed: bytes) -> None:
     for name, data in changed.items():
         (folder / name.replace("__", ".")).write_bytes(data)
     (folder / "manifest.json").unlink()
-    _seal(folder, {})
+    seal(folder)
 
 
 def test_without_resume_an_existing_run_is_refused(run_dir, capsys):
