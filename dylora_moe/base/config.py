@@ -34,11 +34,7 @@ NOT_CAUSAL = ("MaskedLM", "SequenceClassification", "TokenClassification", "Ques
 
 
 def folder_config(folder: Path, hub_id: str | None = None) -> PreTrainedConfig:
-    """Read the config.json of a folder, which for a model of the hub is a folder of its cache.
-
-    Raises:
-        UsageError: if it cannot be read or used.
-    """
+    """Read and check the config.json of a folder, or of a model of the hub in its cache. Raises UsageError."""
     raw = read_object(folder / "config.json")
     # Many configs on the hub name code for a model_type that transformers has: its class is used, the code never. A
     # local folder that asks for code is refused, because its owner can correct it.

@@ -55,7 +55,7 @@ def find_base(
         The base model, and "pretrained", "random" or "none".
 
     Raises:
-        UsageError: if there is no such model, or not the weights that were asked for.
+        UsageError: if there is no such model, or not with these weights.
     """
     if weights not in WEIGHTS:
         raise UsageError(f"Unknown weights {weights!r}: expected one of {', '.join(WEIGHTS)}.")

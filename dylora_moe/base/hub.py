@@ -24,13 +24,7 @@ FILE_SECONDS = 30.0  # for one small file, from a hub that has answered
 
 
 class HubError(UsageError):
-    """The hub does not provide the model.
-
-    Args:
-        sentence: the reason, in one line.
-        advice: what to do besides setting HF_TOKEN.
-        unreachable: whether nothing is known about the model because the hub did not answer.
-    """
+    """The hub does not provide a model. `sentence` is the reason, `advice` what to do besides setting HF_TOKEN."""
 
     def __init__(self, sentence: str, advice: str, unreachable: bool = False):
         super().__init__(f"{sentence} {advice}\n{REMEDY}")

@@ -65,11 +65,7 @@ def random_model(
 
 
 def _replace(locations: list[Location], new: Callable[[Location], nn.Parameter]) -> dict[nn.Module, str]:
-    """Put one new parameter into all locations with the same key.
-
-    Returns:
-        The modules of the first location of each key, with its label.
-    """
+    """Put one new parameter into all locations of each key. Returns the modules of the first ones, with the labels."""
     created: dict[Hashable, nn.Parameter] = {}
     owners: dict[nn.Module, str] = {}
     for location in locations:

@@ -22,10 +22,7 @@ BLOCKS, BLOCK = 8, 32  # what weights_fingerprint reads of a large parameter
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """Build a model whose parameters are on the `meta` device and take no memory.
-
-    Its buffers, such as rotary frequencies and embedding scales, are real. Tied weights are tied.
-    """
+    """Build a model with its parameters on the `meta` device, where they take no memory, and real buffers."""
 
     def build(include_buffers: bool) -> PreTrainedModel:
         with init_empty_weights(include_buffers=include_buffers):
@@ -38,16 +35,12 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             if size > MAX_BUFFER_BYTES:
                 raise ValueError(f"its buffers alone would take {size} bytes; lower max_position_embeddings")
         model = build(False)
-        model.tie_weights()  # init_empty_weights replaces each parameter, which unties them
+        model.tie_weights()  # init_empty_weights replaces each parameter, which unties the tied ones
     return model.requires_grad_(False)
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """Return the decoder layers of a model with or without adapters: the ModuleList of num_hidden_layers entries.
-
-    Raises:
-        UsageError: if no ModuleList of the decoder, or several, have that length.
-    """
+    """Return the decoder layers of a model with or without adapters, or raise UsageError if they cannot be told."""
     base = _without_adapters(model)
     count = getattr(base.config.get_text_config(), "num_hidden_layers", None)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base

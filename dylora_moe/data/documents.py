@@ -71,9 +71,7 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
     """Render and tokenize every row of a data set.
 
     Raises:
-        UsageError: if the columns are unknown or the rows have several schemas, if a row does not fit its schema, if
-            the chat template refuses a chat or hides the answers, if the tokenizer lacks something, or if no row has
-            anything to learn.
+        UsageError: if the columns, a row, the tokenizer or its chat template are unusable, or nothing can be learned.
     """
     if tokenizer.eos_token_id is None:
         raise UsageError(

@@ -31,11 +31,7 @@ KNOWN_SCHEMAS = [
 
 
 def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
-    """Return the name of the schema and the columns that it reads, of a pair the prompt and the answer first.
-
-    Raises:
-        UsageError: if the columns belong to no schema.
-    """
+    """Return the name of the schema and the columns that it reads, prompt and answer first. Raises UsageError."""
 
     def first(names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in columns), None)

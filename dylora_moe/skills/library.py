@@ -1,4 +1,4 @@
-"""What the experts are good at: a small library of skills, and the question whether a text is a new one."""
+"""The skill library: what each expert is good at, as named directions in embedding space."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAME_BYTES = 32
 
 @dataclass(frozen=True)
 class Skill:
-    """A skill's name, the expert that has it (None: not known yet), and how near it is (cosine, -1 to 1)."""
+    """A skill, the expert that has it (None if that is not known), and its cosine similarity to what was looked for."""
 
     name: str
     expert: int | None
@@ -29,13 +29,13 @@ class Skill:
 
 
 class SkillLibrary:
-    """Named directions in embedding space.
+    """Named directions in embedding space, each with an expert.
 
-    Each skill takes the same few hundred bytes: a name of at most 32 bytes in UTF-8, a unit vector (64,) in float32,
-    and an expert's index.
+    Every skill takes 296 bytes: a name of at most 32 bytes in UTF-8, a unit vector (64,) in float32, and the index of
+    an expert in int64.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.names: list[str] = []
         self.experts: list[int] = []
         self.embeddings = torch.empty(0, EMBEDDING_DIM)
@@ -44,13 +44,15 @@ class SkillLibrary:
         return len(self.names)
 
     def add(self, name: str, embedding: torch.Tensor, expert: int | None = None) -> None:
-        """Add a skill, or replace the one of that name.
+        """Add a skill, or replace the one with the same name.
 
         Args:
-            embedding: (64,), of any length but zero.
+            embedding: (64,), of any norm but zero.
+            expert: the index of the expert that has the skill; None if that is not known.
 
         Raises:
-            UsageError: for a name that is empty, too long or not text, or an embedding of another shape, zero or NaN.
+            UsageError: if the name is empty, too long or contains NUL, or the embedding has another shape, is zero or
+                is not finite.
         """
         raw = name.encode("utf-8")
         if not 1 <= len(raw) <= NAME_BYTES or "\0" in name:
@@ -76,7 +78,7 @@ class SkillLibrary:
         self.experts[index] = NO_EXPERT if expert is None else expert
 
     def nearest(self, embedding: torch.Tensor, k: int = 1) -> list[Skill]:
-        """The k skills nearest to an embedding (64,), by cosine, nearest first; fewer where there are fewer."""
+        """Return the k skills (or all) with the largest cosine to an embedding (64,), the most similar first."""
         if not self.names:
             return []
         cosine = F.normalize(embedding.detach().to("cpu", torch.float32), dim=0) @ self.embeddings.T  # (n,)
@@ -84,11 +86,12 @@ class SkillLibrary:
         return [Skill(self.names[i], self.expert_of(self.names[i]), float(cosine[i])) for i in order[:k]]
 
     def expert_of(self, name: str) -> int | None:
+        """Return the expert of a skill, or None if it is not known."""
         expert = self.experts[self.names.index(name)]
         return None if expert == NO_EXPERT else expert
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file: names (n, 32) uint8, embeddings (n, 64) float32, experts (n,) int64."""
+        """Write a safetensors file: names (n, 32) uint8, embeddings (n, 64) float32 and experts (n,) int64."""
         names = torch.zeros(len(self), NAME_BYTES, dtype=torch.uint8)
         for row, name in zip(names, self.names, strict=True):
             raw = name.encode("utf-8")
@@ -103,10 +106,10 @@ class SkillLibrary:
 
     @classmethod
     def load(cls, path: str | Path) -> SkillLibrary:
-        """Read what `save` wrote.
+        """Read a file that `save` has written.
 
         Raises:
-            CheckpointError: for a file that is something else.
+            CheckpointError: if it is not such a file.
         """
         try:
             tensors = load_file(path)
@@ -119,7 +122,7 @@ class SkillLibrary:
             for raw, embedding, expert in zip(names, embeddings, experts.tolist(), strict=True):
                 name = bytes(raw.tolist()).rstrip(b"\0").decode("utf-8")
                 library.add(name, embedding, None if expert == NO_EXPERT else expert)
-            library.embeddings = embeddings.clone()  # as they were: normalising again may change a bit
+            library.embeddings = embeddings.clone()  # `add` may change a bit by normalising them again
             return library
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
