@@ -154,7 +154,7 @@ def _check_expert_entry(contents: Contents, index: int, expert: object) -> bool:
     return contents.follow(formats.CONFIG, expert, rules, prefix) and right
 
 
-def _only_keys(contents: Contents, prefix: str, found: dict, rules: Rules) -> bool:
+def _only_keys(contents: Contents, prefix: str, found: dict[str, Any], rules: Rules) -> bool:
     """Report unknown and missing keys: this version knows all keys of its format."""
     unknown, missing = [], []
     for group in sorted({path.rpartition(".")[0] for path, _, _ in rules} | {""}):

@@ -9,6 +9,7 @@ import math
 import os
 import reprlib
 import stat
+from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ MAX_FILES = 8 * 1024
 MAX_LISTED = 10
 SAVE_AGAIN = "restore the file from a copy, or save the checkpoint again"
 
-Rules = tuple[tuple[str, str, Callable[[object], bool]], ...]  # key, what is expected, whether a value is that
+Rules = tuple[tuple[str, str, Callable[[Any], bool]], ...]  # key, what is expected, whether a value is that
 T = TypeVar("T")
 
 _shortener = reprlib.Repr()
@@ -122,7 +123,7 @@ class Contents:
 
     def walk(self) -> None:
         """Find all files. Links are not followed, and whatever is neither a file nor a folder is reported."""
-        pending = [""]
+        pending = deque([""])
         seen = 0
         while pending:
             prefix = pending.pop()
@@ -137,7 +138,7 @@ class Contents:
             except OSError as error:
                 self.report(prefix or ".", f"expected to list it, found: {error.strerror or error}")
 
-    def _see(self, name: str, entry: os.DirEntry, pending: list[str]) -> None:
+    def _see(self, name: str, entry: os.DirEntry[str], pending: deque[str]) -> None:
         mode = entry.stat(follow_symlinks=False).st_mode
         if stat.S_ISDIR(mode):
             pending.append(f"{name}/")
@@ -148,7 +149,7 @@ class Contents:
             self.report(name, f"expected a regular file, found {kind}")
 
 
-def get(found: object, path: str) -> object:
+def get(found: Any, path: str) -> Any:
     """Return the value at a dotted path of nested JSON objects, or None if there is none."""
     for key in path.split("."):
         found = found.get(key) if isinstance(found, dict) else None
@@ -163,7 +164,7 @@ def number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def nothing_or(rule: Callable[[object], bool]) -> Callable[[object], bool]:
+def nothing_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or rule(value)
 
 

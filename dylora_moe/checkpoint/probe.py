@@ -22,7 +22,7 @@ from ..errors import CheckpointError
 from ..mixture.model import Mixture
 from ..system import machine
 from . import formats
-from .tensors import dtype_name, tensor_digests
+from .tensors import dtype_name, input_embeddings, tensor_digests
 from .verify import SoundCheckpoint
 
 PROBE_ENTRIES = 32
@@ -79,7 +79,7 @@ def probe_outputs(model: Mixture) -> Outputs | None:
     """
     if not model.has_base_weights:
         return None
-    size = model.base.get_input_embeddings().num_embeddings
+    size = input_embeddings(model).num_embeddings
     size = min(size, getattr(model.base.config.get_text_config(), "vocab_size", None) or size)
     input_ids = (torch.arange(formats.PROBE_TOKENS).unsqueeze(0) * 7919 + 13) % size
     vocabulary = torch.arange(PROBE_ENTRIES) * size // PROBE_ENTRIES
@@ -151,7 +151,7 @@ def changed_tensors(model: Mixture, probe: dict[str, torch.Tensor]) -> list[str]
 
 
 def _check_shape(model: Mixture, probe: dict[str, torch.Tensor]) -> None:
-    size = model.base.get_input_embeddings().num_embeddings
+    size = input_embeddings(model).num_embeddings
     most = max(int(probe["input_ids"].max()), int(probe["vocabulary"].max()))
     if len(probe["experts"]) != model.num_experts or most >= size:
         expected = f"expected one of {model.num_experts} experts and {size} tokens"
@@ -188,7 +188,7 @@ def logits_alone(model: Mixture, input_ids: torch.Tensor, experts: Sequence[int]
 
 def beside(model: Mixture, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the tokens on the device of the base's embeddings."""
-    return input_ids.to(model.base.get_input_embeddings().weight.device)
+    return input_ids.to(input_embeddings(model).weight.device)
 
 
 def arithmetic(device: torch.device) -> str:

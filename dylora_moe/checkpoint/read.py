@@ -45,7 +45,11 @@ _REMEDY = "the file belongs to another model or was changed; restore it from a c
 
 
 def load_mixture(
-    folder: str | Path, base: PreTrainedModel | None = None, *, kind: type[M] = Mixture, **options: Any
+    folder: str | Path,
+    base: PreTrainedModel | None = None,
+    *,
+    kind: type[M] = Mixture,  # type: ignore[assignment]  # mypy knows no defaults of type variables
+    **options: Any,
 ) -> M:
     """Verify a checkpoint and read it into a fresh mixture.
 
@@ -90,7 +94,7 @@ def load_mixture(
     return model
 
 
-def build_mixture(checkpoint: SoundCheckpoint, base: PreTrainedModel, kind: type[M] = Mixture) -> M:
+def build_mixture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> Mixture:
     """Build a fresh mixture of a checkpoint's shape, without reading its tensors.
 
     Raises:
@@ -98,7 +102,7 @@ def build_mixture(checkpoint: SoundCheckpoint, base: PreTrainedModel, kind: type
         UsageError: if the folder has been moved away.
     """
     with checkpoint.held_still():
-        return _build(checkpoint, base, kind)
+        return _build(checkpoint, base, Mixture)
 
 
 def load_into(
@@ -220,6 +224,6 @@ def _copy(checkpoint: SoundCheckpoint, parts: list[tuple[str, Tensors, Tensors]]
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
     with torch.no_grad():
-        for there, here in pairs:
-            here.copy_(there)
+        for source, target in pairs:
+            target.copy_(source)
     model.set_expert_states(checkpoint.config.states)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -31,8 +32,8 @@ def expert_tensors(model: Mixture) -> list[dict[str, torch.Tensor]]:
         for index, tensors in enumerate(found):
             name = expert_name(index)
             if name in layer.lora_A:
-                tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name].weight
-                tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name].weight
+                for side, matrices in (("A", layer.lora_A), ("B", layer.lora_B)):
+                    tensors[f"base_model.model.{path}.lora_{side}.weight"] = cast(torch.Tensor, matrices[name].weight)
     return found
 
 
@@ -43,7 +44,12 @@ def gate_tensors(model: Mixture) -> dict[str, torch.Tensor]:
 
 def dtype_name(model: Mixture) -> str:
     """Return the dtype of the base's weights, such as "bfloat16"."""
-    return str(model.base.get_input_embeddings().weight.dtype).removeprefix("torch.")
+    return str(input_embeddings(model).weight.dtype).removeprefix("torch.")
+
+
+def input_embeddings(model: Mixture) -> torch.nn.Embedding:
+    """Return the base's input embeddings."""
+    return cast(torch.nn.Embedding, model.base.get_input_embeddings())
 
 
 def tensor_digests(model: Mixture) -> list[str]:

@@ -1,4 +1,4 @@
-"""Looks at the files of `torch.save` from outside: they are zip archives, and nothing in them is unpickled.
+"""Checks the files of `torch.save` without unpickling anything in them: they are zip archives.
 
 Format: https://docs.pytorch.org/docs/stable/notes/serialization.html - stored (not compressed) members data.pkl,
 version and data/0, data/1, ... below one folder.
@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 from ..store.files import FileProblem, is_hole
 from .safetensors_file import CHUNK_BYTES, open_file
@@ -25,7 +26,7 @@ def check_torch_file(path: Path, *, values: bool = True) -> None:
     """Check the archive's directory and, with `values`, the CRC-32 of every member.
 
     Raises:
-        FileProblem: for what `torch.save` did not write, or not to its end.
+        FileProblem: if `torch.save` did not write it, or not to its end.
     """
     with open_file(path) as file:
         info = os.fstat(file.fileno())
@@ -45,8 +46,8 @@ def check_torch_file(path: Path, *, values: bool = True) -> None:
             ) from None
 
 
-def _check_directory_size(file, size: int) -> None:
-    """zipfile reads the whole directory into memory: see how long it says to be."""
+def _check_directory_size(file: BinaryIO, size: int) -> None:
+    """Limit the directory of the archive, which zipfile reads into memory as a whole."""
     file.seek(max(0, size - _END_BYTES))
     end = file.read(_END_BYTES)
     if not end.startswith(_END):  # torch.save writes no comment behind it

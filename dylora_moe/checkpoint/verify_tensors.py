@@ -10,6 +10,8 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +28,8 @@ MAX_SKILLS = 1 << 20
 GO_BACK = "go back to a checkpoint before"
 FACTS = ("base_weights", "device_type", "dtype", "machine")
 # Without effect in a plain LoRA; with another value the tensors would mean something else, or more would be loaded.
-_PLAIN = ("alora_invocation_tokens", "alpha_pattern", "auto_map", "auto_mapping", "layer_replication", "layers_pattern")
+_PLAIN: tuple[str, ...] = ("alora_invocation_tokens", "alpha_pattern", "auto_map", "auto_mapping", "layer_replication")
+_PLAIN += ("layers_pattern",)
 _PLAIN += ("layers_to_transform", "lora_bias", "modules_to_save", "rank_pattern", "target_parameters")
 _PLAIN += ("trainable_token_indices", "use_dora", "use_qalora", "arrow_config", "ensure_weight_tying", "kasa_config")
 _PLAIN += ("megatron_config", "monteclora_config", "use_bdlora", "velora_config")
@@ -57,7 +60,7 @@ def _check_adapter_config(
     contents: Contents,
     config: CheckpointConfig,
     expert: ExpertEntry,
-    there: tuple[str, dict],
+    there: tuple[str, dict[str, Any]],
     dropouts: dict[float, str],
 ) -> set[str]:
     """Check an adapter_config.json, `there` with its name. Returns the targets that PEFT would leave out."""
@@ -69,7 +72,7 @@ def _check_adapter_config(
         given, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
         if given != value or (type(given) is kind) != (type(value) is kind):
             contents.expect(name, key, f"{value!r}, as in {formats.CONFIG}", short(given))
-    targets = found.get("target_modules")
+    targets: Any = found.get("target_modules")
     if not texts(targets) or sorted(targets) != expert.target_modules:
         expected_targets = f"{short(expert.target_modules)}, as in {formats.CONFIG}"
         contents.expect(name, "target_modules", expected_targets, short(targets))
@@ -107,8 +110,8 @@ def _check_adapter(
     foreign = []
     for tensor, info in tensors.items():
         match = TENSOR_NAME.fullmatch(tensor)
-        target = match and _target(match["module"], targets)
-        if not target:
+        target = _target(match["module"], targets) if match else None
+        if match is None or target is None:
             foreign.append(tensor)
             continue
         used.add(target)
@@ -273,7 +276,7 @@ def check_probe(contents: Contents, config: CheckpointConfig) -> None:
     _check_finite(contents, name, scan)
     size = config.base_model.architecture.vocab_size or 1 << 48
     for tensor in ("input_ids", "vocabulary"):
-        values = contents.read(name, lambda path, key=tensor: read_array(path, key, tensors[key]))
+        values = contents.read(name, partial(read_array, name=tensor, info=tensors[tensor]))
         if values is not None and (values.min() < 0 or values.max() >= size):
             wrong = values.min() if values.min() < 0 else values.max()
             contents.expect(name, f"tensor {tensor}", f"numbers of tokens from 0 to {size - 1}", wrong)

@@ -7,7 +7,7 @@ import json
 import operator
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -91,7 +91,7 @@ def write_files(
     return scans
 
 
-def _write_adapter(config: bytes, tensors: dict[str, torch.Tensor], folder: Path) -> Scan:
+def _write_adapter(config: bytes, tensors: Mapping[str, torch.Tensor], folder: Path) -> Scan:
     """Write one expert as PEFT writes a LoRA: adapter_config.json and adapter_model.safetensors."""
     folder.mkdir(parents=True)
     scan = write_tensors(folder / formats.ADAPTER_WEIGHTS, tensors)
@@ -166,7 +166,7 @@ def _describe_expert(name: str, config: MoELoraConfig, state: str, tensors: dict
         r=config.r,
         lora_alpha=config.lora_alpha,
         use_rslora=config.use_rslora,
-        target_modules=sorted(config.target_modules),
+        target_modules=sorted(config.target_modules or ()),
         state=state,
         tensors=len(tensors),
         parameters=sum(tensor.numel() for tensor in tensors.values()),

@@ -24,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """By step; hashes nothing, so that it is fast on a run of any size."""
+    """Print a line for each checkpoint, by step. Nothing is hashed, so that it is fast whatever the size of the run."""
     folder = Path(args.run)
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
@@ -33,8 +33,8 @@ def run(args: Namespace) -> int:
             f"{folder}: expected a run folder, found a checkpoint; to look into it\n"
             f"    python -m dylora_moe verify {shlex.quote(str(folder))}"
         )
-    complete = [(checkpoint.path, None) for checkpoint in run_folder.checkpoints(folder)]
-    found = sorted(complete + run_folder.incomplete(folder), key=lambda item: int(item[0].name.rpartition("-")[2]))
+    complete: list[tuple[Path, str | None]] = [(found.path, None) for found in run_folder.checkpoints(folder)]
+    found = sorted([*complete, *run_folder.incomplete(folder)], key=lambda item: int(item[0].name.rpartition("-")[2]))
     if not found:
         print(f"{folder}: no checkpoints")
     width = max((len(path.name) for path, _ in found), default=0)

@@ -8,7 +8,7 @@ the bit, takes two passes for each expert.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -31,6 +31,7 @@ from ..checkpoint.probe import (
     read_probe,
 )
 from ..checkpoint.read import build_mixture, load_into
+from ..checkpoint.tensors import input_embeddings
 from ..checkpoint.verify import SoundCheckpoint
 from ..constants import NEW, expert_name
 from ..errors import CheckpointError
@@ -70,7 +71,7 @@ def check_load(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> CheckResul
     result = CheckResult("load")
     try:
         model = build_mixture(checkpoint, base)
-        probe, input_ids = _read_probe(checkpoint, base.get_input_embeddings().num_embeddings)
+        probe, input_ids = _read_probe(checkpoint, input_embeddings(model).num_embeddings)
         before = logits(model, input_ids)
         skills = load_into(checkpoint, model)
     except CheckpointError as error:
@@ -267,7 +268,7 @@ def _spoil_router(model: Mixture, input_ids: torch.Tensor, routed: torch.Tensor)
 
 
 @contextmanager
-def _negated(tensors: list[torch.Tensor]) -> Iterator[None]:
+def _negated(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Negate tensors inside the block. A sign is changed, and changed back, without rounding."""
 
     def negate() -> None:
@@ -285,7 +286,7 @@ def _negated(tensors: list[torch.Tensor]) -> Iterator[None]:
 def _report_spoiled(result: CheckResult, spoiled: dict[str, float | str], noise: float) -> None:
     result.measures["spoiled"] = spoiled
     for name, difference in spoiled.items():
-        if difference == NOT_APPLICABLE:
+        if isinstance(difference, str):
             result.notes.append(f"negative control, {name} spoiled: {NOT_APPLICABLE}")
             continue
         result.notes.append(f"negative control, {name} spoiled: differs by {difference:.3g}")

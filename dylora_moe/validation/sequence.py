@@ -27,7 +27,7 @@ def check_checkpoint(run: Run) -> None:
     resolve_device(run.args.device)
     resolve_dtype(run.args.dtype)
     if run.args.checkpoint:
-        validate(run)
+        validate(run, run.args.checkpoint)
     else:
         save_and_validate(run)
 
@@ -95,10 +95,10 @@ def check_reloading(run: Run, checkpoint: SoundCheckpoint, base: PreTrainedModel
 # ---- an existing checkpoint ----
 
 
-def validate(run: Run) -> None:
+def validate(run: Run, checkpoint: str) -> None:
     """Check the checkpoint that --checkpoint names, without changing it."""
     try:
-        folder = checkpoint_folder(Path(run.args.checkpoint))
+        folder = checkpoint_folder(Path(checkpoint))
     except UsageError as error:
         raise UsageError(f"--checkpoint {error}") from None
     with held_still(folder):  # training may rotate it away

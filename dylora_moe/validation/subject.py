@@ -1,9 +1,10 @@
-"""What the scripts are run on: the base model, the mixture, a checkpoint that is there already; and whether it fits."""
+"""What the scripts check: the base model, the mixture or an existing checkpoint, and whether they fit this machine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -25,13 +26,15 @@ from .flags import DEFAULTS, QUICK, Script, ScriptSettings, cheaper
 from .saved import fill_experts
 
 SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and the probe of many experts
-# Bytes per token and entry of the vocabulary: of the mixture's logits, those kept and two in float64 while compared;
-# and of each expert of one forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
+# Bytes for each token and entry of the vocabulary: for the mixture's logits and their comparison in float64, and for
+# each expert of a forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
 MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
 
 
-def base_of(script: Script, args: ScriptSettings, name: str | None = None, revision: str | None = None):
-    """The base model, found but not loaded, and which of its weights are used."""
+def base_of(
+    script: Script, args: ScriptSettings, name: str | None = None, revision: str | None = None
+) -> tuple[Base, str]:
+    """Return the base model, found but not loaded, and which of its weights are used."""
     weights = args.weights
     if weights == "auto" and not script.reloads:
         weights = "none"
@@ -40,13 +43,12 @@ def base_of(script: Script, args: ScriptSettings, name: str | None = None, revis
 
 
 def base_weights_of(args: ScriptSettings, source: Base, weights: str, dtype: str | None = None) -> PreTrainedModel:
-
-    dtype = args.dtype or dtype
-    return load_base(source, weights, dtype=dtype, device=args.device, seed=args.seed, compact=True)
+    """Load the base model, in the dtype of --dtype or else in `dtype`."""
+    return load_base(source, weights, dtype=args.dtype or dtype, device=args.device, seed=args.seed, compact=True)
 
 
 def build_mixture(args: ScriptSettings, source: Base, weights: str) -> Mixture:
-    """A mixture as the flags ask for it, whose experts and gate hold something."""
+    """Build a mixture as the flags ask for it, with experts and a gate that are not zero."""
     base = base_weights_of(args, source, weights)
     lora = MoELoraConfig(r=setting(args, "lora_r"), lora_alpha=setting(args, "lora_alpha"))
     with seeded(args.seed):
@@ -56,20 +58,20 @@ def build_mixture(args: ScriptSettings, source: Base, weights: str) -> Mixture:
     return model
 
 
-def setting(args: ScriptSettings, name: str) -> int | float:
-    """A flag, or its default. Flags have none of their own, since --checkpoint must know which were given."""
+def setting(args: ScriptSettings, name: str) -> Any:
+    """Return a flag or its default. Flags have none of their own: with --checkpoint, only those given count."""
     given = getattr(args, name)
     return DEFAULTS[name] if given is None else given
 
 
-# ---- what it needs ----
+# ---- disk and memory ----
 
 
 def check_room_to_save(script: Script, args: ScriptSettings, source: Base, weights: str) -> None:
-    """Estimate disk and memory, and refuse before anything large is written or allocated.
+    """Estimate disk and memory before anything large is written or allocated.
 
     Raises:
-        UsageError: with what is needed, what is there and what to run instead.
+        UsageError: if there is too little; it says what is needed, what is there and what to run instead.
     """
     experts = setting(args, "experts")
     per_expert = 4 * adapter_parameters(source.config, setting(args, "lora_r"))
@@ -92,10 +94,9 @@ def check_room_to_load(args: ScriptSettings, source: Base, weights: str, config:
 
 
 def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> int:
-    """Memory for the base's weights and for the logits of the few tokens they are run on."""
+    """Estimate the memory for the base's weights and for the logits of the few tokens of a probe."""
     if weights == "none":
         return 0
-
     size_of: Callable = parameter_bytes if weights == "pretrained" else compact_random_bytes
     vocabulary = source.config.get_text_config().vocab_size
     logits = (MIXTURE_LOGITS + EXPERT_LOGITS * min(experts, ROWS)) * formats.PROBE_TOKENS * vocabulary
