@@ -25,10 +25,10 @@ __all__ = ["PeftCheckpointCallback", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run(_main, sys.argv[1:] if argv is None else argv, prog="train.py")
+    return run(_main, argv, prog="train.py")
 
 
-def _main(argv: Sequence[str]) -> int:
+def _main(argv: Sequence[str] | None) -> int:
     settings = parse(argv, __doc__)
 
     from dylora_moe.training.run import execute  # the Trainer and the data sets, which the callback does not need
@@ -37,7 +37,7 @@ def _main(argv: Sequence[str]) -> int:
     try:
         with handled():  # before the first step and after the last; in between, a signal saves
             result = execute(settings, say, warn)
-            for line in closing_lines(settings, result, argv):
+            for line in closing_lines(settings, result, sys.argv[1:] if argv is None else argv):
                 say(line)
     except Interrupted as error:
         print(f"train.py: {error}", file=sys.stderr)

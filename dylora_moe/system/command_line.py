@@ -38,7 +38,9 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(  # type: ignore[override]  # the three overloads of argparse would be longer than the method
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         args = sys.argv[1:] if args is None else args
         return super().parse_known_args([_dashed(arg) for arg in args], namespace)
 

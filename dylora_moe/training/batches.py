@@ -1,4 +1,11 @@
-"""Blocks to batches, and the proof that the documents of a block do not see each other."""
+"""From blocks to batches, and a check that the documents of a block do not see each other.
+
+transformers (5.20 and 5.23: `masking_utils.find_packed_sequence_indices`) masks documents from each other where the
+positions begin again, on two conditions: there is no `attention_mask`, not even one of ones, and no cache. With the
+default `use_cache=True` documents see each other without a warning, except under gradient checkpointing. An explicit 4D
+mask would be worse: it replaces the sliding windows of Qwen2 and Mistral, eager attention adds a boolean one as a
+number, and a float one must have the dtype of the base. Flash attention heeds the positions only in batches of one row.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +21,10 @@ LEAK_TOLERANCE = 1e-4
 
 
 class BlockCollator:
-    """Rows to `input_ids`, `labels` and `position_ids`, (B, block_size) int64, and `use_cache=False`; no attention
-    mask.
+    """Collates rows into `input_ids`, `labels` and `position_ids`, (B, block_size) int64, and `use_cache=False`.
 
-    The last two are what keeps the documents of a block apart; see the head of this module. The Trainer must not
-    remove the positions: `remove_unused_columns=False`.
+    Positions that begin anew with each document keep the documents of a block apart, where the cache is off and there
+    is no attention mask. The Trainer must not remove them: it needs `remove_unused_columns=False`.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -34,10 +40,13 @@ class BlockCollator:
 
 
 def check_documents_apart(model: torch.nn.Module) -> None:
-    """Raises `UsageError` where this model, with its attention, lets a document of a block see the one before it.
+    """Check that a document of a block does not see the one before it.
 
-    Two blocks of two documents, of which only the first differ, go through the model: the second documents' logits
-    must agree. Needs a vocabulary of 8 tokens, 12 positions, and nothing of the data.
+    The model is run on two blocks of two documents that differ in the first document only. The logits of the second
+    one must agree. This needs a vocabulary of 8 tokens and 12 positions.
+
+    Raises:
+        UsageError: If they do not agree, with this model and its attention.
     """
     device = next(model.parameters()).device
     second = [1, 3, 5, 7, 2, 6]

@@ -23,14 +23,7 @@ ECHO_SECONDS = 3.0
 class ProgressLines(TrainerCallback):
     """Prints one line for each log, in fixed columns."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         line = log_line(logs or {}, state.global_step, state.max_steps)
         if line is not None and state.is_world_process_zero:
             self.show(line)
@@ -76,9 +69,7 @@ class EarlyStopping(EarlyStoppingCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.stopped = False
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             self.stopped = control.should_save = True
@@ -128,9 +119,7 @@ class StopSignals(TrainerCallback):
             self.__exit__()
             signal.raise_signal(number)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._began = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

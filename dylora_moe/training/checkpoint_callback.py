@@ -1,13 +1,14 @@
-"""`PeftCheckpointCallback`: writes the checkpoints of a run, under `MoETrainer` or a stock Trainer."""
+"""`PeftCheckpointCallback` writes the checkpoints of a run, with `MoETrainer` or with a stock Trainer."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from ..checkpoint.probe import probe_outputs
@@ -20,25 +21,25 @@ from . import ranks, training_state
 
 
 class PeftCheckpointCallback(TrainerCallback, ExportableState):
-    """Writes every checkpoint of a run, whole or not at all, and rotates afterwards.
+    """Writes every checkpoint of a run, whole or not at all, and deletes old ones afterwards.
 
-    For `dylora_moe.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would write
-    the merged model into every checkpoint; with `save_strategy="no"` it does not, and this callback saves by itself
-    every `save_steps` steps and at the end, and keeps `save_total_limit`. Such a run can be resumed with
+    Use it with `dylora_moe.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would write
+    the merged model into every checkpoint. With `save_strategy="no"` it does not: then this callback saves by itself
+    every `save_steps` steps and at the end, and keeps `save_total_limit` checkpoints. Such a run can be resumed with
     --resume-weights-only.
 
     Args:
-        skills: the skill library to save.
-        run: the settings of the run, kept in trainer_state.json so that a resumption can be compared with it.
-        interrupted: says whether the run is being stopped before its end; otherwise the last save makes the experts
-            mature.
-        name: of the folder inside `args.output_dir`, with {step}.
+        skills: The skill library to save.
+        run: The settings of the run. trainer_state.json keeps them, to be compared with those of a resumed run.
+        interrupted: Returns whether the run is being stopped before its end. Unless it is, the last save makes the
+            experts mature.
+        name: The name of each checkpoint in `args.output_dir`, with {step} for the step.
     """
 
     def __init__(
         self,
         skills: SkillLibrary | None = None,
-        run: dict | None = None,
+        run: dict[str, Any] | None = None,
         interrupted: Callable[[], bool] = lambda: False,
         name: str = "checkpoint-{step}",
     ):
@@ -46,17 +47,18 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         self.run = run or {}
         self.interrupted = interrupted
         self.name = name
-        self.trainer_saves = True  # MoETrainer says that it does not
+        self.trainer_saves = True  # MoETrainer sets it to False
         self._due = False
 
-    def state(self) -> dict:
-        """What trainer_state.json keeps of this callback."""
+    def state(self) -> dict[str, Any]:
+        """Return what trainer_state.json keeps of this callback."""
         return {"args": {}, "attributes": {"run": self.run}}
 
-    # ---- as the Trainer calls it ----
+    # ---- called by the Trainer ----
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        """Refuse to start where a save would fail or a part of the mixture would stay as it is."""
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Refuse to start where a save would fail, or where the optimizer lacks a part of the mixture."""
+        model: Mixture = kwargs["model"]
         with ranks.together():
             if self.trainer_saves and args.save_strategy != "no":
                 raise UsageError(
@@ -64,21 +66,22 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
                     'dylora_moe.MoETrainer, or save_strategy="no", with which this callback saves by itself '
                     "every save_steps steps"
                 )
-            model.check_optimizer(optimizer)
+            model.check_optimizer(kwargs["optimizer"])
             if args.should_save:
-                run_folder.make_run_dir(args.output_dir)
-                run_folder.check_writable(args.output_dir)
+                run_folder.make_run_dir(str(args.output_dir))
+                run_folder.check_writable(str(args.output_dir))
         model.mark_immature()
 
-    def on_save(self, args, state, control, model=None, optimizer=None, lr_scheduler=None, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publish `checkpoint-<step>`: adapters, router, skill library, config, probe and, in training, its state.
 
-        One rank writes. Every rank takes part, since each has its own random generators, and since a failure must stop
-        all of them.
+        The first rank writes. Every rank takes part, since each has its own random generators, and since a failure
+        must stop all of them.
 
         Raises:
-            UsageError: on every rank, where the checkpoint could not be written.
+            UsageError: If the checkpoint cannot be written; on every rank.
         """
+        model: Mixture = kwargs["model"]
         if control.should_training_stop and not self.interrupted():
             model.mark_mature()
         with ranks.together():
@@ -88,45 +91,42 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         outputs = probe_outputs(model) if model.sharded else None  # every rank takes part
 
         def training_files(folder: Path) -> None:
-            training_state.write(
-                folder, optimizer=optimizer, scheduler=lr_scheduler, trainer_state=state, rng_states=rng_states
-            )
+            training_state.write(folder, kwargs["optimizer"], kwargs["lr_scheduler"], state, rng_states)
 
-        with ranks.together():
-            if ranks.is_first():
-                save_checkpoint(
-                    Path(args.output_dir, self.name.format(step=state.global_step)),
-                    model,
-                    step=state.global_step,
-                    skills=self.skills,
-                    training_files=training_files if optimizer is not None else None,
-                    outputs=outputs,
-                )
-                if getattr(args, "save_total_limit", None):
-                    _rotate(args, state)
+        def save() -> None:
+            save_checkpoint(
+                Path(str(args.output_dir), self.name.format(step=state.global_step)),
+                model,
+                step=state.global_step,
+                skills=self.skills,
+                training_files=training_files if kwargs.get("optimizer") is not None else None,
+                outputs=outputs,
+            )
+            if args.save_total_limit:
+                _rotate(args, state, args.save_total_limit)
+
+        ranks.on_first(save)
 
     # ---- with a stock Trainer ----
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._due:
             self._due = False
             self.on_save(args, state, control, **kwargs)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        """Only now is the step evaluated and logged: what is due is saved when the next one begins."""
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Leave a save that is due to the beginning of the next step: this one is yet to be evaluated and logged."""
         self._due = self.trainer_saves and args.save_steps >= 1 and state.global_step % args.save_steps == 0
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer_saves:
             control.should_training_stop = True
-            self.on_save(args, state, control, model=model, **kwargs)
+            self.on_save(args, state, control, **kwargs)
 
 
 def _check_finite(model: Mixture, step: int) -> None:
     extremes = {name: torch.stack(torch.aminmax(p.detach())) for name, p in model.trained_parameters().items()}
-    broken = [
-        name for name, least_and_most in extremes.items() if not least_and_most.isfinite().all()
-    ]  # NaN shows, too
+    broken = [name for name, both in extremes.items() if not both.isfinite().all()]  # aminmax hands a NaN on
     if broken:
         raise UsageError(
             f"training has diverged at step {step}, nothing was saved: NaN or infinity in\n{listed(broken)}\n"
@@ -134,8 +134,8 @@ def _check_finite(model: Mixture, step: int) -> None:
         )
 
 
-def _agreed(rng_state: dict, digest: str) -> list[dict]:
-    """The random generators of every rank; an error where the ranks' experts or routers are not the same."""
+def _agreed(rng_state: dict[str, Any], digest: str) -> list[dict[str, Any]]:
+    """Return the generators of every rank. Raises `UsageError` if the experts or routers of the ranks differ."""
     states, digests = zip(*ranks.gather((rng_state, digest)), strict=True)
     if len(set(digests)) > 1:
         found = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
@@ -144,7 +144,7 @@ def _agreed(rng_state: dict, digest: str) -> list[dict]:
 
 
 def _digest(model: Mixture) -> str:
-    """A hash of what is trained, to compare ranks with; empty where there is one."""
+    """Return a hash of what is trained, by which ranks are compared; an empty one if there is one rank."""
     if ranks.world()[1] == 1:
         return ""
     digest = hashlib.sha256()
@@ -153,9 +153,10 @@ def _digest(model: Mixture) -> str:
     return digest.hexdigest()
 
 
-def _rotate(args, state) -> None:
+def _rotate(args: TrainingArguments, state: TrainerState, limit: int) -> None:
     """Keep the newest checkpoints and, of those that were evaluated, the best."""
-    steps = [found.step for found in run_folder.checkpoints(args.output_dir)]
+    run_dir = str(args.output_dir)
+    steps = [found.step for found in run_folder.checkpoints(run_dir)]
     metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
     best = training_state.best_step(state.log_history, steps, metric, greater=bool(args.greater_is_better))
-    run_folder.rotate(args.output_dir, args.save_total_limit, keep=[] if best is None else [best])
+    run_folder.rotate(run_dir, limit, keep=[] if best is None else [best])

@@ -1,40 +1,43 @@
-"""The processes of a run: which one this is, and how all of them agree. With one process, all of it is nothing."""
+"""The processes of a run: which one this is, and how all of them agree. With one process, nothing is exchanged."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from ..errors import UsageError
 
+T = TypeVar("T")
+
 
 def world() -> tuple[int, int]:
-    """(rank, number of processes) of this run."""
+    """Return the rank of this process, and the number of processes of the run."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes files and prints."""
     return world()[0] == 0
 
 
-def gather(value: object) -> list:
-    """Every rank's value, on every rank, by rank."""
+def gather(value: Any) -> list[Any]:
+    """Return the values of all ranks, in their order, on every rank."""
     size = world()[1]
     if size == 1:
         return [value]
-    values: list = [None] * size
+    values = [None] * size
     dist.all_gather_object(values, value)
     return values
 
 
 def largest(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest of the ranks' values, on every rank; cheap enough for every step."""
+    """Return the largest of the values of all ranks, on every rank. This is cheap enough for every step."""
     if world()[1] == 1:
         return value
     tensor = torch.tensor(value, device=device)
@@ -44,10 +47,10 @@ def largest(value: int, device: torch.device | str = "cpu") -> int:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Where the block fails on one rank, it fails on all: none is left to wait for another.
+    """Make a block that fails on one rank fail on all of them, so that none waits for another for ever.
 
     Raises:
-        UsageError: with the message of the first rank that failed, on those that did not.
+        UsageError: With the message of the first rank that failed, on the ranks that did not.
     """
     failure = None
     try:
@@ -60,3 +63,14 @@ def together() -> Iterator[None]:
     for rank, message in enumerate(failures):
         if message is not None:
             raise UsageError(f"rank {rank}: {message}")
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """Call a function on the first rank, and return its result on every rank.
+
+    Raises:
+        UsageError: On the other ranks, if it fails on the first.
+    """
+    with together():
+        value = make() if is_first() else None
+    return gather(value)[0]

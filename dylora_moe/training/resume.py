@@ -32,19 +32,12 @@ WEIGHTS_REMEDY = "--resume-weights-only goes on with a fresh optimizer"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """Where a run begins."""
 
-    Args:
-        folder: The checkpoint to go on from; None for fresh experts.
-        weights_only: Whether only experts, router and skill library are taken from it.
-        step: With `weights_only`, the step to go on at.
-        lines: What to tell the user about the choice.
-    """
-
-    folder: Path | None = None
-    weights_only: bool = False
-    step: int = 0
-    lines: list[str] = field(default_factory=list)
+    folder: Path | None = None  # the checkpoint to go on from; None for fresh experts
+    weights_only: bool = False  # whether only experts, router and skill library are taken from it
+    step: int = 0  # with weights_only, the step to go on at
+    lines: list[str] = field(default_factory=list)  # what to tell the user about the choice
 
 
 def choose(run_dir: Path, resume: str | None, weights_only: bool) -> Start:
@@ -108,7 +101,19 @@ def _step(folder: Path) -> int | None:
 
 
 def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBlocks) -> dict[str, Any]:
-    """Return what must be the same for a resumed run to continue the run that was stopped."""
+    """Return what must be the same for a resumed run to continue the run that was stopped. Every rank calls this.
+
+    Raises:
+        UsageError: If the ranks differ in it.
+    """
+    with ranks.together():
+        compared = _compared(settings, model, blocks)
+    if any(other != compared for other in ranks.gather(compared)):
+        raise UsageError("the ranks have read different data or weights; give all of them the same files")
+    return compared
+
+
+def _compared(settings: TrainSettings, model: Mixture, blocks: TokenBlocks) -> dict[str, Any]:
     held_out = {name: data_fingerprint(replace(blocks, train=rows)) for name, rows in blocks.evaluation.items()}
     values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
     found = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as in JSON

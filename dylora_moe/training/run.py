@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -38,32 +37,6 @@ from .summary import RunResult, describe_run, held_out_results, resuming_line
 from .trainer import MoETrainer
 
 
-@dataclass(frozen=True)
-class Material:
-    """What is trained, and on what."""
-
-    model: Mixture
-    tokenizer: PreTrainedTokenizerBase
-    blocks: TokenBlocks
-
-
-@dataclass(frozen=True)
-class Beginning:
-    """Where training begins, once the checkpoint to go on from has been read.
-
-    Args:
-        start: The checkpoint, and what is taken from it.
-        ended: Whether the run that wrote it came to its end, so that there is nothing left to train.
-        compared: What a resumed run must have in common with this one; trainer_state.json keeps it.
-        skills: The skill library of the checkpoint, or an empty one.
-    """
-
-    start: Start
-    ended: bool
-    compared: dict[str, Any]
-    skills: SkillLibrary
-
-
 def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[[str], None]) -> RunResult:
     """Train until the end or a signal. With several processes, each of them calls this.
 
@@ -79,27 +52,50 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
         _ = arguments.world_size  # joins the processes of torchrun
         run_dir = Path(settings.output_dir)
         with claimed(run_dir) as claim:
-            start = choose_start(settings)
+            start = ranks.on_first(lambda: choose(run_dir, settings.resume, settings.resume_weights_only))
             for line in start.lines:
                 say(line)
             if settings.demo:
-                settings = write_demo(settings)
-            material = load(settings, torch.device("cpu") if how else arguments.device)  # a part of it moves later
-            for line in [*material.model.notes, *describe_run(material.model, material.blocks)]:
+                ranks.on_first(lambda: demo.write(settings))
+                settings = demo.filled_in(settings)
+            with ranks.together():
+                # A base that is to be sharded is read into the memory of the CPU first.
+                model, tokenizer = load_model(settings, torch.device("cpu") if how else arguments.device)
+                blocks = load_data(settings, model, tokenizer)
+            for line in [*model.notes, *describe_run(model, blocks)]:
                 say(line)
-            beginning = begin(settings, material, start)
+            compared = compared_settings(settings, model, blocks)
+            skills, ended = take_over(start, compared, model, settings.accept_changes)
             if how is not None:
-                say(sharding.shard(material.model, arguments.device, how))
+                say(sharding.shard(model, arguments.device, how))
+            add_skills(skills, model, blocks)
             early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
             stop = StopSignals(warn, early)
-            trainer = make_trainer(arguments, material, beginning, stop)
-            if not beginning.ended:
+            saver = PeftCheckpointCallback(skills, compared, interrupted=lambda: stop.received is not None)
+            arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
+            trainer = MoETrainer(
+                model=model,
+                args=arguments,
+                train_dataset=blocks.train,
+                eval_dataset=blocks.evaluation,
+                data_collator=BlockCollator(),
+                callbacks=[callback for callback in (early, stop, saver) if callback is not None],
+                start_step=start.step,
+            )
+            if start.folder and ended:
+                state = training_state.read_trainer_state(start.folder)
+                trainer.state.global_step = state["global_step"]
+                trainer.state.log_history = state.get("log_history") or []
+            else:
                 if ranks.is_first():
-                    claim.callback(_remove_files, _save_tokenizer(material.tokenizer, run_dir))
+                    claim.callback(_remove, _save_tokenizer(tokenizer, run_dir))
                 if start.folder:
                     say(resuming_line(start))
                 train(trainer, start, stop, claim)
-            return result_of(trainer, beginning, stop)
+            newest = run_folder.latest(run_dir)
+            saved = newest.path if newest else start.folder
+            held_out = [] if stop.received else held_out_results(trainer)
+            return RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
 
 
 # ---- the run folder ----
@@ -120,24 +116,21 @@ def claimed(run_dir: Path) -> Iterator[ExitStack]:
             if ranks.is_first():
                 if run_dir.exists() and not run_dir.is_dir():
                     raise UsageError(f"--output-dir {run_dir}: expected a folder, found a file")
-                found = _own_entries(run_dir)
-                undo.callback(_remove_new, run_dir, found, run_folder.make_run_dir(run_dir))
+                new = [path for name in demo.FILES if not (path := run_dir / name).exists()]
+                made = run_folder.make_run_dir(run_dir)
+                undo.callback(_remove, [*new, run_dir / LOCK] if made else new, made)
                 lock.enter_context(writer_lock(run_dir))
                 run_folder.check_writable(run_dir)
         yield undo
 
 
-def _own_entries(run_dir: Path) -> set[str]:
-    """Return which of the files that a run writes before its first checkpoint are in the folder."""
-    return {name for name in (LOCK, *demo.FILES) if (run_dir / name).exists()}
-
-
-def _remove_new(run_dir: Path, found: set[str], made: list[Path]) -> None:
-    with suppress(OSError):
-        for name in _own_entries(run_dir) - found - (set() if made else {LOCK}):
-            path = run_dir / name
+def _remove(paths: list[Path], made: Sequence[Path] = ()) -> None:
+    """Remove files and folders, and then folders that were made if nothing else is in them."""
+    for path in paths:
+        with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for folder in made:  # those inside first
+    for folder in made:  # the innermost first
+        with suppress(OSError):
             folder.rmdir()
 
 
@@ -148,36 +141,7 @@ def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> list[P
     return [path for path in run_dir.iterdir() if path not in before]
 
 
-def _remove_files(paths: list[Path]) -> None:
-    for path in paths:
-        with suppress(OSError):
-            path.unlink()
-
-
 # ---- what is trained, on what ----
-
-
-def choose_start(settings: TrainSettings) -> Start:
-    """Return the checkpoint to go on from; the first rank looks, and all of them get the same."""
-    start = None
-    with ranks.together():
-        if ranks.is_first():
-            start = choose(Path(settings.output_dir), settings.resume, settings.resume_weights_only)
-    return ranks.gather(start)[0]
-
-
-def write_demo(settings: TrainSettings) -> TrainSettings:
-    """Write the model and the data of --demo, and return the settings that name them."""
-    with ranks.together():
-        if ranks.is_first():
-            demo.write(settings)
-    return demo.filled_in(settings)
-
-
-def load(settings: TrainSettings, device: torch.device) -> Material:
-    with ranks.together():
-        model, tokenizer = load_model(settings, device)
-        return Material(model, tokenizer, load_data(settings, model, tokenizer))
 
 
 def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, PreTrainedTokenizerBase]:
@@ -188,7 +152,7 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
     targets = None if settings.targets is None else list(settings.targets)
     lora = MoELoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=cast(int, settings.lora_alpha),  # PEFT computes with a float as well
         lora_dropout=settings.lora_dropout,
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
@@ -242,38 +206,22 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     on_cpu = device.type == "cpu"
     evaluates = settings.eval_steps > 0
     arguments = TrainingArguments(
-        output_dir=settings.output_dir,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum,
-        learning_rate=settings.learning_rate,
+        output_dir=settings.output_dir, seed=settings.seed, data_seed=settings.seed,
+        max_steps=settings.max_steps or -1, num_train_epochs=settings.epochs or 1,
+        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.grad_accum, remove_unused_columns=False, label_names=["labels"],
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.lr_schedule,
         warmup_steps=settings.warmup if settings.warmup < 1 else int(settings.warmup),
-        weight_decay=settings.weight_decay,
-        max_steps=settings.max_steps or -1,
-        num_train_epochs=settings.epochs or 1,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if evaluates else "no",
-        eval_steps=settings.eval_steps or None,
-        metric_for_best_model="loss" if evaluates else None,
-        greater_is_better=False if evaluates else None,
-        save_strategy="steps",
-        save_steps=settings.save_steps or sys.maxsize,
+        eval_strategy="steps" if evaluates else "no", eval_steps=settings.eval_steps or None,
+        metric_for_best_model="loss" if evaluates else None, greater_is_better=False if evaluates else None,
+        save_strategy="steps", save_steps=settings.save_steps or sys.maxsize,
         save_total_limit=settings.save_total_limit,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None,
-        ddp_find_unused_parameters=False,
-        dataloader_pin_memory=not on_cpu,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=settings.report_to,
-        disable_tqdm=not sys.stderr.isatty(),
-        log_level="error",
-    )
+        logging_steps=settings.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
+        report_to=settings.report_to, disable_tqdm=not sys.stderr.isatty(), log_level="error",
+        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
+        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
+    )  # fmt: skip
     if arguments.n_gpu > 1:  # one process uses one GPU: no DataParallel
         arguments._n_gpu = 1
     return arguments
@@ -289,62 +237,29 @@ def training_device(settings: TrainSettings) -> torch.device:
     return device
 
 
-def begin(settings: TrainSettings, material: Material, start: Start) -> Beginning:
-    """Compare the run with the one that is resumed, and read from its checkpoint what the Trainer does not read.
+def take_over(
+    start: Start, compared: dict[str, Any], model: Mixture, accept_changes: bool
+) -> tuple[SkillLibrary, bool]:
+    """Check the checkpoint to go on from, and read from it what the Trainer does not read.
 
-    Raises:
-        UsageError: If the ranks or the runs differ.
-        CheckpointError: If the checkpoint is not sound.
+    Returns:
+        Its skill library, and whether the run that wrote it came to its end, so that nothing is left to train.
     """
     with ranks.together():
-        compared = compared_settings(settings, material.model, material.blocks)
-    if any(other != compared for other in ranks.gather(compared)):
-        raise UsageError("the ranks have read different data or weights; give all of them the same files")
-    with ranks.together():
         if start.folder is None:
-            return Beginning(start, False, compared, SkillLibrary())
-        checkpoint, ended = check(start.folder, compared, start.weights_only, accept_changes=settings.accept_changes)
+            return SkillLibrary(), False
+        checkpoint, ended = check(start.folder, compared, start.weights_only, accept_changes=accept_changes)
         if start.weights_only or ended:
-            load_into(checkpoint, material.model)
-        return Beginning(start, ended, compared, read_skills(checkpoint))
-
-
-def make_trainer(
-    arguments: TrainingArguments, material: Material, beginning: Beginning, stop: StopSignals
-) -> MoETrainer:
-    add_skills(beginning.skills, material.model, material.blocks)
-    start = beginning.start
-    saver = PeftCheckpointCallback(beginning.skills, beginning.compared, interrupted=lambda: stop.received is not None)
-    arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
-    trainer = MoETrainer(
-        model=material.model,
-        args=arguments,
-        train_dataset=material.blocks.train,
-        eval_dataset=material.blocks.evaluation,
-        data_collator=BlockCollator(),
-        callbacks=[callback for callback in (stop.early, stop, saver) if callback is not None],
-        start_step=start.step,
-    )
-    if beginning.ended:
-        there = training_state.read_trainer_state(start.folder)
-        trainer.state.global_step, trainer.state.log_history = there["global_step"], there.get("log_history") or []
-    return trainer
+            load_into(checkpoint, model)
+        return read_skills(checkpoint), ended
 
 
 def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: ExitStack) -> None:
     """Train, and keep the run folder from then on if there is a checkpoint in it."""
-    resumed = start.folder if not start.weights_only else None
+    resumed = None if start.folder is None or start.weights_only else str(start.folder)
     try:
         with stop:
-            trainer.train(None if resumed is None else str(resumed))
+            trainer.train(resumed)
     finally:
-        if run_folder.checkpoints(trainer.args.output_dir):
+        if run_folder.checkpoints(str(trainer.args.output_dir)):
             claim.pop_all()
-
-
-def result_of(trainer: MoETrainer, beginning: Beginning, stop: StopSignals) -> RunResult:
-    """Return how the run ended. Unless a signal stopped it, that includes the losses; every rank computes them."""
-    newest = run_folder.latest(trainer.args.output_dir)
-    saved = newest.path if newest else beginning.start.folder
-    held_out = [] if stop.received else held_out_results(trainer)
-    return RunResult(trainer.state.global_step, saved, stop.received, beginning.ended, held_out)

@@ -1,15 +1,15 @@
-"""FSDP2: each process keeps a part of the frozen base; experts and router stay whole on all, as without it.
+"""FSDP2: each process keeps a part of the frozen base; experts and router are whole on every process.
 
 Only the base is large. torch's `fully_shard` (https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html)
-shards its parameters, each decoder layer as one unit and what is outside of them as another; a forward pass gathers a
-unit when it comes to it, and lets go of it afterwards. Experts and router are left out of that, and DDP averages their
-gradients as in any other run of several processes. So the numbers, and the checkpoints, are those of a run without
-sharding, and nothing has to be gathered for a save.
+shards its parameters: each decoder layer is one unit, and all that is outside of the layers is another. A forward pass
+gathers a unit when it reaches it, and frees it afterwards. Experts and router are not sharded, and DDP averages their
+gradients as in any other run of several processes. So the numbers and the checkpoints are those of a run without
+sharding, and a save gathers nothing.
 
-What follows from it: a forward pass of a sharded base, and whatever else reads its tensors, needs every rank. Where
-one rank alone makes a forward pass, or one more than the others, it waits for ever.
+A forward pass of a sharded base needs every rank, and so does everything else that reads its tensors. A rank that makes
+a forward pass alone, or one more than the others, waits for ever.
 
-Every process reads the whole base into its own CPU memory once; only then does the device get its part.
+Every process first reads the whole base into its own CPU memory; only its part is moved to the device.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from . import ranks
 
 WANTED = "ACCELERATE_USE_FSDP"
 VERSION = "FSDP_VERSION"
-# What Accelerate's launcher may also ask for, which is not done here -> what to do instead.
+# Settings of Accelerate's launcher that are not supported, and what to do instead.
 REFUSED_FLAGS = {
     "FSDP_OFFLOAD_PARAMS": "--fsdp_offload_params: the parts stay on the device; leave it out",
     "FSDP_FORWARD_PREFETCH": "--fsdp_forward_prefetch is of FSDP1; leave it out",
@@ -41,15 +42,10 @@ REFUSED_FLAGS = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the base is to be sharded.
+    """How the base is to be sharded."""
 
-    Args:
-        reshard_after_forward: whether a unit is let go of after its forward pass, and gathered again for backward.
-        layers: the class names of the decoder layers, where the launcher was told them.
-    """
-
-    reshard_after_forward: bool = True
-    layers: tuple[str, ...] = ()
+    reshard_after_forward: bool = True  # whether a unit is freed after its forward pass, and gathered for the backward
+    layers: tuple[str, ...] = ()  # the class names of the decoder layers, if the launcher was given them
 
 
 # ---- what the launcher asks for ----
@@ -57,13 +53,13 @@ class Sharding:
 
 @contextmanager
 def requested() -> Iterator[Sharding | None]:
-    """What `accelerate launch --use_fsdp` has put into the environment; None where it did not ask for FSDP.
+    """Yield what `accelerate launch --use_fsdp` has put into the environment; None if it did not ask for FSDP.
 
-    Inside, Accelerate and Transformers do not see it: Accelerate would shard the experts with the base (and on the CPU
-    nothing at all), and Transformers would load the weights on the first rank only.
+    Inside the block, Accelerate and Transformers do not see it. Otherwise Accelerate would shard the experts with the
+    base (and on the CPU nothing at all), and Transformers would load the weights on the first rank only.
 
     Raises:
-        UsageError: for FSDP1, and with every setting that is not supported.
+        UsageError: For FSDP1, or for settings that are not supported; it lists them.
     """
     if not is_requested():
         yield None
@@ -85,7 +81,7 @@ def _is_set(name: str) -> bool:
 
 
 def _read_settings() -> Sharding:
-    version = os.environ.get(VERSION, "1")  # as Accelerate counts
+    version = os.environ.get(VERSION, "1")  # the default of Accelerate
     if version != "2":
         raise UsageError(
             f"FSDP version {version} is not supported, FSDP2 is: accelerate launch --use_fsdp --fsdp_version 2 "
@@ -106,19 +102,19 @@ def _read_settings() -> Sharding:
     return Sharding(reshard.lower() == "true", tuple(name.strip() for name in names if name.strip()))
 
 
-# ---- doing it ----
+# ---- sharding ----
 
 
 def shard(model: Mixture, device: torch.device, how: Sharding) -> str:
-    """Put the mixture on `device`: of the base this process's part, experts, router and buffers whole. In place.
+    """Move the mixture to `device` in place: the part of the base of this process, and all of experts and router.
 
-    Every rank calls it, with the same weights; with one process nothing is sharded.
+    Every rank calls this, with the same weights. With one process nothing is sharded.
 
     Returns:
         A line for the user.
 
     Raises:
-        UsageError: where the launcher names other layers than the decoder's; nothing is changed then.
+        UsageError: If the launcher names other layers than those of the decoder; then nothing is changed.
     """
     layers = decoder_layers(model.base)
     _check_layers(layers, how.layers)
@@ -134,7 +130,7 @@ def shard(model: Mixture, device: torch.device, how: Sharding) -> str:
         parameter.data = parameter.data.to(device)
     _own_parameters(layers)
     mesh = init_device_mesh(device.type, (size,))
-    for module in (*layers, model.base):  # the base last: it gets what is in no layer
+    for module in (*layers, model.base):  # the base last: it takes what is in no layer
         fully_shard(module, mesh=mesh, reshard_after_forward=how.reshard_after_forward, ignored_params=whole)
     model.sharded = True
     return f"FSDP2: each of {size} processes keeps {_held(model):,} of the base's parameters"
@@ -150,7 +146,7 @@ def _check_layers(layers: nn.ModuleList, names: tuple[str, ...]) -> None:
 
 
 def _own_parameters(layers: nn.ModuleList) -> None:
-    """Random weights are one tensor for all layers; of a sharded base each layer's parameters must be its own."""
+    """Give each layer parameters of its own, which sharding needs: random weights are one tensor for all layers."""
     owners: dict[nn.Parameter, nn.Module] = {}
     for layer in layers:
         for module in layer.modules():
@@ -160,16 +156,12 @@ def _own_parameters(layers: nn.ModuleList) -> None:
 
 
 def _held(model: Mixture) -> int:
-    """How many of the base's parameters this process keeps."""
+    """Return how many parameters of the base this process keeps."""
     return sum(p.to_local().numel() for p in model.base.parameters() if hasattr(p, "to_local"))
 
 
-def replicated(model: Mixture, device: torch.device, **options) -> nn.parallel.DistributedDataParallel:
-    """DDP over experts and router alone.
-
-    Args:
-        options: of DistributedDataParallel.
-    """
+def replicated(model: Mixture, device: torch.device, **options: Any) -> nn.parallel.DistributedDataParallel:
+    """Wrap the model in DDP over experts and router alone; `options` are those of DistributedDataParallel."""
     ddp = nn.parallel.DistributedDataParallel
     frozen = [name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad]
     ddp._set_params_and_buffers_to_ignore_for_model(model, frozen)

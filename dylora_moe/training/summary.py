@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -24,37 +25,23 @@ SHOWN_EXPERTS = 8  # columns of the table
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a run has made of the held-out blocks of one data set.
-
-    Args:
-        before: Loss in nats per token at the start of the run; None where it is not known.
-        after: Loss in nats per token at the end.
-        shares: The share of the tokens that each expert was given at the end.
-    """
+    """What a run has made of the held-out blocks of one data set. Losses are in nats per token."""
 
     name: str
-    before: float | None
-    after: float
-    shares: list[float]
+    before: float | None  # loss at the start of the run, where it is known
+    after: float  # loss at the end
+    shares: list[float]  # of the tokens, by expert, at the end
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended.
-
-    Args:
-        step: The step at which it ended.
-        saved: The newest checkpoint.
-        stopped_by: The signal that stopped it before its end, if any.
-        nothing_left: Whether the run that was to be resumed had come to its end already.
-        held_out: What became of each data set; empty for a run that a signal stopped.
-    """
+    """How a run ended."""
 
     step: int
-    saved: Path | None
-    stopped_by: signal.Signals | None = None
-    nothing_left: bool = False
-    held_out: list[HeldOut] = field(default_factory=list)
+    saved: Path | None  # the newest checkpoint
+    stopped_by: signal.Signals | None = None  # what stopped it before its end
+    nothing_left: bool = False  # whether the run that was to be resumed had come to its end already
+    held_out: list[HeldOut] = field(default_factory=list)  # empty for a run that a signal stopped
 
 
 # ---- the beginning ----
@@ -117,7 +104,7 @@ def held_out_results(trainer: MoETrainer) -> list[HeldOut]:
     metrics = trainer.evaluate(metric_key_prefix="final")
     before = trainer.state.log_history[0] if trainer.state.log_history else {}  # see eval_on_start
     found = []
-    for name in trainer.eval_dataset:
+    for name in cast(dict[str, Any], trainer.eval_dataset):
         usage = trainer.usage_by_data.get(name)
         shares = usage.shares() if usage else [1.0]
         found.append(HeldOut(name, before.get(f"eval_{name}_loss"), metrics[f"final_{name}_loss"], shares))
@@ -125,24 +112,17 @@ def held_out_results(trainer: MoETrainer) -> list[HeldOut]:
 
 
 def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str]) -> list[str]:
-    """Return the last lines of a run.
-
-    Args:
-        argv: The words of the command line that started it.
-    """
+    """Return the last lines of a run that was started by the command line `argv`."""
     if result.stopped_by is not None:
         return [
             f"stopped by {result.stopped_by.name} at step {result.step}; saved {result.saved}",
             f"go on with: {resume_command(argv)}",
         ]
-    lines = []
-    if result.nothing_left:
-        lines.append(f"{result.saved} is the last checkpoint of a run that has ended: there is nothing left to train")
-    longer = (
-        f"--max-steps {2 * settings.max_steps}" if settings.max_steps else f"--epochs {2 * (settings.epochs or 1):g}"
-    )
+    ended = f"{result.saved} is the last checkpoint of a run that has ended: there is nothing left to train"
+    steps, epochs = settings.max_steps, settings.epochs or 1
+    longer = f"--max-steps {2 * steps}" if steps else f"--epochs {2 * epochs:g}"
     return [
-        *lines,
+        *([ended] if result.nothing_left else []),
         "",
         *held_out_table(result.held_out),
         "",

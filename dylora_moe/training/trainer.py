@@ -1,8 +1,8 @@
-"""The Trainer for a mixture: what Transformers' own does, without its checkpoints.
+"""The Trainer of Transformers, with the checkpoints of this package.
 
 The stock Trainer writes into the final folder, writes the whole state dict of a model that it does not know, rotates by
-file times, and does not find nested adapters when it resumes. Here `_save_checkpoint` keeps the books and writes
-nothing; a callback's `on_save` writes everything, and what is loaded goes through checkpoint.py.
+file times, and does not find nested adapters when it resumes. Here `_save_checkpoint` only updates the trainer state;
+`PeftCheckpointCallback.on_save` writes the files, and `checkpoint.read` loads them.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..base.preserve import untouched
 from ..checkpoint import formats
@@ -31,26 +34,26 @@ from ..mixture.router import Usage
 from . import ranks, sharding, training_state
 from .callbacks import ProgressBar, ProgressLines
 
-SHOWN_EXPERTS = 16  # more of them are not logged one by one
-SUMS = "MoETrainer"  # under this name trainer_state.json keeps what was summed up for the next log
+LOGGED_EXPERTS = 16  # the share of each expert is logged for at most that many
+SUMS = "MoETrainer"  # the key, in trainer_state.json, of what was summed up for the next log
 
 
 class MoETrainer(Trainer):
-    """A Trainer whose checkpoints are this project's.
+    """A Trainer for a mixture, which resumes exactly.
 
-    Give it a `PeftCheckpointCallback`, which writes them, and `save_strategy="steps"`. The learning-rate schedule must
-    be one of LambdaLR (all of Transformers' that depend on the step alone). For FSDP2 give it a model that
-    `sharding.shard` has sharded; Accelerate's own sharding would take the experts too.
+    Give it a `PeftCheckpointCallback`, which writes the checkpoints, and `save_strategy="steps"`. The learning-rate
+    schedule must be a LambdaLR, as are all of Transformers that depend on the step alone. For FSDP2, pass a model that
+    `sharding.shard` has sharded: Accelerate would shard the experts as well.
 
     Args:
-        eval_dataset: a dict of data sets; each gets its loss, `eval_<name>_loss`, and their mean is `eval_loss`.
-        start_step: with fresh training state, the step at which schedule and data begin.
+        eval_dataset: A dict of data sets. The loss of each is `eval_<name>_loss`, their mean is `eval_loss`.
+        start_step: The step at which schedule and data begin, where optimizer and generators are fresh.
 
     Raises:
-        UsageError: where Accelerate is to shard the model.
+        UsageError: If Accelerate is to shard the model.
     """
 
-    def __init__(self, *args, start_step: int = 0, **kwargs):
+    def __init__(self, *args: Any, start_step: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
         if self.is_fsdp_enabled or sharding.is_requested():
             raise UsageError(
@@ -70,26 +73,26 @@ class MoETrainer(Trainer):
     def mixture(self) -> Mixture:
         return self.accelerator.unwrap_model(self.model)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "trainer_saves"):
                 callback.trainer_saves = False
         self.mixture.reset_usage()
         if not self.start_step:
-            return super().train(resume_from_checkpoint, **kwargs)
-        with TemporaryDirectory(prefix="dylora_start_") as folder:  # the Trainer asks a folder for the step
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        with TemporaryDirectory(prefix="dylora_start_") as folder:  # the Trainer reads the step from a folder
             state = TrainerState(global_step=self.start_step, train_batch_size=self._train_batch_size)
             state.save_to_json(f"{folder}/{formats.TRAINER_STATE}")
-            return super().train(folder, **kwargs)
+            return super().train(folder, *args, **kwargs)
 
     # ---- several processes ----
 
-    def _move_model_to_device(self, model, device) -> None:
-        if not model.sharded:  # otherwise it is there, and torch cannot move every DTensor
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not model.sharded:  # a sharded one is there already, and torch cannot move every DTensor
             super()._move_model_to_device(model, device)
 
-    def _wrap_model(self, model, training: bool = True, dataloader=None):
-        """DDP around a sharded base, too: Accelerate refuses every model that holds DTensors."""
+    def _wrap_model(self, model: Any, training: bool = True, dataloader: Any = None) -> Any:
+        """Wrap a model with a sharded base in DDP, which Accelerate refuses for every model that holds DTensors."""
         model = super()._wrap_model(model, training=training, dataloader=dataloader)
         if not training or model is not self.mixture or not model.sharded:
             return model
@@ -98,8 +101,8 @@ class MoETrainer(Trainer):
 
     # ---- optimizer ----
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """AdamW over all experts and the router, with the parameters' names in its state."""
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Make an AdamW over all experts and the router, with the names of the parameters in its state."""
         if self.optimizer is None:
             self.mixture.train_all_experts()
             args = self.args
@@ -113,17 +116,18 @@ class MoETrainer(Trainer):
             )
         return self.optimizer
 
-    # ---- checkpoints: books here, files in the callback's on_save ----
+    # ---- checkpoints ----
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Update the trainer state. The Trainer calls `on_save` of the callbacks next, which write the files."""
         self.store_flos()
+        kept: Any = self.state.stateful_callbacks  # by the name of a class
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
-                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        sums = {"args": {}, "attributes": {"by_rank": ranks.gather(self._sums())}}
-        self.state.stateful_callbacks[SUMS] = sums
+                kept[type(callback).__name__] = callback.state()
+        kept[SUMS] = {"args": {}, "attributes": {"by_rank": ranks.gather(self._sums())}}
 
-    def _sums(self) -> dict:
+    def _sums(self) -> dict[str, Any]:
         usage = self.mixture.usage()
         return {
             "loss": self._tr_loss.item(),
@@ -133,8 +137,9 @@ class MoETrainer(Trainer):
         }
 
     def restore_sums(self) -> None:
-        """Go on summing up loss and usage for the next log where the checkpoint's run was."""
-        by_rank = self.state.stateful_callbacks.get(SUMS, {}).get("attributes", {}).get("by_rank", [])
+        """Go on summing up loss and usage for the next log where the run of the checkpoint was."""
+        kept: Any = self.state.stateful_callbacks
+        by_rank = kept.get(SUMS, {}).get("attributes", {}).get("by_rank", [])
         rank, size = ranks.world()
         if len(by_rank) != size:
             return
@@ -146,61 +151,68 @@ class MoETrainer(Trainer):
             self.mixture._usage = [torch.tensor(values, device=self.mixture.device) for values in sums["usage"]]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Publish experts and router as a checkpoint without training state; never a merged model."""
-        target = Path(output_dir or Path(self.args.output_dir) / "checkpoint")
+        """Publish experts and router as a checkpoint without training state, never a merged model."""
+        target = Path(output_dir or Path(str(self.args.output_dir), "checkpoint"))
         outputs = probe_outputs(self.mixture) if self.mixture.sharded else None
         with ranks.together():
             if self.args.should_save:
                 save_checkpoint(target, self.mixture, step=self.state.global_step, outputs=outputs)
 
-    def _init_training_state(self, max_steps, *args, **kwargs):
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         position = super()._init_training_state(max_steps, *args, **kwargs)
-        self.state.compute_steps(self.args, max_steps)  # the stock Trainer would go on with those of the checkpoint
-        if self.state.global_step >= max_steps:  # the stock Trainer would train one step more
+        self.state.compute_steps(self.args, max_steps)  # the stock Trainer takes those of the checkpoint
+        if self.state.global_step >= max_steps:  # the stock Trainer trains one more step
             raise UsageError(
                 f"there is nothing left to train: step {self.state.global_step} of {max_steps} is reached; ask for "
                 "more with --max-steps or --epochs, and --accept-changes"
             )
         return position
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         def check() -> None:
-            """The optimizer is filled later, when there is one; whether its moments fit is to be known now."""
+            """Refuse moments that do not fit before the weights are loaded; there is no optimizer to load them yet."""
             training_state.read_moments(Path(resume_from_checkpoint), self.mixture.trained_parameters())
 
         if not self.start_step:
             load_into(open_checkpoint(resume_from_checkpoint), self.mixture, check=check)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        schedule = cast(LambdaLR, self.lr_scheduler)
         if self.start_step:
-            training_state.move_scheduler(self.lr_scheduler, self.start_step)
+            training_state.move_scheduler(schedule, self.start_step)
         elif folder is not None:
-            training_state.load_optimizer(Path(folder), self.optimizer)
-            training_state.load_scheduler(Path(folder), self.lr_scheduler)
+            training_state.load_optimizer(Path(folder), cast(torch.optim.Optimizer, self.optimizer))
+            training_state.load_scheduler(Path(folder), schedule)
 
     def _load_rng_state(self, folder: str | None) -> None:
         if folder is not None and not self.start_step:
             training_state.load_rng(Path(folder))
 
     def _load_callback_state(self) -> None:
-        """How many evaluations went by without a better one."""
+        """Restore the number of evaluations without a better one."""
+        kept: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
-                saved = self.state.stateful_callbacks.get(type(callback).__name__, {})
+                saved = kept.get(type(callback).__name__, {})
                 for name, value in saved.get("attributes", {}).items():
                     setattr(callback, name, value)
 
-    def _finalize_training(self, *args, **kwargs):
-        """The stock one knows of no best model, or it would delete the last checkpoint where the limit is 1."""
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Load the best model here: told of one, the stock Trainer deletes the last checkpoint if the limit is 1."""
         if self.args.load_best_model_at_end and self.state.best_global_step:
-            best = Path(self.args.output_dir) / f"checkpoint-{self.state.best_global_step}"
+            best = Path(str(self.args.output_dir), f"checkpoint-{self.state.best_global_step}")
             load_into(open_checkpoint(best), self.mixture)
         return super()._finalize_training(*args, **kwargs)
 
     # ---- evaluation and logs ----
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Mean loss in nats per labelled token of each data set, over all ranks; RNG, mode and usage stay as found."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Return the loss of each data set over all ranks, the mean in nats per labelled token.
+
+        Random generators, training mode and usage are left as they were.
+        """
         data = eval_dataset or self.eval_dataset
         data = data if isinstance(data, dict) else {"data": data}
         metrics = {}
@@ -217,7 +229,7 @@ class MoETrainer(Trainer):
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_one(self, rows) -> tuple[float, Usage | None]:
+    def _evaluate_one(self, rows: Any) -> tuple[float, Usage | None]:
         mixture = self.mixture
         mixture.reset_usage()
         total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
@@ -229,34 +241,34 @@ class MoETrainer(Trainer):
         nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()
         return nats / max(tokens, 1), _over_ranks(mixture.usage())
 
-    def _own_batches(self, rows) -> Iterator[dict]:
-        """This rank's share of the rows. Of a sharded base each rank gets as many batches, some without a label."""
+    def _own_batches(self, rows: Any) -> Iterator[dict[str, Any]]:
+        """Yield the batches of this rank. With a sharded base, batches without labels make up for missing ones."""
         rank, size = ranks.world()
         mine = Subset(rows, range(rank, len(rows), size))
         loader = DataLoader(mine, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
         self.callback_handler.eval_dataloader = loader
         yield from loader
         if self.mixture.sharded:
-            most = math.ceil(math.ceil(len(rows) / size) / self.args.per_device_eval_batch_size)  # of rank 0
+            most = math.ceil(math.ceil(len(rows) / size) / self.args.per_device_eval_batch_size)  # as rank 0 has
             for _ in range(most - len(loader)):
                 blank = self.data_collator([rows[0]])
                 yield blank | {"labels": torch.full_like(blank["labels"], IGNORED_LABEL)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the training loss, how the tokens since the last log were routed.
+        """Add to the training loss how the tokens since the last log were routed.
 
         Raises:
-            UsageError: where a number is not finite; nothing that follows would be worth saving.
+            UsageError: If a number is not finite; nothing that follows would be worth saving.
         """
         if "loss" in logs:
             usage = _over_ranks(self.mixture.usage())
             if usage is not None:
                 logs["balance"] = round(usage.balance(), 4)
-                if self.mixture.num_experts <= SHOWN_EXPERTS:
+                if self.mixture.num_experts <= LOGGED_EXPERTS:
                     logs |= {f"usage/expert_{i}": round(share, 4) for i, share in enumerate(usage.shares())}
                 self.mixture.reset_usage()
         if "train_loss" in logs:
-            steps = self.state.global_step - self.start_step  # of a resumed run, too
+            steps = self.state.global_step - self.start_step  # those before the run was resumed count, too
             logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
         broken = [f"{name} is {v}" for name, v in logs.items() if isinstance(v, float) and not math.isfinite(v)]
         if broken:
@@ -268,12 +280,12 @@ class MoETrainer(Trainer):
 
 
 class _Sums(TrainerCallback):
-    """The Trainer sets its sums to zero just before this event."""
+    """Restores the sums of the Trainer, which it sets to zero just before this event."""
 
     def __init__(self, trainer: MoETrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_sums()
 
 

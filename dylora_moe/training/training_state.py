@@ -1,18 +1,22 @@
 """What training needs to go on as if it had never stopped: optimizer, scheduler, random generators, trainer state.
 
-The optimizer's moments are bound to the parameters' names. Nothing here imports the Trainer.
+The moments of the optimizer are bound to the names of the parameters. Nothing here imports the Trainer.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
+from collections.abc import Iterator, Mapping
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from transformers import TrainerState
 
 from ..checkpoint import formats
 from ..checkpoint.safetensors_file import read_json
@@ -21,16 +25,17 @@ from ..store.files import FileProblem, explained
 from . import ranks
 
 MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
-CALLBACK = "PeftCheckpointCallback"  # under this name the run's settings stand in trainer_state.json
+CALLBACK = "PeftCheckpointCallback"  # the key of the settings of the run in trainer_state.json
 
 
 # ---- writing ----
 
 
-def rng_state() -> dict:
-    """The states of the generators of Python, NumPy, torch and CUDA, as `torch.load(weights_only=True)` reads them."""
-    version, keys, position, has_gauss, cached = np.random.get_state()
-    state = {
+def rng_state() -> dict[str, Any]:
+    """Return the states of the random generators, in types that `torch.load(weights_only=True)` reads."""
+    numpy_state: Any = np.random.get_state()
+    version, keys, position, has_gauss, cached = numpy_state
+    state: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": (version, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
         "cpu": torch.random.get_rng_state(),
@@ -40,28 +45,31 @@ def rng_state() -> dict:
     return state
 
 
-def set_rng_state(state: dict) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Set the random generators of this process, those of CUDA if there are as many GPUs."""
     version, keys, *rest = state["numpy"]
-    random.setstate(_as_tuples(state["python"]))
+    python_version, python_keys, gauss = state["python"]
+    random.setstate((python_version, tuple(python_keys), gauss))
     np.random.set_state((version, keys.numpy().astype(np.uint32), *rest))
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _as_tuples(state: tuple) -> tuple:
-    version, keys, gauss = state
-    return version, tuple(keys), gauss
-
-
-def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list[dict]) -> None:
-    """Write the training files into a checkpoint's staging folder.
+def write(
+    folder: Path,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    trainer_state: TrainerState,
+    rng_states: list[dict[str, Any]],
+) -> None:
+    """Write the training files into the staging folder of a checkpoint.
 
     Args:
-        rng_states: of each rank.
+        rng_states: The random generators of each rank.
 
     Raises:
-        UsageError: where one of them cannot be written.
+        UsageError: If a file cannot be written.
     """
     _save(optimizer.state_dict(), folder / formats.OPTIMIZER)
     with warnings.catch_warnings():
@@ -74,12 +82,12 @@ def write(folder: Path, *, optimizer, scheduler, trainer_state, rng_states: list
 
 
 def _save(value: object, path: Path) -> None:
-    """As `torch.save`, but a full disk is called that: torch says that it found itself at an unexpected position."""
+    """Call `torch.save`, and name a full disk as the cause, where torch names an unexpected position in the file."""
     with explained("write", path), open(path, "wb") as file:
         try:
             torch.save(value, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # of the write that failed
+            if isinstance(error.__context__, OSError):  # the error of the write itself
                 raise error.__context__ from None
             raise
 
@@ -92,17 +100,17 @@ def _rng_name(rank: int, size: int) -> str:
 
 
 def missing(folder: Path) -> list[str]:
-    """The training files that a checkpoint lacks."""
+    """Return the training files that a checkpoint lacks."""
     names = [name for name in formats.TRAINING_FILES if not (folder / name).is_file()]
     return names if rng_files(folder) else [*names, "rng_state.pth"]
 
 
 def rng_files(folder: Path) -> list[str]:
-    """One for each process that wrote the checkpoint."""
+    """Return the files of the random generators: one for each process that wrote the checkpoint."""
     return sorted(path.name for path in folder.iterdir() if formats.RNG_STATE.fullmatch(path.name))
 
 
-def read_trainer_state(folder: Path) -> dict:
+def read_trainer_state(folder: Path) -> dict[str, Any]:
     try:
         state = read_json(folder / formats.TRAINER_STATE, MAX_STATE_BYTES)
     except FileProblem as error:
@@ -112,17 +120,17 @@ def read_trainer_state(folder: Path) -> dict:
     return state
 
 
-def read_run(folder: Path) -> dict:
-    """The settings of the run that wrote this checkpoint."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that wrote this checkpoint."""
     callbacks = read_trainer_state(folder).get("stateful_callbacks", {})
     return callbacks.get(CALLBACK, {}).get("attributes", {}).get("run") or {}
 
 
-def read_tensors(folder: Path, name: str) -> dict:
-    """Load one of the training files as tensors and plain values only.
+def read_tensors(folder: Path, name: str) -> Any:
+    """Load one of the training files, as tensors and plain values only.
 
     Raises:
-        CheckpointError: where it is missing, cut off, or holds anything else.
+        CheckpointError: If it is missing, cut off, or holds anything else.
     """
     path = folder / name
     if not path.is_file():
@@ -130,7 +138,7 @@ def read_tensors(folder: Path, name: str) -> dict:
     try:
         with torch.serialization.safe_globals([]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what pickle, zipfile and itself do
+    except Exception as error:  # torch raises its own errors and those of pickle and zipfile
         reason = str(error).splitlines()[0][:160] if str(error) else ""
         raise CheckpointError(
             folder, [f"{name}: cannot be read as tensors only ({type(error).__name__}: {reason})"]
@@ -138,10 +146,10 @@ def read_tensors(folder: Path, name: str) -> dict:
 
 
 def load_rng(folder: Path) -> None:
-    """Set this rank's generators.
+    """Set the random generators of this rank.
 
     Raises:
-        CheckpointError: for a missing or broken file.
+        CheckpointError: If its file is missing or broken.
     """
     name = _rng_name(*ranks.world())
     state = read_tensors(folder, name)
@@ -151,8 +159,8 @@ def load_rng(folder: Path) -> None:
         raise CheckpointError(folder, [f"{name}: is not a state of the generators ({error})"]) from None
 
 
-def load_scheduler(folder: Path, scheduler: LRScheduler) -> None:
-    """Take over where the schedule was. The learning rate that it scales stays that of this run."""
+def load_scheduler(folder: Path, scheduler: LambdaLR) -> None:
+    """Load the position in the schedule. The learning rate that it scales is that of this run."""
     state = read_tensors(folder, formats.SCHEDULER)
     own = scheduler.state_dict()
     if not isinstance(state, dict) or set(state) != set(own) or not isinstance(state.get("last_epoch"), int):
@@ -161,8 +169,8 @@ def load_scheduler(folder: Path, scheduler: LRScheduler) -> None:
     move_scheduler(scheduler, state["last_epoch"])
 
 
-def move_scheduler(scheduler: LRScheduler, step: int) -> None:
-    """Set the learning rate to that after `step` steps, by the expression that LambdaLR itself uses."""
+def move_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Set the learning rate to that after `step` steps, which LambdaLR computes in the same way."""
     scheduler.last_epoch, scheduler._step_count = step, step + 1
     rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -170,38 +178,37 @@ def move_scheduler(scheduler: LRScheduler, step: int) -> None:
     scheduler._last_lr = rates
 
 
-def load_optimizer(folder: Path, optimizer) -> None:
-    """Load the moments by the parameters' names.
+def load_optimizer(folder: Path, optimizer: Optimizer) -> None:
+    """Load the moments by the names of the parameters. Learning rate, weight decay and the like are those of this run.
 
     Raises:
-        CheckpointError: as `read_moments`, before anything changes.
+        CheckpointError: As `read_moments` does, before anything changes.
     """
-    moments = read_moments(folder, _parameters(optimizer), len(optimizer.param_groups))
-    own = optimizer.state_dict()  # its learning rate and the like stay: those of this run
+    parameters = {name: parameter for group in optimizer.param_groups for name, parameter in _named(group)}
+    moments = read_moments(folder, parameters, len(optimizer.param_groups))
+    own = optimizer.state_dict()
     index_of = {name: index for group in own["param_groups"] for name, index in _named(group)}
     own["state"] = {index_of[name]: found for name, found in moments.items()}
     optimizer.load_state_dict(own)
 
 
-def _parameters(optimizer) -> dict[str, torch.Tensor]:
-    return {name: parameter for group in optimizer.param_groups for name, parameter in _named(group)}
-
-
-def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int | None = None) -> dict[str, dict]:
-    """The saved moments of each of these parameters, by its name.
+def read_moments(
+    folder: Path, here: Mapping[str, torch.Tensor], groups_here: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Return the saved moments of each of these parameters, by name.
 
     Args:
-        groups_here: the number of parameter groups, where there is an optimizer already.
+        here: The parameters that are trained here.
+        groups_here: The number of parameter groups, if there is an optimizer already.
 
     Raises:
-        CheckpointError: lists the parameters that are missing, unknown, of another shape or out of order.
+        CheckpointError: If parameters are missing, unknown, of another shape or out of order; it lists them.
     """
     saved = read_tensors(folder, formats.OPTIMIZER)
     where = formats.OPTIMIZER
     try:
         there = {name: index for group in saved["param_groups"] for name, index in _named(group)}
-        moments = saved["state"]
-        groups = saved["param_groups"]
+        moments, groups = saved["state"], saved["param_groups"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             folder, [f"{where}: is not the state of an optimizer with named parameters ({error})"]
@@ -225,25 +232,24 @@ def read_moments(folder: Path, here: dict[str, torch.Tensor], groups_here: int |
     return {name: moments[there[name]] for name in here}
 
 
-def _out_of_order(where: str, there: list[str], here: dict[str, torch.Tensor]) -> list[str]:
-    """Where a group's names are not in the order of the parameters, its moments need not be theirs any more."""
-    members = set(there)
-    in_order = [name for name in here if name in members]
-    for place, (expected, found) in enumerate(zip_longest(in_order, there)):  # of other lengths where one is twice
+def _out_of_order(where: str, there: list[str], here: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return a problem if the names of a group are not in the order of the parameters: its moments may be mixed up."""
+    in_order = [name for name in here if name in set(there)]
+    for place, (expected, found) in enumerate(zip_longest(in_order, there)):  # a name that is there twice is too many
         if expected != found:
             return [f"{where}: another order: expected {expected or 'no more'} as parameter {place}, found {found}"]
     return []
 
 
-def _named(group: dict):
-    """(name, parameter) in an optimizer's own groups, (name, number) in those of its state."""
+def _named(group: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield (name, parameter) of a group of an optimizer, or (name, index) of a group of its state."""
     return zip(group["param_names"], group["params"], strict=True)
 
 
 # ---- the best checkpoint ----
 
 
-def best_step(log_history: list[dict], steps: list[int], metric: str, *, greater: bool = False) -> int | None:
-    """Of these steps, the one whose evaluation was best, the earlier of equals; None where none was evaluated."""
+def best_step(log_history: list[dict[str, Any]], steps: list[int], metric: str, *, greater: bool = False) -> int | None:
+    """Return the step with the best evaluation, or the first such step; None if none of these steps was evaluated."""
     values = {entry["step"]: entry[metric] for entry in log_history if metric in entry and entry.get("step") in steps}
     return min(sorted(values), key=lambda step: -values[step] if greater else values[step], default=None)

@@ -1,31 +1,33 @@
-"""The checks of the quick script: is this environment able to save checkpoints? No model is loaded."""
+"""The checks of the quick script: is this environment able to save checkpoints? No model is loaded.
+
+Each check imports the libraries that it needs itself, since a library that is missing or broken is a finding.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import formats
+from ..checkpoint.safetensors_file import read_header
 from ..checkpoint.verify import find_problems, inspect_checkpoint
 from ..errors import UsageError
+from ..store.files import FileProblem
 from ..system import machine
 from . import workspace
 from .report import CheckResult
 from .run import Run
 
-TINY_LLAMA = {
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-    "vocab_size": 64,
-}
+TINY_LLAMA: dict[str, Any] = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 64
+}  # fmt: skip
 QUICK_BYTES = 1 << 20
 INSTALL = "pip install -r requirements.txt"
 
 
 def check_environment(run: Run) -> None:
-    """The quick script's checks, each of which may find that a library is missing or broken."""
+    """Make the checks of the quick script."""
     machine.need_disk(QUICK_BYTES, workspace.temporary_root(), "a checkpoint of a tiny mixture")
     with workspace.temporary(run.script.folder_prefix) as folder:
         run.step("peft", _finding, check_peft)
@@ -34,17 +36,17 @@ def check_environment(run: Run) -> None:
 
 
 def _finding(check: Callable[[], CheckResult]) -> CheckResult:
-    """Whatever is wrong with the installation is what the quick checks are there to find."""
+    """Report an exception as a problem of the installation, unless the disk is its cause."""
     try:
         return check()
     except Exception as error:
-        if isinstance(error, UsageError) or getattr(error, "errno", None) is not None:  # the disk, not the installation
+        if isinstance(error, UsageError) or getattr(error, "errno", None) is not None:
             raise
         return CheckResult("", problems=[f"{type(error).__name__}: {error}; install the tested versions: {INSTALL}"])
 
 
 def check_peft() -> CheckResult:
-    """PEFT builds routed layers from a MoELoraConfig, saves it as plain LoRA, and does not without it."""
+    """Check that PEFT builds routed layers from a MoELoraConfig, and only from that, and saves it as plain LoRA."""
     import peft
     import torch
 
@@ -53,9 +55,9 @@ def check_peft() -> CheckResult:
 
     result = CheckResult("peft", notes=[f"peft {peft.__version__}, torch {torch.__version__}"])
 
-    def routed(config) -> bool:
+    def routed(config: peft.LoraConfig) -> bool:
         module = torch.nn.Sequential(torch.nn.Linear(4, 4))
-        return isinstance(peft.inject_adapter_in_model(config, module)[0], RoutedLinear)
+        return isinstance(peft.inject_adapter_in_model(config, module).get_submodule("0"), RoutedLinear)
 
     config = MoELoraConfig(r=2, target_modules=["0"], task_type=None)
     if not routed(config):
@@ -73,13 +75,10 @@ def check_peft() -> CheckResult:
 
 
 def check_safetensors(folder: Path) -> CheckResult:
-    """A tensor comes back from a safetensors file to the bit; a file that is cut off is refused."""
+    """Check that a tensor comes back from a safetensors file to the bit, and that a file that is cut off is refused."""
     import safetensors
     import torch
     from safetensors.torch import load_file, save_file
-
-    from ..checkpoint.safetensors_file import read_header
-    from ..store.files import FileProblem
 
     result = CheckResult("safetensors", notes=[f"safetensors {safetensors.__version__}"])
     path = folder / "probe.safetensors"
@@ -98,7 +97,7 @@ def check_safetensors(folder: Path) -> CheckResult:
 
 
 def check_tiny_checkpoint(folder: Path, callback_class: type) -> CheckResult:
-    """A tiny mixture is saved and its folder verified; the same folder without one file is refused."""
+    """Save a tiny mixture and verify its folder; check that the same folder without one file is refused."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ..base.preserve import seeded
