@@ -13,14 +13,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from ..store.files import FileProblem, shown
 from ..store.manifest import Identity
+from .config import CheckpointConfig
 from .safetensors_file import Scan, read_json, scan_file
-
-if TYPE_CHECKING:
-    from .config import CheckpointConfig
 
 MAX_FILES = 8 * 1024
 MAX_LISTED = 10

@@ -1,8 +1,8 @@
 """Everything that can be wrong with a checkpoint folder, found without torch, without unpickling, in bounded memory.
 
 `open_checkpoint` returns a `SoundCheckpoint`, which all readers take: a checkpoint is verified once and handed on. The
-manifest is compared with the files (store/manifest.py), then config.json (config.py) with the set of files (here), with
-the adapters, the router, the skill library and the probe (verify_tensors.py), and with the training state (here).
+manifest is compared with the files (store/manifest.py), then config.json (verify_config.py) with the set of files
+(here), with adapters, router, skill library and probe (verify_tensors.py), and with the training state (here).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from ..store import run_folder
 from ..store.files import shown
 from ..store.manifest import MANIFEST, Identity, file_digest, held_still, manifest_problems
 from . import formats
-from .config import CheckpointConfig, check_config
+from .config import CheckpointConfig
 from .findings import SAVE_AGAIN, Contents, Rules, natural, nothing_or, text
 from .safetensors_file import MAX_JSON_BYTES, Scan, scan_file
 from .torch_file import check_torch_file
+from .verify_config import check_config
 from .verify_tensors import check_experts, check_probe, check_router, check_skills
 
 T = TypeVar("T")

@@ -220,7 +220,7 @@ def test_row_31_a_pickle_is_not_a_torch_file_and_is_not_unpickled(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "module", ["safetensors_file", "torch_file", "verify", "verify_tensors", "config", "formats", "findings"]
+    "module", ["safetensors_file", "torch_file", "verify", "verify_tensors", "verify_config", "formats", "findings"]
 )
 def test_no_torch_is_imported(module):
     code = (
