@@ -1,15 +1,97 @@
-"""How far each expert is: new, immature or mature."""
+"""The experts on a base model: how PEFT puts them on its layers, and how far each is trained."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
+from accelerate import init_empty_weights
+from peft import PeftModelForCausalLM
+from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..constants import IMMATURE, MATURE, NEW, STATES
 from ..errors import UsageError
-from .expert_matrices import marks
+from .config import MoELoraConfig
+from .expert_matrices import Unchanged, Watch
+from .routed_linear import RoutedLinear
+
+
+class Injector:
+    """Puts experts on the linear layers of a base model, which PEFT wraps in place.
+
+    Args:
+        base: the base model, without adapters.
+    """
+
+    def __init__(self, base: PreTrainedModel):
+        self._base = base
+        self._layers: dict[str, list[RoutedLinear]] = {}  # by the expert that is on them
+        self.peft_model: PeftModelForCausalLM | None = None  # from the first expert on
+
+    def add(self, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
+        """Add one expert, with parameters in float32 on the base's device (CPU for meta), and return its layers."""
+        twin = self._twin(config)
+        layers = self._inject(name, config) if twin is None else self._inject_beside(twin, name, config)
+        for layer in layers:
+            device = layer.get_base_layer().weight.device
+            device = torch.device("cpu") if device.type == "meta" else device
+            for linear in (layer.lora_A[name], layer.lora_B[name]):
+                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.float32, device=device))
+            layer.reset_lora_parameters(name, config.init_lora_weights)
+        self._layers[name] = layers
+        return layers
+
+    def _inject(self, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
+        """Let PEFT find the layers for the config's targets and put an expert on them."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT uses a deprecated name of Transformers
+            try:
+                if self.peft_model is None:
+                    self.peft_model = PeftModelForCausalLM(
+                        self._base, config, adapter_name=name, low_cpu_mem_usage=True
+                    )
+                else:
+                    self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
+            except ValueError as error:
+                targets = ", ".join(sorted(config.target_modules))
+                raise UsageError(f"PEFT refuses the targets {targets}: {error} Give other targets.") from error
+        layers = []
+        for path, module in self._base.named_modules():
+            if not isinstance(module, LoraLayer) or name not in module.lora_A:
+                continue
+            if not isinstance(module, RoutedLinear):
+                raise UsageError(
+                    f"{path} ({type(module.get_base_layer()).__name__}) cannot be routed: experts go on nn.Linear and "
+                    "Conv1D layers only; leave it out of the targets"
+                )
+            layers.append(module)
+        if not layers:
+            targets = config.target_modules
+            raise UsageError(f"no linear layer of {type(self._base).__name__} matches the targets {targets}")
+        return layers
+
+    def _inject_beside(self, twin: str, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
+        """Do what PEFT does for an adapter whose layers are wrapped already.
+
+        PEFT would first walk over all modules several times, and every expert brings more of them: a thousand experts
+        would take hours.
+        """
+        self.peft_model.peft_config[name] = config
+        with init_empty_weights():
+            for layer in self._layers[twin]:
+                layer.add_adapter(name, config)
+        return self._layers[twin]
+
+    def _twin(self, config: MoELoraConfig) -> str | None:
+        """An expert that is on the layers which this config targets."""
+        for name in self._layers:
+            other = self.peft_model.peft_config[name]
+            if (other.target_modules, other.exclude_modules) == (config.target_modules, config.exclude_modules):
+                return name
+        return None
 
 
 class ExpertStates:
@@ -18,40 +100,45 @@ class ExpertStates:
     - new: created, never trained. This shows in the tensors: its B is still all zero.
     - immature: trained, but the run that does it has not finished.
     - mature: marked so.
+
+    Args:
+        watch: tells whether the tensors have changed.
     """
 
-    def __init__(self):
+    def __init__(self, watch: Watch):
+        self._watch = watch
         self._mature: list[bool] = []
         self._b: list[list[nn.Module]] = []  # the linear layers that hold an expert's B
-        self._untrained: dict[int, tuple | None] = {}  # what was not trained when last looked at, and its marks then
+        self._untrained: set[int] = set()  # the experts whose B was all zero when last read
+        self._read: Unchanged | None = None  # what has not changed since
 
     def __len__(self) -> int:
         return len(self._mature)
 
     def add(self, b: list[nn.Module]) -> None:
         """One more expert, whose B matrices (d_out, r) are the weights of these modules."""
-        self._untrained[len(self)] = None
+        self._untrained.add(len(self))
         self._mature.append(False)
         self._b.append(b)
 
     def states(self) -> list[str]:
-        new = self.new()
+        new = self.new(self._watch.look())
         return [NEW if i in new else MATURE if mature else IMMATURE for i, mature in enumerate(self._mature)]
 
     def set(self, states: Sequence[str]) -> None:
-        """Take over the states that a checkpoint has; whether an expert is new shows in its tensors."""
+        """Take over the states of a checkpoint; whether an expert is new shows in its tensors."""
         unknown = sorted({str(state) for state in states} - set(STATES))
         if unknown or len(states) != len(self):
             raise UsageError(f"expected {len(self)} states of {', '.join(STATES)}, got {list(states)}")
         self._mature = [state == MATURE for state in states]
-        self.forget(reset=True)
+        self.forget()
 
     def mark_mature(self, experts: Sequence[int]) -> None:
-        """Those that are new are not matured by a run that left them as they were."""
+        """Mark experts as mature; a new one stays new, since the run has left it as it was."""
         outside = [index for index in experts if not 0 <= index < len(self)]
         if outside:
             raise UsageError(f"there is no expert {outside[0]}, only 0 to {len(self) - 1}")
-        new = self.new()
+        new = self.new(self._watch.look())
         for index in experts:
             self._mature[index] = index not in new
 
@@ -61,23 +148,23 @@ class ExpertStates:
     def all_mature(self, experts: Sequence[int]) -> bool:
         return all(self._mature[index] for index in experts)
 
-    def forget(self, reset: bool = False) -> None:
-        """Look at the tensors again the next time; with `reset` also at those of experts that have been trained."""
-        self._untrained = {index: None for index in (range(len(self)) if reset else self._untrained)}
+    def forget(self) -> None:
+        """Read all tensors again the next time: an expert that was trained may have been reset."""
+        self._untrained, self._read = set(range(len(self))), None
 
-    def new(self) -> tuple[int, ...]:
-        """The experts whose B is still all zero.
+    def new(self, unchanged: Unchanged | None) -> tuple[int, ...]:
+        """Return the experts whose B is still all zero.
 
-        In evaluation a tensor is read again only when it shows a change. An expert that has been seen to be trained
-        is not looked at any more, until one may have been reset.
+        Tensors are read again only if they may have changed, and those of an expert that has been trained not at all.
+
+        Args:
+            unchanged: what the watch has returned.
         """
-        for index, before in list(self._untrained.items()):
-            weights = [module.weight for module in self._b[index]]
-            now = None if torch.is_grad_enabled() else marks(weights)
-            if now is not None and now == before:
-                continue
-            if any(bool(weight.any()) for weight in weights if not weight.is_meta):
-                del self._untrained[index]
-            else:
-                self._untrained[index] = now
-        return tuple(self._untrained)
+        if unchanged is None or unchanged is not self._read:
+            self._untrained = {index for index in self._untrained if self._is_zero(index)}
+            self._read = unchanged
+        return tuple(sorted(self._untrained))
+
+    def _is_zero(self, index: int) -> bool:
+        weights = [module.weight for module in self._b[index]]
+        return not any(bool(weight.any()) for weight in weights if not weight.is_meta)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-from accelerate import init_empty_weights
 from peft import PeftModelForCausalLM
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -23,11 +20,13 @@ from ..constants import EXPERT_PREFIX, IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, ex
 from ..errors import UsageError, listed
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
-from .experts import ExpertStates
-from .layer_pass import Expert
+from .expert_matrices import Unchanged, Watch
+from .experts import ExpertStates, Injector
+from .forward_pass import Participants
+from .frozen_linear import float32_backward
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
-from .routing import Plan, Routing
+from .routing import Routing
 from .targets import comma_separated, replace_config, resolve_targets
 
 _EXPERT_PARAMETER = re.compile(rf"\.lora_[AB]\.({EXPERT_PREFIX}\d+)\.weight$")
@@ -85,17 +84,18 @@ class Mixture(nn.Module):
         self.notes: list[str] = []  # lines that a user should see
         resolved = {id(config): self._with_targets(base, config) for config in configs}
         configs = [replace_config(resolved[id(config)]) for config in configs]
-        self._states = ExpertStates()
-        self.peft_model: PeftModelForCausalLM | None = None
-        self._layers_of: dict[str, list[RoutedLinear]] = {}
+        self._watch = Watch()
+        self._states = ExpertStates(self._watch)
+        self._injector = Injector(base)
         with as_found_on_error(base):
             base.requires_grad_(False)
             for config in configs:
-                self._inject(base, config)
+                self._inject(config)
+        self.peft_model: PeftModelForCausalLM = self._injector.peft_model
         hidden_size = self.base.config.get_text_config().hidden_size
         device = next(p.device for name, p in self.base.named_parameters() if _EXPERT_PARAMETER.search(name))
         self.router = Router(hidden_size, len(configs), router or RouterConfig(), device=device)
-        self._routing = Routing(self.router, layers, self._plan)
+        self._routing = Routing(self.router, layers, self._watch, self._participants)
         self._usage: list[torch.Tensor] | None = None
         self.train_all_experts()
         self.train(base.training)
@@ -170,7 +170,7 @@ class Mixture(nn.Module):
         trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         active = self.peft_model.active_adapters
         mode = self.training
-        self._inject(self.base, config)
+        self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
         self.peft_model.base_model.set_adapter([*active, expert_name(self.num_experts - 1)])
@@ -242,78 +242,33 @@ class Mixture(nn.Module):
         self._states.mark_immature()
 
     def train(self, mode: bool = True) -> Mixture:
-        self._states.forget(reset=not mode)
+        self._forget()
         return super().train(mode)
 
     def load_state_dict(self, *args, **kwargs):
-        self._states.forget(reset=True)
+        self._forget()
         return super().load_state_dict(*args, **kwargs)
 
-    def _plan(self) -> Plan:
-        new = self._states.new()
+    def _apply(self, *args, **kwargs):
+        self._forget()  # what was derived would stay on its device
+        return super()._apply(*args, **kwargs)
+
+    def _forget(self) -> None:
+        """Read every parameter again: it may have been written in a way that nobody sees."""
+        self._watch.forget()
+        self._states.forget()
+
+    def _participants(self, unchanged: Unchanged | None) -> Participants:
+        new = self._states.new(unchanged)
         trained = tuple(i for i in range(self.num_experts) if i not in new)
         sparse = not self.training and bool(trained) and self._states.all_mature(trained)
-        return Plan(trained, new, sparse)
+        return Participants(trained, new, sparse)
 
     # ---- building ----
 
-    def _inject(self, base: PreTrainedModel, config: MoELoraConfig) -> None:
-        """Add one expert, and make its parameters: float32, on the base's device (CPU for meta)."""
-        name, twin = expert_name(self.num_experts), self._twin(config)
-        layers = self._inject_beside(twin, config, name) if twin else self._inject_by_peft(base, config, name)
-        b = []
-        for layer in layers:
-            device = layer.get_base_layer().weight.device
-            device = torch.device("cpu") if device.type == "meta" else device
-            for linear in (layer.lora_A[name], layer.lora_B[name]):
-                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.float32, device=device))
-            layer.reset_lora_parameters(name, config.init_lora_weights)
-            b.append(layer.lora_B[name])
-        self._states.add(b)
-        self._layers_of[name] = layers
-
-    def _inject_by_peft(self, base: PreTrainedModel, config: MoELoraConfig, name: str) -> list[RoutedLinear]:
-        """The layers that PEFT finds for the config's targets, with an expert of that name in them."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT asks Transformers by a name that is going
-            try:
-                if self.peft_model is None:
-                    self.peft_model = PeftModelForCausalLM(base, config, adapter_name=name, low_cpu_mem_usage=True)
-                else:
-                    self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
-            except ValueError as error:
-                targets = ", ".join(sorted(config.target_modules))
-                raise UsageError(f"PEFT refuses the targets {targets}: {error} Give other targets.") from error
-        layers = []
-        for path, module in self.base.named_modules():
-            if not isinstance(module, LoraLayer) or name not in module.lora_A:
-                continue
-            if not isinstance(module, RoutedLinear):
-                raise UsageError(
-                    f"{path} ({type(module.get_base_layer()).__name__}) cannot be routed: experts go on nn.Linear and "
-                    "Conv1D layers only; leave it out of the targets"
-                )
-            layers.append(module)
-        if not layers:
-            raise UsageError(f"no linear layer of {type(base).__name__} matches the targets {config.target_modules}")
-        return layers
-
-    def _inject_beside(self, twin: str, config: MoELoraConfig, name: str) -> list[RoutedLinear]:
-        """What PEFT does for an adapter whose layers are wrapped already. It would first walk over all modules several
-        times, of which every expert brings more: a thousand experts would take hours."""
-        layers = self._layers_of[twin]
-        self.peft_model.peft_config[name] = config
-        with init_empty_weights():
-            for layer in layers:
-                layer.add_adapter(name, config)
-        return layers
-
-    def _twin(self, config: MoELoraConfig) -> str | None:
-        """An expert that is on the layers which this config targets."""
-        for index, other in enumerate(self.expert_configs if self.peft_model is not None else []):
-            if (other.target_modules, other.exclude_modules) == (config.target_modules, config.exclude_modules):
-                return expert_name(index)
-        return None
+    def _inject(self, config: MoELoraConfig) -> None:
+        name = expert_name(self.num_experts)
+        self._states.add([layer.lora_B[name] for layer in self._injector.add(name, config)])
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
         config, outside = resolve_targets(base, config)
@@ -353,13 +308,13 @@ class Mixture(nn.Module):
             self._routing.wrap_checkpointing(decoder_layers(self.base))
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        with self._routing.its_turn():
-            collect = labels is not None and self._looks_at_routing(expert)
-            with self._routing.force(expert), self._routing.record(collect) as probs:
-                out = self.base(input_ids, **kwargs)
+        linear = float32_backward(self.get_input_embeddings().weight)
+        record = labels is not None and self._looks_at_routing()
+        with self._routing.run(expert, record=record, linear=linear) as state:
+            out = self.base(input_ids, **kwargs)
         losses = {}
         if labels is not None:
-            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, probs)
+            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.recorded)
         result = MixtureOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
         for name, value in out.items():
             if name not in _OUTPUT_FIELDS:  # some bases have their state in a field of their own
@@ -394,14 +349,14 @@ class Mixture(nn.Module):
             "balance_loss": balance,
         }
 
-    def _looks_at_routing(self, expert: Expert) -> bool:
+    def _looks_at_routing(self) -> bool:
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
-        return wanted and expert is None and self._routing.forced is None and self.num_experts > 1
+        return wanted and self.num_experts > 1
 
     def generate(self, *args, expert: int | None = None, **kwargs):
         """As the base model's `generate`; every token is routed, or goes to `expert` alone."""
         self._check_expert(expert)
-        with self._routing.its_turn(), self._routing.force(expert), self._routing.settle():
+        with torch.no_grad(), self._routing.run(expert):
             return self.base.generate(*args, **kwargs)
 
     def _check_expert(self, expert: int | None) -> None:

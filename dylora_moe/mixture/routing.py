@@ -1,281 +1,227 @@
 """The link between the router and the routed layers during a forward pass.
 
-A pre-forward hook on every decoder layer computes the routing weights from the layer's input and leaves them in that
-layer's slot, where its routed layers read them; a forward hook clears the slot. One slot per decoder layer, not one in
-all: gradient checkpointing runs a layer again during the backward pass, when a common slot would hold the last layer's
-weights.
+A pre-forward hook on every decoder layer computes the routing weights from the layer's input and puts them into the
+state of the pass, where the layer's routed layers read them; a forward hook removes them.
+
+Gradient checkpointing runs a decoder layer again during the backward pass. It then finds the state of its own first run
+(`CheckpointedLayer`), also if other passes have run since.
 
 Shapes: B batch, T tokens, N experts.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import UsageError
-from .expert_matrices import SharedInput, Watch
-from .layer_pass import Expert, LayerSlot, Mix
+from .dispatch import RoutingWeights
+from .expert_matrices import Unchanged, Watch
+from .forward_pass import CurrentPass, Expert, ForwardPass, Participants
 from .routed_linear import RoutedLinear
 from .router import Router
 
-SAME_INPUT = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("gate_proj", "up_proj"),
-)  # linear layers of one module that read the same
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which experts take part in a forward pass, and how.
-
-    `new` experts were never trained: they are left out of the normaliser of the others (`trained`), and their own
-    weight counts them in. Since their B is zero they change no output, but they receive a gradient. Their sum is kept
-    apart from that of the others, so that adding it (zero) leaves the others' bits.
-    """
-
-    trained: tuple[int, ...]
-    new: tuple[int, ...]
-    sparse: bool
-
-    @property
-    def alone(self) -> int | None:
-        """The only expert in its normaliser: its weight is 1 whatever the router says."""
-        normalised = self.trained or self.new
-        return normalised[0] if len(normalised) == 1 else None
-
-
-class Turn:
-    """Of the thread whose forward pass is under way: slots serve one at a time. A copy is a fresh one."""
-
-    def __init__(self):
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_) -> None:
-        self._lock.release()
-
-    def __reduce__(self) -> tuple:
-        return Turn, ()
+# Linear layers of one module that read the same input.
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class Routing:
-    """Computes and holds the routing weights of every decoder layer.
+    """Begins forward passes, and computes the routing weights of every decoder layer.
 
     Args:
         router: the gate.
-        layers: the decoder layers; a slot is made for each and given to the routed layers inside.
-        make_plan: called at the first decoder layer of every forward pass.
+        layers: the decoder layers.
+        watch: tells whether parameters have changed.
+        participants: called for every pass that is routed.
     """
 
-    def __init__(self, router: Router, layers: nn.ModuleList, make_plan: Callable[[], Plan]):
+    def __init__(
+        self,
+        router: Router,
+        layers: nn.ModuleList,
+        watch: Watch,
+        participants: Callable[[Unchanged | None], Participants],
+    ):
         self.router = router
-        self.make_plan = make_plan
-        self.slots = [LayerSlot() for _ in layers]
-        self.turn = Turn()
+        self.watch = watch
+        self.participants = participants
+        self.current = CurrentPass()
         self.forced: Expert = None
-        self.recorded: list[torch.Tensor] | None = None
-        self.settled: object | None = None
-        self.still = False
-        self.plan: Plan | None = None
-        for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(EnterLayer(self, index), with_kwargs=True)
-            layer.register_forward_hook(LeaveLayer(self, index), always_call=True)
+        for layer in layers:
+            layer.register_forward_pre_hook(EnterLayer(self), with_kwargs=True)
+            layer.register_forward_hook(LeaveLayer(self), always_call=True)
         self.attach(layers)
 
     def attach(self, layers: nn.ModuleList) -> None:
-        """Give each decoder layer's slot to its routed layers; again after an expert has brought new ones."""
-        watched, scalings = [], []
-        for layer, slot in zip(layers, self.slots, strict=True):
+        """Connect the routed layers; again after an expert has brought new ones."""
+        routed = []
+        for layer in layers:
             sharing: dict[tuple, list[RoutedLinear]] = {}
             for name, module in layer.named_modules():
                 if isinstance(module, RoutedLinear):
-                    module.slot = slot
-                    watched += [*module.lora_A.values(), *module.lora_B.values()]
-                    scalings.append(module.scaling)
                     parent, _, leaf = name.rpartition(".")
                     family = next((family for family in SAME_INPUT if leaf in family), leaf)
                     sharing.setdefault((parent, family, module.in_features), []).append(module)
             for members in sharing.values():
-                shared = SharedInput(members)
                 for module in members:
-                    module.shared = shared
-        self.watch = Watch(watched, scalings)
+                    module.current, module.sharing = self.current, tuple(members)
+                routed += members
+        self.watch.watch(routed)
+
+    # ---- passes ----
+
+    @contextmanager
+    def run(
+        self, expert: Expert = None, *, record: bool = False, linear: AbstractContextManager | None = None
+    ) -> Iterator[ForwardPass]:
+        """Inside is one forward pass, or all of one generation: no parameter changes.
+
+        Args:
+            expert: an expert that every token goes to, instead of the one of `force`.
+            record: whether to record the probabilities of every decoder layer, if the tokens are routed.
+            linear: a context for the operations of the pass.
+        """
+        with self.current.turn():
+            state = self._begin(expert, record)
+            state.linear = linear or state.linear
+            with self.current.running(state):
+                yield state
+
+    def _begin(self, expert: Expert = None, record: bool = False) -> ForwardPass:
+        unchanged = self.watch.look()
+        expert = self.forced if expert is None else expert
+        if expert is not None:
+            return ForwardPass(expert)
+        participants = self.participants(unchanged)
+        return ForwardPass(participants.only, participants, unchanged, [] if record else None)
 
     @contextmanager
     def force(self, expert: Expert) -> Iterator[None]:
-        """Every token to one expert, with weight 1; NO_EXPERT leaves the base model alone, None changes nothing.
+        """Inside, every token goes to one expert, with weight 1; NO_EXPERT leaves the base model alone.
 
-        A tuple: one expert for each row of the batch. Inside, it holds for the passes of all threads.
+        It holds for the passes of all threads that begin inside.
         """
-        with self.its_turn():
-            before, self.forced = self.forced, self.forced if expert is None else expert
+        with self.current.turn():
+            before, self.forced = self.forced, expert
         try:
             yield
         finally:
-            with self.its_turn():
+            with self.current.turn():
                 self.forced = before
 
-    def its_turn(self) -> AbstractContextManager:
-        """Inside, no other thread is: around a forward pass, and around what a pass must not see changing."""
-        return nullcontext() if torch.compiler.is_compiling() else self.turn
+    def enter_layer(self, hidden: torch.Tensor) -> None:
+        """Compute the weights of a decoder layer whose input is `hidden` (B, T, hidden_size)."""
+        state = self.current.state
+        if state is None:  # the base, or one of its decoder layers, was called by itself
+            state = self.current.state = self._begin()
+            state.lasts = False
+        state.enter_layer(() if state.participants is None else self._weights(state, state.participants, hidden))
 
-    @contextmanager
-    def record(self, wanted: bool = True) -> Iterator[list[torch.Tensor] | None]:
-        """Collects the probabilities (B, T, N) of every decoder layer of the forward passes inside."""
-        before, self.recorded = self.recorded, [] if wanted else None
-        try:
-            yield self.recorded
-        finally:
-            self.recorded = before
+    def leave_layer(self) -> None:
+        state = self.current.state
+        if state is not None:
+            state.leave_layer()
+            if not state.lasts:
+                self.current.state = None
 
-    @contextmanager
-    def settle(self) -> Iterator[None]:
-        """Inside, no parameter changes, so that none need be looked at again for every token."""
-        before, self.still, self.settled = self.still, True, None
-        try:
-            yield
-        finally:
-            self.still = before
+    # ---- weights ----
 
-    def enter_layer(self, index: int, hidden: torch.Tensor) -> None:
-        """Set the slot of decoder layer `index`, whose input is `hidden` (B, T, hidden_size)."""
-        if index == 0 or self.plan is None:
-            self.plan = self.make_plan()
-            if self.settled is None or not self.still:
-                self.settled = self.watch.look()
-        expert, mixes = self.forced, None
-        if expert is None:
-            expert, mixes = self.plan.alone, self._mixes(self.plan, hidden)
-        # A later layer may be run by itself, with gradients after a pass without.
-        self.slots[index].set(expert, mixes, None if torch.is_grad_enabled() else self.settled)
+    def _weights(
+        self, state: ForwardPass, participants: Participants, hidden: torch.Tensor
+    ) -> tuple[RoutingWeights, ...]:
+        """The weights of the trained experts, and in training those of the new ones.
 
-    def leave_layer(self, index: int) -> None:
-        """Let go of what the forward pass has left in the slot."""
-        self.slots[index].set()
-
-    def _mixes(self, plan: Plan, hidden: torch.Tensor) -> tuple[Mix, ...]:
-        """At most one without gradients. Without `plan.alone`, which is added as PEFT adds it: with others beside it as
-        before there were any, operation for operation."""
-        trains, noted = torch.is_grad_enabled(), self.recorded is not None
-        with_new = trains or noted
-        if self.router.num_experts == 1 or (len(plan.trained) <= 1 and not with_new):
+        An expert that is the only one in its softmax has none: it is added as PEFT adds it, whether or not there are
+        new ones beside it.
+        """
+        trained, new = participants.trained, participants.new
+        trains, records = torch.is_grad_enabled(), state.recorded is not None
+        if self.router.num_experts == 1 or (len(trained) <= 1 and not (trains or records)):
             return ()
-        if not plan.trained or not plan.new:
+        if not trained or not new:
             logits = self.router.logits(hidden)  # (B, T, N)
-            mix, probs = self._mix(plan.trained or plan.new, logits, plan.sparse)
-            self._note(probs)
-            return (mix,)
-        trained = self.router.logits(hidden, plan.trained)  # (B, T, N trained)
-        mixes = () if plan.alone is not None else (self._mix(plan.trained, trained, plan.sparse)[0],)
-        if not with_new:
-            return mixes
-        new = self.router.logits(hidden, plan.new)  # (B, T, N new)
+            if records:
+                state.recorded.append(logits.softmax(-1))
+            return (self._softmax(trained or new, logits, participants.sparse),)
+        logits = self.router.logits(hidden, trained)  # (B, T, N trained)
+        weights = () if participants.only is not None else (self._softmax(trained, logits, participants.sparse),)
+        if trains or records:
+            of_new = self.router.logits(hidden, new)  # (B, T, N new)
         if trains:  # otherwise it is not worth adding: it is zero
-            own = torch.sigmoid(new - trained.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
-            mixes += (Mix(plan.new, own.flatten(0, -2)),)
-        if noted:
-            order = torch.tensor(plan.trained + plan.new, device=new.device).argsort()
-            self._note(torch.cat([trained, new], -1).softmax(-1).index_select(-1, order))
-        return mixes
+            own = torch.sigmoid(of_new - logits.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
+            weights += (RoutingWeights(new, own.flatten(0, -2)),)
+        if records:
+            order = torch.tensor(trained + new, device=of_new.device).argsort()
+            state.recorded.append(torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order))
+        return weights
 
-    def _mix(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> tuple[Mix, torch.Tensor | None]:
-        """The mix of these experts, and their probabilities where somebody looks at them."""
-        flat = logits.flatten(0, -2)  # (B * T, N)
-        top = self.router.top(flat) if sparse else None
+    def _softmax(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> RoutingWeights:
+        """logits (B, T, N)"""
+        rows = logits.flatten(0, -2)  # (B * T, N)
+        top = self.router.top(rows) if sparse else None
         if top is None:
-            probs = logits.softmax(-1)
-            return Mix(experts, probs.flatten(0, -2)), probs
-        return Mix(experts, flat, top), logits.softmax(-1) if self.recorded is not None else None
+            return RoutingWeights(experts, rows.softmax(-1))
+        index, weights = top
+        return RoutingWeights(experts, weights, index)
 
-    def _note(self, probs: torch.Tensor | None) -> None:
-        if self.recorded is not None:
-            self.recorded.append(probs)
+    # ---- gradient checkpointing ----
 
     def wrap_checkpointing(self, layers: nn.ModuleList) -> None:
-        """Make gradient checkpointing, where it is on, run each layer again with the routing of its first run."""
-        for index, layer in enumerate(layers):
+        """Make gradient checkpointing, where it is on, run each layer again with the state of its first run."""
+        for layer in layers:
             function = layer.__dict__.get("_gradient_checkpointing_func")
-            if function is None or isinstance(function, RoutedCheckpointing):
+            if function is None or isinstance(function, CheckpointedLayer):
                 continue
             if getattr(function, "keywords", {}).get("use_reentrant"):
                 raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
-            layer._gradient_checkpointing_func = RoutedCheckpointing(self, index, function)
-
-    def replaying(self, index: int, function: Callable) -> Callable:
-        """`function`, which runs decoder layer `index`, bound to the routing of this moment.
-
-        Gradient checkpointing calls it once now and once in the backward pass, by when another forward pass may have
-        changed the slot, the forced expert and the plan. Whether the layer's hooks run again then depends on the
-        version of transformers: if not, the weights of the slot are those of now; if they do, they recompute the
-        same. Probabilities count the first time only; the second time they go into a list that is thrown away, because
-        what is computed, and saved for backward, must be the same both times.
-        """
-        slot, forced, plan, recording = self.slots[index], self.forced, self.plan, self.recorded is not None
-        expert, mixes = slot.expert, slot.mixes
-        runs = 0
-
-        def run(*args, **kwargs):
-            nonlocal runs, plan
-            runs += 1
-            if runs == 1:
-                result = function(*args, **kwargs)
-                plan = self.plan  # where the hook runs inside, layer 0 has just made it
-                return result
-            before = self.forced, self.plan, self.recorded, self.make_plan
-            # Fresh mixes: what the first run derived from them must be derived, and saved for backward, again.
-            slot.set(expert, mixes and tuple(mix.fresh() for mix in mixes))
-            self.forced, self.plan, self.recorded, self.make_plan = (
-                forced,
-                plan,
-                [] if recording else None,
-                lambda: plan,
-            )
-            try:
-                return function(*args, **kwargs)
-            finally:
-                slot.set()
-                self.forced, self.plan, self.recorded, self.make_plan = before
-
-        return run
+            layer._gradient_checkpointing_func = CheckpointedLayer(self.current, function)
 
 
 class EnterLayer:
     """The pre-forward hook of one decoder layer. A class, so that a model can be copied and pickled."""
 
-    def __init__(self, routing: Routing, index: int):
+    def __init__(self, routing: Routing):
         self.routing = routing
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.routing.enter_layer(self.index, args[0] if args else kwargs["hidden_states"])
+        self.routing.enter_layer(args[0] if args else kwargs["hidden_states"])
 
 
 class LeaveLayer:
     """The forward hook of one decoder layer."""
 
-    def __init__(self, routing: Routing, index: int):
+    def __init__(self, routing: Routing):
         self.routing = routing
-        self.index = index
 
     def __call__(self, module: nn.Module, args: tuple, result: object) -> None:
-        self.routing.leave_layer(self.index)
+        self.routing.leave_layer()
 
 
-class RoutedCheckpointing:
-    """Stands in for a decoder layer's `_gradient_checkpointing_func`: checkpoints the layer with its routing."""
+class CheckpointedLayer:
+    """Stands in for a decoder layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass.
 
-    def __init__(self, routing: Routing, index: int, checkpoint: Callable):
-        self.routing = routing
-        self.index = index
+    Whether the layer's hooks run again in the backward pass depends on the version of Transformers: if they do not, the
+    weights are those that the state has now; if they do, they compute the same weights again.
+    """
+
+    def __init__(self, current: CurrentPass, checkpoint: Callable):
+        self.current = current
         self.checkpoint = checkpoint
 
-    def __call__(self, function: Callable, *args, **kwargs):
-        return self.checkpoint(self.routing.replaying(self.index, function), *args, **kwargs)
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        state = self.current.state
+        if state is None:
+            return self.checkpoint(function, *args, **kwargs)
+        first, state = state, state.again()
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.current.state is first:
+                return function(*args, **kwargs)
+            with self.current.running(state.again()):
+                return function(*args, **kwargs)
+
+        return self.checkpoint(run, *args, **kwargs)

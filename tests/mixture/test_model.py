@@ -17,6 +17,7 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base, load_tokenizer
 from dylora_moe.base.preserve import fresh_base, seeded, untouched
+from dylora_moe.mixture.experts import Injector
 from dylora_moe.mixture.targets import replace_config
 
 from ..support.tiny import ARCHITECTURES, VOCABULARY, random_ids, randomise, tiny_base, tiny_mixture
@@ -247,7 +248,7 @@ def state_of(model):
         list(model.peft_model.active_adapters),
         [layer._disable_adapters for _, layer in model.routed_layers()],
         model._routing.forced,
-        model._routing.recorded,
+        model._routing.current.state,
         torch.get_rng_state().tolist(),
         torch.is_grad_enabled(),
     )
@@ -553,7 +554,7 @@ def test_an_expert_beside_another_is_what_peft_would_have_made(monkeypatch):
 
     ours = build()
     with monkeypatch.context() as patch:
-        patch.setattr(DyLoRAMoE, "_twin", lambda self, config: None)
+        patch.setattr(Injector, "_twin", lambda self, config: None)
         theirs = build()
     for mine, other in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         assert mine[0] == other[0]

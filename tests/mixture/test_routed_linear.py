@@ -10,8 +10,7 @@ from torch.func import functional_call
 
 from dylora_moe import MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.base.structure import decoder_layers
-from dylora_moe.mixture.expert_matrices import SharedInput
-from dylora_moe.mixture.expert_sum import Dense, Dispatch, Fetch, can_be_grouped, sparse_way
+from dylora_moe.mixture.dispatch import Dense, Gathered, Grouped, can_be_grouped, sparse_dispatch
 
 from ..support.tiny import ARCHITECTURES, random_ids, tiny_base, tiny_mixture
 
@@ -118,14 +117,14 @@ def test_experts_of_different_ranks_targets_and_scalings(kind, top_k):
 
 @pytest.fixture
 def eager_dispatch(monkeypatch):
-    """Tokens are dispatched however few there are; the plans that were made."""
-    plans, plan = [], sparse_way
-    for name in ("PLACE_COST", "DISPATCH_COST", "FETCHED_EXPERTS"):
-        monkeypatch.setattr(f"dylora_moe.mixture.expert_sum.{name}", 1)
+    """Tokens are dispatched however few there are; what was chosen."""
+    made, make = [], sparse_dispatch
+    for name in ("PLACE_COST", "DISPATCH_COST", "EXPERTS_PER_CHOICE"):
+        monkeypatch.setattr(f"dylora_moe.mixture.dispatch.{name}", 1)
     monkeypatch.setattr(
-        "dylora_moe.mixture.layer_pass.sparse_way", lambda *args: plans.append(plan(*args)) or plans[-1]
+        "dylora_moe.mixture.dispatch.sparse_dispatch", lambda *args: made.append(make(*args)) or made[-1]
     )
-    return plans
+    return made
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -141,7 +140,7 @@ def test_dispatched_tokens_give_the_loop(top_k, skew, r, eager_dispatch):
     ids = random_ids(2, 9)
     with torch.no_grad():
         model.router.gate.weight[3] *= 1 + skew  # half of the tokens want it very much
-        for tokens, kind in ((ids, Dispatch), (ids[:1, :1], Fetch), (ids[:1, :3], Fetch)):
+        for tokens, kind in ((ids, Grouped), (ids[:1, :1], Gathered), (ids[:1, :3], Gathered)):
             eager_dispatch.clear()
             logits = [model(tokens).logits for _ in range(3)]
             assert torch.equal(logits[0], logits[1]) and torch.equal(logits[1], logits[2]), "what is kept has no say"
@@ -160,7 +159,7 @@ def test_dispatch_on_a_base_of_another_dtype(dtype, shape, eager_dispatch):
         sparse = model(ids).logits
         eager_dispatch.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dylora_moe.mixture.layer_pass.sparse_way", lambda *args: None)
+            patch.setattr("dylora_moe.mixture.dispatch.sparse_dispatch", lambda *args: None)
             assert difference(sparse, model(ids).logits) <= 0.05
     assert difference(sparse, dense) > 0.05
 
@@ -180,11 +179,11 @@ def test_a_wider_base_is_not_rounded(shape):
 def test_what_is_dispatched():
     def plan(tokens, experts, top_k=2, r=16):
         weights, index = torch.rand(tokens, experts).topk(top_k)
-        return type(sparse_way(index, weights, experts, r)).__name__
+        return type(sparse_dispatch(index, weights, experts, r)).__name__
 
-    assert plan(512, 64) == plan(256, 16) == "Dispatch"
+    assert plan(512, 64) == plan(256, 16) == "Grouped"
     assert plan(512, 4) == plan(64, 16) == plan(4, 16) == "NoneType"  # the sum over all is as cheap
-    assert plan(1, 64) == plan(8, 64) == plan(1, 8) == "Fetch"
+    assert plan(1, 64) == plan(8, 64) == plan(1, 8) == "Gathered"
     assert plan(9, 64) == plan(1, 4) == "NoneType"
     assert plan(512, 64, top_k=63) == "NoneType"
 
@@ -212,9 +211,9 @@ def test_a_dispatch_covers_every_choice_once():
     logits[:, 12:] -= 99
     weights, index = logits.topk(2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dylora_moe.mixture.expert_sum.PLACE_COST", 1)
-        patch.setattr("dylora_moe.mixture.expert_sum.DISPATCH_COST", 1)
-        found = sparse_way(index, weights, 20, 16)
+        patch.setattr("dylora_moe.mixture.dispatch.PLACE_COST", 1)
+        patch.setattr("dylora_moe.mixture.dispatch.DISPATCH_COST", 1)
+        found = sparse_dispatch(index, weights, 20, 16)
     total, begin = torch.zeros(50, 20), 0
     for expert, end in enumerate(found.ends.tolist()):
         for token in found.tokens[begin:end].tolist():
@@ -225,7 +224,7 @@ def test_a_dispatch_covers_every_choice_once():
     assert torch.equal(found.tokens[found.places], order)
     assert torch.equal(found.gate[found.places].view(50, 2), weights)
     assert torch.equal(found.rows.view(50, 2, 16), index.unsqueeze(-1) * 16 + torch.arange(16))
-    assert torch.equal(found.begins, torch.arange(50) * 32)
+    assert torch.equal(found.starts, torch.arange(50) * 32)
 
 
 @pytest.mark.parametrize("grad", [False, True])
@@ -286,7 +285,7 @@ def test_adding_in_place_changes_no_gradient(kind, other, monkeypatch):
                 layer.base_layer.__class__ = ExponentialLinear
     for never in (False, True):
         if never:
-            monkeypatch.setattr("dylora_moe.mixture.routed_linear.RoutedLinear._owns_its_result", lambda *args: False)
+            monkeypatch.setattr("dylora_moe.mixture.routed_linear.RoutedLinear._owns", lambda *args: False)
         model.zero_grad()
         out = model(ids, labels=ids)
         out.loss.backward()
@@ -451,9 +450,9 @@ def test_evaluation_keeps_nothing_after_one_pass_and_training_nothing_at_all():
     model, ids = tiny_mixture(), random_ids(1, 4)
 
     def kept():
-        shared = {layer.shared for _, layer in model.routed_layers()}
-        matrices = [found for group in shared for found in group.kept.values()]
-        return [tensor for found in matrices for tensor in [*found._a.values(), *(found._b or [])]]
+        unchanged = model._watch._unchanged
+        stacks = [] if unchanged is None else unchanged.stacks.values()
+        return [tensor for stack in stacks for tensor in stack._kept.values()]
 
     with torch.no_grad():
         model(ids)
@@ -466,11 +465,11 @@ def test_evaluation_keeps_nothing_after_one_pass_and_training_nothing_at_all():
 
 def test_b_is_laid_out_the_same_whether_it_is_kept_or_not(monkeypatch):
     """Some processors add up a transposed matrix in another order."""
-    model, ids, seen, add = tiny_mixture("llama", 3), random_ids(2, 6), [], Dense.add
+    model, ids, seen, combine = tiny_mixture("llama", 3), random_ids(2, 6), [], Dense.combine
     monkeypatch.setattr(
         Dense,
-        "add",
-        lambda self, total, part, b, in_place: seen.append(b.stride()) or add(self, total, part, b, in_place),
+        "combine",
+        lambda self, total, hidden, b, in_place: seen.append(b.stride()) or combine(self, total, hidden, b, in_place),
     )
     with torch.no_grad():
         for _ in range(3):
@@ -540,7 +539,7 @@ def test_a_layer_that_is_given_an_input_of_its_own_computes_with_that(grad, top_
             model(ids)
         together = dict(seen)
         for layer in (attention.q_proj, attention.k_proj, attention.v_proj):
-            layer.shared = SharedInput([layer])
+            layer.sharing = (layer,)
         model(ids)
     assert torch.equal(together["k_proj"][0], 2 * together["q_proj"][0])
     for name in seen:

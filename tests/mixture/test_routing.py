@@ -247,7 +247,7 @@ def test_a_layer_that_only_a_later_expert_has_is_routed():
     before = model(ids).logits
     randomise(model)
     assert not torch.equal(model(ids).logits, before)
-    assert all(layer.slot is not None for _, layer in model.routed_layers())
+    assert all(layer.current is not None for _, layer in model.routed_layers())
 
 
 # ---- states ----
@@ -332,16 +332,17 @@ def test_a_fresh_mixture_is_its_base(kind, dtype, experts):
 # ---- copies ----
 
 
-def test_a_slot_holds_nothing_after_a_pass_also_one_that_failed():
+@pytest.mark.parametrize("run", ["the mixture", "its base"])
+def test_nothing_is_left_of_a_pass_also_of_one_that_failed(run):
     model, ids = tiny_mixture(), random_ids(1, 4)
-    model.train()(ids, labels=ids)
+    run = model if run == "the mixture" else model.base
+    run.train()(ids, labels=ids)
     layer = next(layer for _, layer in model.routed_layers())
-    assert layer.slot.mixes is None and layer.slot.source is None
+    assert layer.current.state is None
     layer.base_layer.register_forward_pre_hook(lambda module, args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(ids)
-    assert layer.slot.mixes is None and layer.slot.expert is None
-    assert model._routing.recorded is None
+        run(ids)
+    assert layer.current.state is None
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
