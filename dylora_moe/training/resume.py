@@ -107,25 +107,20 @@ def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBloc
         UsageError: If the ranks differ in it.
     """
     with ranks.together():
-        compared = _compared(settings, model, blocks)
+        values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
+        compared = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        compared |= {
+            "model": settings.base_model,
+            "base_weights": weights_fingerprint(model.base),
+            "data_fingerprint": data_fingerprint(blocks),
+            "held_out": {n: data_fingerprint(replace(blocks, train=rows)) for n, rows in blocks.evaluation.items()},
+            "processes": ranks.world()[1],
+        }
+        if settings.early_stopping:
+            compared["eval_steps"] = settings.eval_steps
     if any(other != compared for other in ranks.gather(compared)):
         raise UsageError("the ranks have read different data or weights; give all of them the same files")
     return compared
-
-
-def _compared(settings: TrainSettings, model: Mixture, blocks: TokenBlocks) -> dict[str, Any]:
-    held_out = {name: data_fingerprint(replace(blocks, train=rows)) for name, rows in blocks.evaluation.items()}
-    values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
-    found = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}  # as in JSON
-    if settings.early_stopping:
-        found["eval_steps"] = settings.eval_steps
-    return found | {
-        "model": settings.base_model,
-        "base_weights": weights_fingerprint(model.base),
-        "data_fingerprint": data_fingerprint(blocks),
-        "held_out": held_out,
-        "processes": ranks.world()[1],
-    }
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
