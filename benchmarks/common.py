@@ -1,7 +1,7 @@
 """What the benchmarks share: interleaved timing, tables with ratios, results as JSON, exit codes.
 
-Nothing heavy is imported before it is used: scripts.py measures the memory of its children, and the kernel counts a
-parent's memory into that of a child which it starts.
+Heavy modules are imported where they are used: scripts.py measures the memory of its child processes, and the kernel
+adds the memory of the parent to that of a child that it starts.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Timing:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """First and third quartile; the extremes where there are fewer than four samples."""
+        """The first and third quartile, or the extremes of fewer than four samples."""
         return _quartiles(self.samples)
 
     def ratio(self, reference: Timing) -> float:
-        """The median, over the rounds that both took part in, of this case's time relative to the reference's.
+        """Return the median, over the rounds of both, of this case's time divided by that of the reference.
 
-        What slows a machine down for seconds slows both, so it is steadier than the ratio of the medians.
+        It varies less than the ratio of the medians, because what slows a machine down for seconds slows both cases.
         """
         return statistics.median(self._ratios(reference))
 
@@ -72,9 +72,12 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Case:
-    """`run` is timed. `before` is not: it brings the model into the state that is to be measured.
+    """One thing to be measured.
 
-    rounds: the first so many only, of a case that is so slow that its ratio needs no more.
+    Args:
+        run: is timed. It may return the seconds that it took instead of being timed from outside.
+        before: is not timed. It brings the model into the state to be measured.
+        rounds: how many rounds the case takes part in, if it is so slow that its ratio needs no more.
     """
 
     run: Callable[[], object]
@@ -83,18 +86,15 @@ class Case:
 
 
 def interleaved(cases: dict[str, Case], rounds: int, device: str = "cpu", warmups: int = 1) -> dict[str, Timing]:
-    """Every case once per round, in an order drawn anew for each round: what ran before leaves the caches as it likes.
-
-    A case may return the seconds that it took instead of being timed from outside.
-    """
+    """Measure every case once per round, in random order, because each case leaves the caches in another state."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
     names, shuffle = list(cases), random.Random(0).shuffle
     gc.collect()
     collecting = gc.isenabled()
-    gc.disable()  # a collection walks over all modules of all models, in whichever case it happens to start
+    gc.disable()  # a collection visits all modules of all models, in any case that happens to start it
     try:
         for number in range(-warmups, rounds):
-            gc.collect(1)  # the young ones; the models' own modules are not walked over again and again
+            gc.collect(1)  # young objects only, without the modules of the models
             shuffle(names)
             for name in names:
                 if cases[name].rounds is not None and number >= cases[name].rounds:
@@ -120,7 +120,7 @@ def _timed(case: Case, device: str) -> float:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the accelerator has done what it was given."""
+    """Wait until the accelerator has finished its work."""
     if device.startswith("cuda"):
         import torch
 
@@ -168,13 +168,13 @@ def _version(package: str) -> str | None:
 
 @dataclass
 class Table:
-    """Rows of a benchmark, for the terminal, the JSON file and docs/performance.md alike."""
+    """A table of a benchmark, for the terminal, the JSON file and docs/performance.md."""
 
     name: str
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
-    note: str = ""  # the floor, and what is left out
+    note: str = ""  # what the ratios refer to, and what is left out
 
     def add(self, *cells: str) -> None:
         if len(cells) != len(self.columns):
@@ -254,7 +254,7 @@ class Result:
 
 
 def seconds_of_others() -> float | None:
-    """Core seconds since some moment that other processes worked, or that a hypervisor took; None where not known.
+    """Return the core seconds, since some moment, that other processes or a hypervisor used; None if not known.
 
     The load average would not do: one benchmark after the other, it is that of the one before.
     """
@@ -350,7 +350,7 @@ def mebibytes(size: float) -> str:
 
 
 def fix_threads() -> int:
-    """As many threads as there are cores, or as OMP_NUM_THREADS says; returned for the record.
+    """Use as many threads as there are cores, or as OMP_NUM_THREADS says, and return their number.
 
     On a machine that others use as well, one thread measures better: two wait for each other's time slices.
     """

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-ROWS = 16  # tokens transformed at once, each of which takes a few times n float32 numbers meanwhile
+ROWS = 16  # tokens transformed at once; each takes the memory of a few times n float32 numbers
 
 
 class HankelMatrix(nn.Parameter):

@@ -75,7 +75,7 @@ def architecture(config_or_model: PreTrainedConfig | nn.Module) -> dict[str, Any
 
 
 def _without_adapters(model: nn.Module) -> Any:
-    """Return the base model that PEFT may have wrapped. Its linear layers may still have adapters."""
+    """Return the base model that PEFT may have wrapped, whose linear layers may contain adapters."""
     return getattr(model, "get_base_model", lambda: model)()
 
 

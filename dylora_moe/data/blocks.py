@@ -35,7 +35,7 @@ MOST_REPETITIONS = 1000  # of a block, on average, until every block has been dr
 
 @dataclass(frozen=True)
 class SourceStats:
-    """The numbers of one data set, all of them counted in documents, blocks or tokens of documents."""
+    """What became of one data set, in numbers of documents, tokens and blocks."""
 
     name: str
     source: str
@@ -119,8 +119,7 @@ def data_fingerprint(blocks: TokenBlocks) -> str:
     """Return a SHA-256 over the training blocks in their order, the same on every machine."""
     digest = hashlib.sha256(f"{blocks.block_size} {len(blocks.train)}".encode())
     table = blocks.train.select_columns(list(COLUMNS)).with_format("arrow")
-    for start in range(0, len(blocks.train), HASH_ROWS):
-        rows = table[start : start + HASH_ROWS]
+    for rows in table.iter(HASH_ROWS):
         for name in COLUMNS:
             for chunk in rows[name].chunks:
                 digest.update(chunk.flatten().to_numpy().astype("<i4").tobytes())
@@ -231,8 +230,8 @@ def _split_tokens(
 ) -> tuple[list[Document], list[Document]]:
     """Return the first tokens of each copy of the only document to train on, and its last tokens held out."""
     one = documents[0]
-    cut = len(one) - min(max(2, round(fraction * len(one))), max_tokens)
-    parts = [Document(one.ids[part], one.learned[part]) for part in (slice(0, max(cut, 0)), slice(max(cut, 0), None))]
+    cut = max(0, len(one) - min(max(2, round(fraction * len(one))), max_tokens))
+    parts = Document(one.ids[:cut], one.learned[:cut]), Document(one.ids[cut:], one.learned[cut:])
     if not all(part.learned[1:].any() for part in parts):
         raise UsageError(
             f"{source}: has one document (of {len(one)} tokens) and its last tokens cannot be held out, because one "

@@ -47,7 +47,7 @@ def manifest_problems(folder: os.PathLike | str, digest: Digest | None = None) -
         digest: called instead of `file_digest`, by a caller that examines the content while it is read.
 
     Raises:
-        FolderGone: if the folder does not exist, or is moved away meanwhile.
+        FolderGone: if the folder does not exist, or is moved away while it is read.
         UsageError: if it is not a folder.
     """
     folder = Path(folder)
@@ -202,7 +202,7 @@ def _unreadable(path: object, error: OSError) -> str:
 
 @contextmanager
 def held_still(folder: Path, before: Identity | None = None) -> Iterator[Identity]:
-    """Check at the end of the block that a folder is still the same one, so that what was found in it counts.
+    """Check at the end of the block that a folder was not replaced, so that what was found in it counts.
 
     Args:
         before: the identity that an earlier block has yielded, if the folder must be the same since then.

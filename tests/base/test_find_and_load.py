@@ -80,6 +80,7 @@ def test_no_hub_means_random_weights_and_one_line_that_says_so():
     base, weights = find_base(DEFAULT_MODEL)
     assert weights == "random" and base.kind == "preset"
     assert "\n" not in base.note and "random weights" in base.note and "HF_TOKEN" in base.note
+    assert "is a preset: it has an architecture but no weights" in error_of(load_base, base, "pretrained")
 
 
 @pytest.mark.parametrize("path", sorted(PRESETS.glob("*.json")), ids=lambda path: path.stem)
