@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from dylora_moe.checkpoint import formats
 from dylora_moe.errors import UsageError
 from dylora_moe.store.lock import LOCK
 from dylora_moe.system.settings import spelled
+from dylora_moe.training.run import execute
 from dylora_moe.training.settings import DEMO, TrainSettings, parse
 from dylora_moe.training.trainer import MoETrainer
 
@@ -454,6 +455,31 @@ def test_what_a_run_says(tmp_path, capsys):
     assert "--resume" in lines[-1]
     assert "warn" not in err.lower()
     assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_the_library_returns_how_the_run_ended_and_prints_the_progress_only(tmp_path, capsys):
+    said = []
+    result = execute(parse(arguments(tmp_path / "run", steps=2)), said.append, said.append)
+    assert (result.step, result.saved) == (2, tmp_path / "run" / "checkpoint-2")
+    assert (result.stopped_by, result.nothing_left) == (None, False)
+    assert [found.name for found in result.held_out] == ["one", "two"]
+    for found in result.held_out:
+        assert found.before > 0 < found.after
+        assert len(found.shares) == 2 and sum(found.shares) == pytest.approx(1)
+    assert said[0].startswith("base: ")
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if not line.startswith("step ")] == []
+    assert err == ""
+
+
+def test_settings_are_checked_and_frozen():
+    with pytest.raises(UsageError, match="--top-k 3 and --experts 2 contradict each other"):
+        TrainSettings(output_dir="x", data=("a",), top_k=3)
+    settings = TrainSettings(output_dir="x", data=("a",))
+    with pytest.raises(FrozenInstanceError):
+        settings.top_k = 3
+    with pytest.raises(UsageError, match="--early-stopping needs --eval-steps"):
+        replace(settings, early_stopping=1)
 
 
 def test_the_scripts_pass_on_what_training_wrote(tmp_path, capsys):
