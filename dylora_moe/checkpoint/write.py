@@ -17,6 +17,7 @@ from ..base.structure import architecture
 from ..constants import expert_name
 from ..errors import UsageError, listed
 from ..mixture.config import MoELoraConfig
+from ..mixture.experts import check_expert
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
 from ..store.files import explained, parallel
@@ -117,7 +118,7 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     Raises:
         UsageError: if `folder` exists already or cannot be written, or if a value of the expert is not finite.
     """
-    model._check_expert(-1 if index is None else index)
+    check_expert(-1 if index is None else index, model.num_experts)
     broken = [name for name, tensor in model.expert_tensors(index).items() if not tensor.isfinite().all()]
     if broken:
         raise UsageError(f"{expert_name(index)} cannot be exported: {broken[0]} has numbers that are not finite")

@@ -1,7 +1,7 @@
-"""What an expert and the router are made of.
+"""The settings of an expert and of the router.
 
-`MoELoraConfig` is a `peft.LoraConfig` that makes PEFT build routed layers, and that is saved as the plain LoRA which
-it is. `RouterConfig` holds the router's settings. Both are validated here, once.
+`MoELoraConfig` is a `peft.LoraConfig` that makes PEFT build routed layers, and that is saved as a plain LoRA.
+`RouterConfig` holds the router's settings. Both are validated here, once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ..constants import MAX_EXPERTS
 from ..errors import UsageError
 from .routed_linear import RoutedLinear
 
-# What a config may say. All else makes an adapter more than a plain LoRA on whole linear layers (DoRA, biases,
-# ranks by layer, initialisations that change the base); a routed sum of such adapters is not defined here.
+# The fields that a config may set. All others make an adapter more than a plain LoRA on whole linear layers (DoRA,
+# biases, ranks by layer, initialisations that change the base), and a routed sum of such adapters is not defined here.
 _FREE = {
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "fan_in_fan_out"),
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
@@ -62,7 +62,7 @@ class MoELoraConfig(LoraConfig):
         self._register_custom_module({torch.nn.Linear: RoutedLinear, Conv1D: RoutedLinear})
 
     def _differs(self, name: str) -> bool:
-        """Whether a field that must be left alone is not as PEFT has it."""
+        """Whether a field that must not be set differs from PEFT's default."""
         if name == "init_lora_weights":
             here = self.init_lora_weights  # 1 is not True: PEFT compares by identity
             return not any(type(here) is type(known) and here == known for known in _INITIALISATIONS)
@@ -83,7 +83,7 @@ class RouterConfig:
 
     Args:
         temperature: the gate's logits are divided by it before the softmax.
-        top_k: experts used per token when all are mature; None means min(2, number of experts).
+        top_k: number of experts per token when all are mature; None means min(2, number of experts).
         balance_coefficient: weight of the load-balancing loss in the training loss.
 
     Raises:
@@ -132,7 +132,7 @@ def expert_configs(experts: int | Sequence[MoELoraConfig], lora: MoELoraConfig |
 
 
 def check_configs(configs: Sequence[MoELoraConfig]) -> None:
-    """The experts see one dropped input, which is what makes them two matmuls."""
+    """Check that the experts can be routed over. They share one dropout, so that their sum is two matmuls."""
     for config in configs:
         if not isinstance(config, MoELoraConfig):
             raise UsageError(f"an expert's config must be a MoELoraConfig, got {type(config).__name__}")

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -62,21 +62,6 @@ class RoutingWeights:
         return self.weights.new_zeros(self.weights.shape[0], len(self.experts)).scatter(1, self.index, self.weights)
 
 
-class Dispatch(Protocol):
-    @staticmethod
-    def arrange(a: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """Arrange the A (r, d_in), by layer and expert, for `hidden`."""
-
-    def hidden(self, x: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
-        """Return the weighted hidden units of M layers for x (S, d_in)."""
-
-    def combine(self, total: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
-        """Return total (S, d_out) with the product of one layer's hidden units and its b (R, d_out) added.
-
-        With `in_place`, total may be written to.
-        """
-
-
 @dataclass(frozen=True, eq=False)
 class Dense:
     """Every expert on every token. gate: (S, R), the weight of each hidden unit, scaling included."""
@@ -85,14 +70,16 @@ class Dense:
 
     @staticmethod
     def arrange(a: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """-> (M * R, d_in)"""
+        """The A (r, d_in) by layer and expert, as `hidden` takes them -> (M * R, d_in)"""
         return join([matrix for layer in a for matrix in layer])
 
     def hidden(self, x: torch.Tensor, a: torch.Tensor) -> Sequence[torch.Tensor]:
+        """x (S, d_in) -> the weighted hidden units of M layers, (S, R) each"""
         units = F.linear(x, a).view(x.shape[0], -1, self.gate.shape[1])  # (S, M, R)
         return (units * self.gate.unsqueeze(1).to(x.dtype)).unbind(1)
 
     def combine(self, total: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
+        """total (S, d_out), which may be written to if `in_place`, b (R, d_out) -> (S, d_out)"""
         if total.dtype == hidden.dtype == b.dtype:
             return (total.addmm_ if in_place else total.addmm)(hidden, b)
         return total + hidden @ b  # in the wider dtype
@@ -114,7 +101,7 @@ class Sparse:
 
     @staticmethod
     def arrange(a: Sequence[Sequence[torch.Tensor]]) -> torch.Tensor:
-        """-> (N, d_in, M * r)"""
+        """The A (r, d_in) by layer and expert -> (N, d_in, M * r)"""
         return torch.stack([torch.cat(matrices) for matrices in zip(*a, strict=True)]).transpose(1, 2).contiguous()
 
     def combine(self, total: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
@@ -159,6 +146,9 @@ class Grouped(Sparse):
 
     def combine(self, total: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, in_place: bool) -> torch.Tensor:
         return super().combine(total, hidden.index_select(0, self.places), b, in_place)
+
+
+Dispatch = Dense | Gathered | Grouped
 
 
 def choose_dispatch(routing: RoutingWeights, layout: Layout, groupable: bool) -> Dispatch:

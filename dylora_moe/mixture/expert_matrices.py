@@ -30,11 +30,17 @@ _address_of = torch.Tensor.data_ptr
 
 
 class Unchanged:
-    """What was derived from parameters that have not changed since. `passes`: how often they were found unchanged."""
+    """What was derived from parameters that have not changed since; a copy holds nothing.
+
+    `looks` counts how often the parameters were found as they are.
+    """
 
     def __init__(self) -> None:
-        self.passes = 0
+        self.looks = 0
         self.stacks: dict[Hashable, Stack] = {}
+
+    def __reduce__(self) -> tuple:
+        return Unchanged, ()
 
 
 class Watch:
@@ -77,7 +83,7 @@ class Watch:
         marks += [list(layer.scaling.values()) for layer in self._layers]
         if marks != self._marks:
             self._weights, self._marks, self._unchanged = weights, marks, Unchanged()
-        self._unchanged.passes += 1
+        self._unchanged.looks += 1
         return self._unchanged
 
     def __getstate__(self) -> dict:
@@ -154,7 +160,7 @@ def stack_of(
     if key not in unchanged.stacks:
         unchanged.stacks[key] = Stack(layer, sharing, experts, evaluates=True)
     stack = unchanged.stacks[key]
-    stack.keeps = unchanged.passes > 1
+    stack.keeps = unchanged.looks > 1
     return stack
 
 

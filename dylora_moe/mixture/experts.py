@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -12,11 +13,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..constants import IMMATURE, MATURE, NEW, STATES
-from ..errors import UsageError
+from ..constants import EXPERT_PREFIX, IMMATURE, MATURE, NEW, STATES
+from ..errors import UsageError, listed
 from .config import MoELoraConfig
 from .expert_matrices import Unchanged, Watch
+from .forward_pass import Participants
 from .routed_linear import RoutedLinear
+
+EXPERT_PARAMETER = re.compile(rf"\.lora_[AB]\.({EXPERT_PREFIX}\d+)\.weight$")
 
 
 class Injector:
@@ -145,8 +149,12 @@ class ExpertStates:
     def mark_immature(self) -> None:
         self._mature = [False] * len(self)
 
-    def all_mature(self, experts: Sequence[int]) -> bool:
-        return all(self._mature[index] for index in experts)
+    def participants(self, unchanged: Unchanged | None, training: bool) -> Participants:
+        """Return which experts take part in a forward pass; `unchanged` is what the watch has returned."""
+        new = self.new(unchanged)
+        trained = tuple(i for i in range(len(self)) if i not in new)
+        mature = all(self._mature[i] for i in trained)
+        return Participants(trained, new, sparse=bool(trained) and mature and not training)
 
     def forget(self) -> None:
         """Read all tensors again the next time: an expert that was trained may have been reset."""
@@ -168,3 +176,40 @@ class ExpertStates:
     def _is_zero(self, index: int) -> bool:
         weights = [module.weight for module in self._b[index]]
         return not any(bool(weight.any()) for weight in weights if not weight.is_meta)
+
+
+def check_expert(expert: int | None, num_experts: int) -> None:
+    """Raise UsageError for what is neither None nor the index of an expert."""
+    whole = isinstance(expert, int) and not isinstance(expert, bool)
+    if expert is not None and not (whole and 0 <= expert < num_experts):
+        raise UsageError(f"expert must be None or 0 to {num_experts - 1}, got {expert!r}")
+
+
+def checked_rows(experts: Sequence[int], batch: torch.Tensor | None, num_experts: int) -> tuple[int, ...]:
+    """Return the experts of the rows of a batch; raise UsageError if they do not fit it."""
+    if batch is None:
+        raise UsageError("one of input_ids and inputs_embeds is needed, got neither")
+    for expert in experts:
+        check_expert(-1 if expert is None else expert, num_experts)
+    if len(experts) != len(batch):
+        raise UsageError(f"expert names {len(experts)} experts for the {len(batch)} rows of the batch: one for each")
+    return tuple(experts)
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise UsageError for those of the parameters that are frozen, or that the optimizer does not hold."""
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    problems = {}  # in the order of the experts, the router last
+    for name, parameter in parameters.items():
+        expert = EXPERT_PARAMETER.search(name)
+        owner = (0, int(expert[1].removeprefix(EXPERT_PREFIX)), expert[1]) if expert else (1, 0, "router")
+        if not parameter.requires_grad:
+            problems[owner] = f"{owner[-1]} is frozen (requires_grad is False)"
+        elif id(parameter) not in known:
+            problems.setdefault(owner, f"{owner[-1]} has parameters that the optimizer does not hold")
+    if problems:
+        texts = [problems[owner] for owner in sorted(problems)]
+        raise UsageError(
+            f"this training would not move every part of the mixture:\n{listed(texts)}\n"
+            "Call train_all_experts(), and then build the optimizer from all parameters that require a gradient."
+        )

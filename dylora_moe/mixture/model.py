@@ -2,42 +2,39 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from peft import PeftModelForCausalLM
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..base.preserve import as_found_on_error, fresh_base
 from ..base.structure import check_base, decoder_layers
-from ..constants import EXPERT_PREFIX, IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
-from ..errors import UsageError, listed
+from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
+from ..errors import UsageError
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
-from .expert_matrices import Unchanged, Watch
-from .experts import ExpertStates, Injector
-from .forward_pass import Participants
+from .expert_matrices import Watch
+from .experts import EXPERT_PARAMETER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
 from .frozen_linear import float32_backward
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing
 from .targets import comma_separated, replace_config, resolve_targets
 
-_EXPERT_PARAMETER = re.compile(rf"\.lora_[AB]\.({EXPERT_PREFIX}\d+)\.weight$")
-
 
 @dataclass
 class MixtureOutput(CausalLMOutputWithPast):
-    """As a causal LM's output.
+    """The output of a causal LM, with the parts of its loss.
 
     `loss` is what training minimises: `lm_loss`, in nats per labelled token, and in training the load-balancing loss
-    times its coefficient. `balance_loss` is None where nothing was routed.
+    times its coefficient. `balance_loss` is None if nothing was routed.
     """
 
     lm_loss: torch.Tensor | None = None
@@ -53,13 +50,14 @@ class Mixture(nn.Module):
     Args:
         base: any Hugging Face causal LM; it is frozen and its linear layers are wrapped in place. On the `meta`
             device only the experts and the router are real.
-        experts: how many, or the config of each; ranks and targets may differ.
-        lora: the config of every expert, where `experts` is a number.
+        experts: their number, or the config of each; ranks and targets may differ.
+        lora: the config of every expert, if `experts` is a number.
         router: the router's settings.
         label_smoothing: of the language-modelling loss in training, as in `torch.nn.CrossEntropyLoss`.
 
     Raises:
-        UsageError: for a number of experts, targets or a base that cannot be had; nothing is changed then.
+        UsageError: if the number of experts or their targets are invalid, or the base is not supported. The base is
+            left as it was.
     """
 
     accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch
@@ -93,9 +91,9 @@ class Mixture(nn.Module):
                 self._inject(config)
         self.peft_model: PeftModelForCausalLM = self._injector.peft_model
         hidden_size = self.base.config.get_text_config().hidden_size
-        device = next(p.device for name, p in self.base.named_parameters() if _EXPERT_PARAMETER.search(name))
+        device = next(p.device for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
         self.router = Router(hidden_size, len(configs), router or RouterConfig(), device=device)
-        self._routing = Routing(self.router, layers, self._watch, self._participants)
+        self._routing = Routing(self.router, layers, self._watch, self._states)
         self._usage: list[torch.Tensor] | None = None
         self.train_all_experts()
         self.train(base.training)
@@ -111,11 +109,11 @@ class Mixture(nn.Module):
         return self.peft_model.get_base_model()
 
     @property
-    def config(self):
+    def config(self) -> PreTrainedConfig:
         return self.base.config
 
     @property
-    def generation_config(self):
+    def generation_config(self) -> GenerationConfig | None:
         return self.base.generation_config
 
     @property
@@ -150,7 +148,7 @@ class Mixture(nn.Module):
         return tensors
 
     def fresh_base(self) -> PreTrainedModel:
-        """As the function of that name, of this mixture's base."""
+        """Return the base model in a module tree of its own, without experts; its tensors are shared."""
         return fresh_base(self.base)
 
     # ---- the experts ----
@@ -169,7 +167,6 @@ class Mixture(nn.Module):
         config = self._with_targets(self.base, config or replace_config(self.expert_configs[0]))
         trainable = {name: p.requires_grad for name, p in self.named_parameters()}
         active = self.peft_model.active_adapters
-        mode = self.training
         self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
@@ -180,48 +177,34 @@ class Mixture(nn.Module):
             self.router.gate.weight.requires_grad_(True)
         if self._usage is not None:
             self.reset_usage()
-        self.train(mode)
+        self.train(self.training)  # the new modules, too
         return self.num_experts - 1
 
     def train_all_experts(self) -> None:
-        """Make every expert, and the router where there is something to route, trainable; the base stays frozen.
+        """Make every expert trainable, and the router if there are several experts; the base stays frozen.
 
-        PEFT's `set_adapter`, `load_adapter` and `disable_adapter` freeze experts: call this before an optimizer is
-        built.
+        PEFT's `set_adapter`, `load_adapter` and `disable_adapter` freeze experts: call this before building an
+        optimizer.
         """
         self.peft_model.base_model.set_adapter([expert_name(i) for i in range(self.num_experts)])
         for name, parameter in self.base.named_parameters():
-            parameter.requires_grad_(_EXPERT_PARAMETER.search(name) is not None)
+            parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None)
         self.router.gate.weight.requires_grad_(self.num_experts > 1)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that would leave an expert or the router as it is.
+        """Refuse an optimizer that would not train every expert and the router.
 
         Raises:
-            UsageError: names what is frozen or outside the optimizer.
+            UsageError: with every part that is frozen or that the optimizer does not hold.
         """
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        problems = {}  # in the order of the experts
-        for name, parameter in self.trained_parameters().items():
-            expert = _EXPERT_PARAMETER.search(name)
-            owner = (int(expert[1].removeprefix(EXPERT_PREFIX)), expert[1]) if expert else (self.num_experts, "router")
-            if not parameter.requires_grad:
-                problems[owner] = f"{owner[1]} is frozen (requires_grad is False)"
-            elif id(parameter) not in known:
-                problems.setdefault(owner, f"{owner[1]} has parameters that the optimizer does not hold")
-        if problems:
-            texts = [problems[owner] for owner in sorted(problems)]
-            raise UsageError(
-                f"this training would not move every part of the mixture:\n{listed(texts)}\n"
-                "Call train_all_experts(), and then build the optimizer from all parameters that require a gradient."
-            )
+        check_optimizer(optimizer, self.trained_parameters())
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that training moves, by name: all experts, and the router where there are two and more."""
+        """Return the parameters to train by name: those of all experts, and of the router if there are several."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if _EXPERT_PARAMETER.search(name) or (name == "router.gate.weight" and self.num_experts > 1)
+            if EXPERT_PARAMETER.search(name) or (name == "router.gate.weight" and self.num_experts > 1)
         }
 
     @property
@@ -230,41 +213,33 @@ class Mixture(nn.Module):
         return self._states.states()
 
     def set_expert_states(self, states: Sequence[str]) -> None:
-        """Take over the states that a checkpoint has; whether an expert is new shows in its tensors."""
+        """Set the states that a checkpoint has; whether an expert is new shows in its tensors."""
         self._states.set(states)
 
     def mark_mature(self, experts: Sequence[int] | None = None) -> None:
-        """The run that trained these experts (all by default) has finished."""
+        """Mark experts (all by default) as mature, once the run that trained them has finished."""
         self._states.mark_mature(range(self.num_experts) if experts is None else experts)
 
     def mark_immature(self) -> None:
-        """A run that trains all experts begins."""
+        """Mark all experts as immature, when a run that trains them begins."""
         self._states.mark_immature()
 
     def train(self, mode: bool = True) -> Mixture:
         self._forget()
         return super().train(mode)
 
-    def load_state_dict(self, *args, **kwargs):
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._forget()
         return super().load_state_dict(*args, **kwargs)
 
-    def _apply(self, *args, **kwargs):
-        self._forget()  # what was derived would stay on its device
+    def _apply(self, *args: Any, **kwargs: Any) -> Mixture:
+        self._forget()  # what was derived from the parameters would stay on their old device
         return super()._apply(*args, **kwargs)
 
     def _forget(self) -> None:
-        """Read every parameter again: it may have been written in a way that nobody sees."""
+        """Read every parameter again: it may have been written in a way that leaves no trace."""
         self._watch.forget()
         self._states.forget()
-
-    def _participants(self, unchanged: Unchanged | None) -> Participants:
-        new = self._states.new(unchanged)
-        trained = tuple(i for i in range(self.num_experts) if i not in new)
-        sparse = not self.training and bool(trained) and self._states.all_mature(trained)
-        return Participants(trained, new, sparse)
-
-    # ---- building ----
 
     def _inject(self, config: MoELoraConfig) -> None:
         name = expert_name(self.num_experts)
@@ -287,21 +262,22 @@ class Mixture(nn.Module):
         labels: torch.Tensor | None = None,
         expert: int | Sequence[int] | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> MixtureOutput:
-        """As the base model's forward.
+        **kwargs: Any,
+    ) -> MixtureOutput | tuple:
+        """Run the base model with its experts; further arguments are those of the base model's forward.
 
         Args:
             input_ids: (B, T) int64.
-            attention_mask: (B, T), or what else the base takes.
+            attention_mask: (B, T), or another form that the base takes.
             labels: (B, T) int64; the token at t is predicted at t - 1; -100 is left out of the loss.
-            expert: send every token to this expert alone; a sequence: one expert for each row of the batch.
-            num_items_in_batch: labelled tokens of the whole batch, where this is one of several micro-batches.
+            expert: send every token to this expert; a sequence: one expert for each row of the batch.
+            num_items_in_batch: labelled tokens of the whole batch, if this is one of several micro-batches.
         """
         if isinstance(expert, Sequence):
-            expert = self._check_rows(expert, kwargs.get("inputs_embeds") if input_ids is None else input_ids)
+            batch = kwargs.get("inputs_embeds") if input_ids is None else input_ids
+            expert = checked_rows(expert, batch, self.num_experts)
         else:
-            self._check_expert(expert)
+            check_expert(expert, self.num_experts)
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         if self.training:
@@ -309,7 +285,8 @@ class Mixture(nn.Module):
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         linear = float32_backward(self.get_input_embeddings().weight)
-        record = labels is not None and self._looks_at_routing()
+        wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
+        record = labels is not None and wanted and self.num_experts > 1
         with self._routing.run(expert, record=record, linear=linear) as state:
             out = self.base(input_ids, **kwargs)
         losses = {}
@@ -317,68 +294,43 @@ class Mixture(nn.Module):
             losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.recorded)
         result = MixtureOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
         for name, value in out.items():
-            if name not in _OUTPUT_FIELDS:  # some bases have their state in a field of their own
+            if name not in _OUTPUT_FIELDS:  # some bases return their state in a field of their own
                 result[name] = value
         return result.to_tuple() if as_tuple else result
 
-    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict:
+    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict[str, torch.Tensor]:
         """The losses by their names in the output; counts the usage. probs: of each decoder layer, (B, T, N)."""
-        # The logit at t is held against the token at t + 1. Shifting the labels spares a copy of the logits.
+        # The logit at t predicts the token at t + 1. Shifting the labels spares a copy of the logits.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
-        count = (targets != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
+        mask = targets != IGNORED_LABEL
+        count = mask.sum() if num_items_in_batch is None else num_items_in_batch
         count = torch.as_tensor(count, device=logits.device, dtype=torch.float32).clamp(min=1)
         smoothing = self.label_smoothing if self.training else 0.0  # evaluation is in nats
         lm_loss = summed_cross_entropy(logits, targets, smoothing) / count
         if not probs:
             return {"loss": lm_loss, "lm_loss": lm_loss}
-        mask = targets != IGNORED_LABEL
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = mask & attention_mask[:, -labels.shape[1] :].to(mask)
-        probs = torch.stack([p.to(logits.device) for p in probs])  # (L, B, T, N)
-        first, total = balance_statistics(probs, mask)
+        first, total = balance_statistics(torch.stack([p.to(logits.device) for p in probs]), mask)
         if self._usage is not None:
             seen = [t.detach().sum(1).mean(0) for t in (first, total)]  # (N,) each
             self._usage = [before.to(now.device) + now for before, now in zip(self._usage, seen, strict=True)]
-        if num_items_in_batch is None:  # with it, what other micro-batches leave out is not known
-            count = mask.sum().clamp(min=1)
-        balance = balance_loss(first, total, count)
+        # With num_items_in_batch, how many tokens other micro-batches leave out is not known.
+        balance = balance_loss(first, total, mask.sum().clamp(min=1) if num_items_in_batch is None else count)
         coefficient = self.router.config.balance_coefficient if self.training else 0.0
-        return {
-            "loss": lm_loss + coefficient * balance if coefficient else lm_loss,
-            "lm_loss": lm_loss,
-            "balance_loss": balance,
-        }
+        loss = lm_loss + coefficient * balance if coefficient else lm_loss
+        return {"loss": loss, "lm_loss": lm_loss, "balance_loss": balance}
 
-    def _looks_at_routing(self) -> bool:
-        wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
-        return wanted and self.num_experts > 1
-
-    def generate(self, *args, expert: int | None = None, **kwargs):
-        """As the base model's `generate`; every token is routed, or goes to `expert` alone."""
-        self._check_expert(expert)
+    def generate(self, *args: Any, expert: int | None = None, **kwargs: Any) -> Any:
+        """Call the base model's `generate`; every token is routed, or goes to `expert`."""
+        check_expert(expert, self.num_experts)
         with torch.no_grad(), self._routing.run(expert):
             return self.base.generate(*args, **kwargs)
 
-    def _check_expert(self, expert: int | None) -> None:
-        whole = isinstance(expert, int) and not isinstance(expert, bool)
-        if expert is not None and not (whole and 0 <= expert < self.num_experts):
-            raise UsageError(f"expert must be None or 0 to {self.num_experts - 1}, got {expert!r}")
-
-    def _check_rows(self, experts: Sequence[int], batch: torch.Tensor | None) -> tuple[int, ...]:
-        if batch is None:
-            raise UsageError("one of input_ids and inputs_embeds is needed, got neither")
-        for expert in experts:
-            self._check_expert(-1 if expert is None else expert)
-        if len(experts) != len(batch):
-            raise UsageError(
-                f"expert names {len(experts)} experts for the {len(batch)} rows of the batch: one for each"
-            )
-        return tuple(experts)
-
     @contextmanager
     def expert(self, index: int) -> Iterator[Mixture]:
-        """Inside, every token goes to one expert, also where PEFT's or the base's own methods are called."""
-        self._check_expert(index)
+        """Inside, every token goes to one expert, also in PEFT's and the base's own methods."""
+        check_expert(index, self.num_experts)
         with self._routing.force(index):
             yield self
 
@@ -402,14 +354,16 @@ class Mixture(nn.Module):
         self._usage = [torch.zeros(self.num_experts, device=self.device) for _ in range(2)]
 
     def usage(self) -> Usage | None:
-        """What was routed where since `reset_usage`; None where nobody asked or there is one expert."""
+        """Return how tokens were routed since `reset_usage`; None if it was not called, or there is one expert."""
         return Usage(*self._usage) if self._usage is not None and self.num_experts > 1 else None
 
     # ---- what the Trainer and users of Transformers expect ----
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As Transformers', without re-entrance: the routing weights reach a layer outside of its arguments."""
-        options = {**(activation_checkpointing_kwargs or {})}
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
+    ) -> None:
+        """Enable it as Transformers does, without re-entrance: routing weights are no argument of a layer."""
+        options = dict(activation_checkpointing_kwargs or {})
         if options.setdefault("use_reentrant", False):
             raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
         enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
@@ -423,7 +377,7 @@ class Mixture(nn.Module):
     def is_activation_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    # The earlier names of the three.
+    # The names of the three in earlier versions of Transformers.
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
@@ -439,7 +393,7 @@ class Mixture(nn.Module):
         return self.base.get_input_embeddings()
 
     def parameter_counts(self) -> dict[str, int]:
-        """How many parameters the parts have: "base", "experts" (all), "router"."""
-        experts = sum(p.numel() for name, p in self.base.named_parameters() if _EXPERT_PARAMETER.search(name))
+        """Return the number of parameters of "base", "experts" (all) and "router"."""
+        experts = sum(p.numel() for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
         base = sum(p.numel() for p in self.base.parameters()) - experts
         return {"base": base, "experts": experts, "router": self.router.gate.weight.numel()}

@@ -48,16 +48,10 @@ class Router(nn.Module):
         (https://huggingface.co/papers/1910.07467); since the gate is linear, it is the logits that are divided.
         With `experts`, only their columns are computed.
         """
-        weight = self._weight(experts)
         if torch.is_autocast_enabled(hidden.device.type):
             with torch.autocast(hidden.device.type, enabled=False):
-                return self._logits(hidden, weight)
-        return self._logits(hidden, weight)
-
-    def _weight(self, experts: tuple[int, ...] | None) -> torch.Tensor:
-        return self.gate.weight if experts is None else self.gate.weight[list(experts)]
-
-    def _logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+                return self.logits(hidden, experts)
+        weight = self.gate.weight if experts is None else self.gate.weight[list(experts)]
         x = hidden.to(torch.float32)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
         # 1 / (rms * temperature) = 1 / sqrt(temperature^2 * (sum of squares / d + epsilon))
@@ -69,7 +63,7 @@ class Router(nn.Module):
     def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (..., N) -> the indices of the top-k experts and their weights, which sum to 1, both (..., k).
 
-        None where that is all of them.
+        None if these are all experts.
         """
         k = self.config.experts_per_token(logits.shape[-1])
         if k == logits.shape[-1]:
@@ -86,7 +80,7 @@ def _constant(value: float, device: torch.device) -> torch.Tensor:
 
 @dataclass
 class Usage:
-    """How tokens were routed since the last look: sums over tokens, averaged over decoder layers."""
+    """How tokens were routed: sums over tokens, averaged over decoder layers."""
 
     first: torch.Tensor  # (N,) tokens whose first choice was the expert
     total: torch.Tensor  # (N,) sum of the routing probabilities

@@ -20,7 +20,8 @@ from torch import nn
 
 from ..errors import UsageError
 from .dispatch import RoutingWeights
-from .expert_matrices import Unchanged, Watch
+from .expert_matrices import Watch
+from .experts import ExpertStates
 from .forward_pass import CurrentPass, Expert, ForwardPass, Participants
 from .routed_linear import RoutedLinear
 from .router import Router
@@ -36,7 +37,7 @@ class Routing:
         router: the gate.
         layers: the decoder layers.
         watch: tells whether parameters have changed.
-        participants: called for every pass that is routed.
+        states: tell which experts take part in a pass.
     """
 
     def __init__(
@@ -44,11 +45,11 @@ class Routing:
         router: Router,
         layers: nn.ModuleList,
         watch: Watch,
-        participants: Callable[[Unchanged | None], Participants],
+        states: ExpertStates,
     ):
         self.router = router
         self.watch = watch
-        self.participants = participants
+        self.states = states
         self.current = CurrentPass()
         self.forced: Expert = None
         for layer in layers:
@@ -96,7 +97,7 @@ class Routing:
         expert = self.forced if expert is None else expert
         if expert is not None:
             return ForwardPass(expert)
-        participants = self.participants(unchanged)
+        participants = self.states.participants(unchanged, self.router.training)
         return ForwardPass(participants.only, participants, unchanged, [] if record else None)
 
     @contextmanager
