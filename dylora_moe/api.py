@@ -46,7 +46,7 @@ class DyLoRAMoE(Mixture):
         """Load a base model (hub id, folder, GGUF file or preset) and put fresh experts, seeded by `seed`, on it.
 
         Raises:
-            UsageError: where the base model cannot be had, or experts and base do not go together.
+            UsageError: if the base model is not available, or experts and base do not fit each other.
         """
         source, weights = find_base(model, weights=weights, token=token, revision=revision)
         base = load_base(source, weights, dtype=dtype, device=device, seed=seed)
@@ -62,11 +62,11 @@ class DyLoRAMoE(Mixture):
         """Read a checkpoint into a fresh mixture, on `base` or on the base model which the checkpoint names.
 
         Args:
-            options: as of `checkpoint.read.load_mixture`.
+            options: those of `checkpoint.read.load_mixture`.
 
         Raises:
             CheckpointError: with every problem, before anything is built.
-            UsageError: where the base model cannot be had.
+            UsageError: if the base model is not available.
         """
         return load_mixture(folder, base, kind=cls, **options)
 
@@ -74,10 +74,10 @@ class DyLoRAMoE(Mixture):
         """Publish a checkpoint at `folder`, whole or not at all.
 
         Returns:
-            False, with a warning, where a checkpoint stood there already: it is left as it is.
+            False, with a warning, if there is a checkpoint already, which is left as it is.
 
         Raises:
-            UsageError: where it could not be written; nothing is left behind.
+            UsageError: if it cannot be written; nothing is left behind.
         """
         saved = save_checkpoint(folder, self, step=step, skills=skills)
         if not saved:
@@ -88,6 +88,6 @@ class DyLoRAMoE(Mixture):
         """Write one expert to a new folder as a plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.
 
         Raises:
-            UsageError: where there is no such expert, the folder exists already, or it cannot be written.
+            UsageError: if there is no such expert, or the folder exists already or cannot be written.
         """
         export_expert(self, expert, folder)
