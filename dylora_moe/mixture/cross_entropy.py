@@ -47,8 +47,10 @@ def summed_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, label_smoo
 
 
 def _whole(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float) -> torch.Tensor:
-    options = {"ignore_index": IGNORED_LABEL, "reduction": "sum", "label_smoothing": label_smoothing}
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), **options)
+    rows = logits.flatten(0, -2).float()
+    return F.cross_entropy(
+        rows, targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum", label_smoothing=label_smoothing
+    )
 
 
 class _Chunked(Function):

@@ -204,7 +204,7 @@ def can_be_grouped(dtype: torch.dtype, *widths: int) -> bool:
 
 def join(matrices: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """As torch.cat, but a single matrix is not copied."""
-    return torch.cat(matrices, dim) if len(matrices) > 1 else matrices[0]
+    return torch.cat(list(matrices), dim) if len(matrices) > 1 else matrices[0]
 
 
 @lru_cache(maxsize=16)

@@ -94,7 +94,7 @@ class ForwardPass:
         What the first run derived is derived, and saved for backward, again. Probabilities are recorded again for the
         same reason, but into a list of their own: they count once.
         """
-        recorded = None if self.recorded is None else []
+        recorded: list[torch.Tensor] | None = None if self.recorded is None else []
         return replace(self, recorded=recorded, terms=[], _dispatches=[])
 
 

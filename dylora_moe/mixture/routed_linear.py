@@ -45,8 +45,8 @@ class RoutedLinear(lora.Linear):
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., d_in) of the base's dtype -> (..., d_out) of the same dtype."""
         state = None if self.current is None else self.current.state
-        routes = state is not None and state.routing is not None and kwargs.get("adapter_names") is None
-        if not routes or self._disable_adapters or self.merged_adapters:
+        by_peft = self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None
+        if by_peft or state is None or state.routing is None:
             return super().forward(x, *args, **kwargs)
         result = self.base_layer(x, *args, **kwargs)
         if isinstance(state.expert, tuple):
@@ -98,7 +98,7 @@ class RoutedLinear(lora.Linear):
         if state.unchanged is not None:  # there is no backward pass, and nothing is compiled
             return True
         # A dispatch mode, as that of selective checkpointing, may keep what each operation returned.
-        watched = torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
+        watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
         return type(base.weight) is nn.Parameter and type(result) is torch.Tensor and not watched
 
     # ---- one expert ----

@@ -140,24 +140,28 @@ class Routing:
         new ones beside it.
         """
         trained, new = participants.trained, participants.new
-        trains, records = torch.is_grad_enabled(), state.recorded is not None
-        if self.router.num_experts == 1 or (len(trained) <= 1 and not (trains or records)):
+        trains, recorded = torch.is_grad_enabled(), state.recorded
+        if self.router.num_experts == 1 or (len(trained) <= 1 and not trains and recorded is None):
             return ()
         if not trained or not new:
             logits = self.router.logits(hidden)  # (B, T, N)
-            if records:
-                state.recorded.append(logits.softmax(-1))
-            return (self._softmax(trained or new, logits, participants.sparse),)
+            routing = self._softmax(trained or new, logits, participants.sparse)
+            if recorded is not None:
+                recorded.append(logits.softmax(-1) if routing.index is not None else routing.weights.view_as(logits))
+            return (routing,)
         logits = self.router.logits(hidden, trained)  # (B, T, N trained)
-        weights = () if participants.only is not None else (self._softmax(trained, logits, participants.sparse),)
-        if trains or records:
-            of_new = self.router.logits(hidden, new)  # (B, T, N new)
-        if trains:  # otherwise it is not worth adding: it is zero
+        weights: tuple[RoutingWeights, ...] = ()
+        if participants.only is None:
+            weights = (self._softmax(trained, logits, participants.sparse),)
+        if not trains and recorded is None:  # what the new ones add is zero
+            return weights
+        of_new = self.router.logits(hidden, new)  # (B, T, N new)
+        if trains:
             own = torch.sigmoid(of_new - logits.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
             weights += (RoutingWeights(new, own.flatten(0, -2)),)
-        if records:
+        if recorded is not None:
             order = torch.tensor(trained + new, device=of_new.device).argsort()
-            state.recorded.append(torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order))
+            recorded.append(torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order))
         return weights
 
     def _softmax(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> RoutingWeights:
