@@ -638,7 +638,7 @@ EVERY = [pytest.param(mode, 1, marks=pytest.mark.slow) for mode in STRIDES]
 
 @pytest.mark.parametrize(("mode", "stride"), [*STRIDES.items(), *EVERY])
 def test_rows_1_3_4_a_full_save_with_a_fault_at_every_operation(mode, stride, saving, monkeypatch):
-    """Unless slow tests are run, at every few operations: tests/store/test_publish.py goes through all of the protocol's."""
+    """At every few operations unless slow tests are run; tests/store/test_publish.py covers all of the protocol."""
     run, sound, model, save = saving
     monkeypatch.setattr("dylora_moe.store.files.WORKERS", 1)  # the operations in one order
     for k in itertools.count(1 + stride // 2, stride):
