@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TextIO
 
 from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory
 
-PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED, TERMINATED = 0, 1, 2, 130, 141, 143
+PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 PASS_MARK, FAIL_MARK = "✓", "✗"
 
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
