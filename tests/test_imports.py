@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,25 @@ def test_what_goes_against_the_flow_is_seen(source, problem):
 def test_a_circle_is_seen():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_names_in_the_documentation_are_in_the_code():
+    """docs/architecture.md and CONTRIBUTING.md name files and definitions that are there."""
+    defined = {
+        node.name
+        for tree in modules().values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+    }
+    text = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("## The journey of a batch", 1)[1]
+    quoted = re.findall(r"`([^`]+)`", text)
+    files = [name for name in quoted if name.endswith(".py")]
+    names = [part for name in quoted if re.fullmatch(r"[A-Za-z_.]+", name) for part in name.split(".")]
+    names = [name for name in names if name not in files]
+    assert len(files) > 15 and len(names) > 20
+    assert [name for name in files if not (PACKAGE / name).is_file()] == []
+    known = defined | {"config", "json", "lm_loss", "loss", "manifest"}
+    assert [name for name in names if name not in known and name != "py"] == []
+    told = re.findall(r"`((?:\w+/)+|\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    places = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir()), ROOT, ROOT / "tests"]
+    assert [name for name in told if not any((place / name).exists() for place in places)] == []
