@@ -1,7 +1,7 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
 # make test-all  run the slow tests too
-# make lint      ruff
+# make lint      ruff and mypy
 # make bench     measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
 
@@ -25,6 +25,7 @@ test-all: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.scripts --large --json benchmarks/results/scripts.json

@@ -6,6 +6,7 @@ Importing the package is light: torch, transformers and peft are loaded when a n
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __version__ = "0.2.1"
 
@@ -27,11 +28,11 @@ _HOMES = {
 __all__ = ["__version__", *sorted(_HOMES)]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return __all__

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -46,9 +47,9 @@ class MoELoraConfig(LoraConfig):
     r: int = field(default=16)
     lora_alpha: int = field(default=32)
     lora_dropout: float = field(default=0.05)
-    task_type: str | None = field(default="CAUSAL_LM")
+    task_type: Any = field(default="CAUSAL_LM")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _is_count(self.r):
             raise UsageError(f"lora r must be a whole number of at least 1, got {self.r!r}")
         if not _is_number(self.lora_alpha) or self.lora_alpha <= 0:
@@ -94,7 +95,7 @@ class RouterConfig:
     top_k: int | None = None
     balance_coefficient: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature <= 0:
             raise UsageError(f"router temperature must be a positive number, got {self.temperature!r}")
         if self.top_k is not None and not _is_count(self.top_k):

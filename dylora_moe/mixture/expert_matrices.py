@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners import lora
@@ -27,6 +27,11 @@ register_optimizer_step_post_hook(_count_step)
 
 _version_of = operator.attrgetter("_version")
 _address_of = torch.Tensor.data_ptr
+
+
+def weight_of(linear: nn.Module) -> nn.Parameter:
+    """Return the weight of a linear layer. torch's types say of every attribute that it is a tensor or a module."""
+    return cast(nn.Parameter, linear.weight)
 
 
 class Unchanged:
@@ -73,18 +78,20 @@ class Watch:
             self.forget()
             return None
         # nn.Module's __getattr__ takes ten times as long as the dictionaries behind it.
-        holders = [layer._modules[kind]._modules for layer in self._layers for kind in ("lora_A", "lora_B")]
-        weights = [linear._parameters["weight"] for holder in holders for linear in holder.values()]
+        holders: list[Any] = [layer._modules[kind] for layer in self._layers for kind in ("lora_A", "lora_B")]
+        weights = [linear._parameters["weight"] for holder in holders for linear in holder._modules.values()]
         try:
             marks = [list(map(_version_of, weights)), list(map(_address_of, weights)), _steps]
         except RuntimeError:  # inference tensors have no version
             self.forget()
             return None
         marks += [list(layer.scaling.values()) for layer in self._layers]
-        if marks != self._marks:
-            self._weights, self._marks, self._unchanged = weights, marks, Unchanged()
-        self._unchanged.looks += 1
-        return self._unchanged
+        unchanged = self._unchanged
+        if unchanged is None or marks != self._marks:
+            unchanged = Unchanged()
+            self._weights, self._marks, self._unchanged = weights, marks, unchanged
+        unchanged.looks += 1
+        return unchanged
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_weights": [], "_marks": None, "_unchanged": None}
@@ -116,7 +123,7 @@ class Stack:
         self._evaluates = evaluates
         self._kept: dict[Hashable, torch.Tensor] = {}
         if self.names:
-            a = layer.lora_A[self.names[0]].weight
+            a = weight_of(layer.lora_A[self.names[0]])
             self.dtype = a.dtype
             self.dropout = layer.lora_dropout[self.names[0]]
             self.groupable = can_be_grouped(a.dtype, a.shape[1], self.layout.ranks[0] * len(self.layers))
@@ -144,7 +151,7 @@ class Stack:
         return made
 
     def _weights(self, holder: nn.ModuleDict) -> list[torch.Tensor]:
-        return [holder[name].weight for name in self.names]
+        return [weight_of(holder[name]) for name in self.names]
 
 
 def stack_of(

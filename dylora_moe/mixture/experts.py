@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from ..constants import EXPERT_PREFIX, IMMATURE, MATURE, NEW, STATES
 from ..errors import UsageError, listed
 from .config import MoELoraConfig
-from .expert_matrices import Unchanged, Watch
+from .expert_matrices import Unchanged, Watch, weight_of
 from .forward_pass import Participants
 from .routed_linear import RoutedLinear
 
@@ -33,17 +34,17 @@ class Injector:
     def __init__(self, base: PreTrainedModel):
         self._base = base
         self._layers: dict[str, list[RoutedLinear]] = {}  # by the expert that is on them
-        self.peft_model: PeftModelForCausalLM | None = None  # from the first expert on
+        self.peft_model: Any = None  # a PeftModelForCausalLM from the first expert on
 
     def add(self, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
         """Add one expert, with parameters in float32 on the base's device (CPU for meta), and return its layers."""
         twin = self._twin(config)
         layers = self._inject(name, config) if twin is None else self._inject_beside(twin, name, config)
         for layer in layers:
-            device = layer.get_base_layer().weight.device
+            device = weight_of(layer.get_base_layer()).device
             device = torch.device("cpu") if device.type == "meta" else device
             for linear in (layer.lora_A[name], layer.lora_B[name]):
-                linear.weight = nn.Parameter(torch.empty(linear.weight.shape, dtype=torch.float32, device=device))
+                linear.weight = nn.Parameter(torch.empty(weight_of(linear).shape, dtype=torch.float32, device=device))
             layer.reset_lora_parameters(name, config.init_lora_weights)
         self._layers[name] = layers
         return layers
@@ -60,7 +61,7 @@ class Injector:
                 else:
                     self.peft_model.add_adapter(name, config, low_cpu_mem_usage=True)
             except ValueError as error:
-                targets = ", ".join(sorted(config.target_modules))
+                targets = ", ".join(sorted(config.target_modules or ()))
                 raise UsageError(f"PEFT refuses the targets {targets}: {error} Give other targets.") from error
         layers = []
         for path, module in self._base.named_modules():
@@ -73,8 +74,8 @@ class Injector:
                 )
             layers.append(module)
         if not layers:
-            targets = config.target_modules
-            raise UsageError(f"no linear layer of {type(self._base).__name__} matches the targets {targets}")
+            name = type(self._base).__name__
+            raise UsageError(f"no linear layer of {name} matches the targets {config.target_modules}")
         return layers
 
     def _inject_beside(self, twin: str, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
@@ -174,7 +175,7 @@ class ExpertStates:
         return tuple(sorted(self._untrained))
 
     def _is_zero(self, index: int) -> bool:
-        weights = [module.weight for module in self._b[index]]
+        weights = [weight_of(module) for module in self._b[index]]
         return not any(bool(weight.any()) for weight in weights if not weight.is_meta)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModelForCausalLM
@@ -20,7 +20,7 @@ from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
-from .expert_matrices import Watch
+from .expert_matrices import Watch, weight_of
 from .experts import EXPERT_PARAMETER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
 from .frozen_linear import float32_backward
 from .routed_linear import RoutedLinear
@@ -106,7 +106,7 @@ class Mixture(nn.Module):
     @property
     def base(self) -> PreTrainedModel:
         """The base model, with the routed layers inside."""
-        return self.peft_model.get_base_model()
+        return cast(PreTrainedModel, self.peft_model.get_base_model())
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -126,7 +126,7 @@ class Mixture(nn.Module):
 
     @property
     def expert_configs(self) -> list[MoELoraConfig]:
-        return [self.peft_model.peft_config[expert_name(i)] for i in range(self.num_experts)]
+        return [cast(MoELoraConfig, self.peft_model.peft_config[expert_name(i)]) for i in range(self.num_experts)]
 
     @property
     def has_base_weights(self) -> bool:
@@ -143,8 +143,8 @@ class Mixture(nn.Module):
         name, tensors = expert_name(expert), {}
         for path, layer in self.routed_layers():
             if name in layer.lora_A:
-                tensors[f"base_model.model.{path}.lora_A.weight"] = layer.lora_A[name].weight
-                tensors[f"base_model.model.{path}.lora_B.weight"] = layer.lora_B[name].weight
+                tensors[f"base_model.model.{path}.lora_A.weight"] = weight_of(layer.lora_A[name])
+                tensors[f"base_model.model.{path}.lora_B.weight"] = weight_of(layer.lora_B[name])
         return tensors
 
     def fresh_base(self) -> PreTrainedModel:
@@ -170,7 +170,7 @@ class Mixture(nn.Module):
         self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
-        self.peft_model.base_model.set_adapter([*active, expert_name(self.num_experts - 1)])
+        cast(Any, self.peft_model.base_model).set_adapter([*active, expert_name(self.num_experts - 1)])
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable.get(name, True))
         if self.num_experts == 2:
@@ -186,7 +186,7 @@ class Mixture(nn.Module):
         PEFT's `set_adapter`, `load_adapter` and `disable_adapter` freeze experts: call this before building an
         optimizer.
         """
-        self.peft_model.base_model.set_adapter([expert_name(i) for i in range(self.num_experts)])
+        cast(Any, self.peft_model.base_model).set_adapter([expert_name(i) for i in range(self.num_experts)])
         for name, parameter in self.base.named_parameters():
             parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None)
         self.router.gate.weight.requires_grad_(self.num_experts > 1)
@@ -284,7 +284,7 @@ class Mixture(nn.Module):
             self._routing.wrap_checkpointing(decoder_layers(self.base))
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        linear = float32_backward(self.get_input_embeddings().weight)
+        linear = float32_backward(weight_of(self.get_input_embeddings()))
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         record = labels is not None and wanted and self.num_experts > 1
         with self._routing.run(expert, record=record, linear=linear) as state:
@@ -298,7 +298,9 @@ class Mixture(nn.Module):
                 result[name] = value
         return result.to_tuple() if as_tuple else result
 
-    def _losses(self, logits, labels, attention_mask, num_items_in_batch, probs) -> dict[str, torch.Tensor]:
+    def _losses(
+        self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: Any, num_items_in_batch: Any, probs: Any
+    ) -> dict[str, torch.Tensor]:
         """The losses by their names in the output; counts the usage. probs: of each decoder layer, (B, T, N)."""
         # The logit at t predicts the token at t + 1. Shifting the labels spares a copy of the logits.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
@@ -325,7 +327,7 @@ class Mixture(nn.Module):
         """Call the base model's `generate`; every token is routed, or goes to `expert`."""
         check_expert(expert, self.num_experts)
         with torch.no_grad(), self._routing.run(expert):
-            return self.base.generate(*args, **kwargs)
+            return cast(Any, self.base).generate(*args, **kwargs)
 
     @contextmanager
     def expert(self, index: int) -> Iterator[Mixture]:
@@ -377,9 +379,8 @@ class Mixture(nn.Module):
     def is_activation_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    # The names of the three in earlier versions of Transformers.
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    # Earlier names of the three:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:

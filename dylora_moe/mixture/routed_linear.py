@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..constants import expert_name
 from ..errors import UsageError
 from .dispatch import RoutingWeights
-from .expert_matrices import stack_of
+from .expert_matrices import stack_of, weight_of
 from .forward_pass import CurrentPass, ForwardPass, Term
 
 _unsafe_view = torch.ops.aten._unsafe_view.default
@@ -123,7 +123,7 @@ class RoutedLinear(lora.Linear):
         return torch.stack(added).view(result.shape)
 
     def _delta(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        x = self._cast_input_dtype(x, self.lora_A[name].weight.dtype)
+        x = self._cast_input_dtype(x, weight_of(self.lora_A[name]).dtype)
         return self.lora_B[name](self.lora_A[name](self.lora_dropout[name](x))) * self.scaling[name]
 
     # ---- adding an adapter ----

@@ -183,7 +183,7 @@ class Routing:
                 continue
             if getattr(function, "keywords", {}).get("use_reentrant"):
                 raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
-            layer._gradient_checkpointing_func = CheckpointedLayer(self.current, function)
+            layer.__dict__["_gradient_checkpointing_func"] = CheckpointedLayer(self.current, function)
 
 
 class EnterLayer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from accelerate import init_empty_weights
 from peft.tuners.lora import LoraLayer
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..base.structure import decoder_layers
 from ..errors import MAX_LISTED, UsageError
 from .config import MoELoraConfig
+from .expert_matrices import weight_of
 
 ATTENTION_TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
@@ -62,7 +64,7 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     return resolved, outside
 
 
-def _default(base: nn.Module, leaves: set[str]) -> set[str]:
+def _default(base: PreTrainedModel, leaves: set[str]) -> set[str]:
     """The projections of attention where they have their usual names, otherwise all linear layers that PEFT takes."""
     if leaves.issuperset(ATTENTION_TARGETS):
         return set(ATTENTION_TARGETS)
@@ -117,7 +119,7 @@ def linear_layers(base: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def replace_config(config: MoELoraConfig, **changes) -> MoELoraConfig:
+def replace_config(config: MoELoraConfig, **changes: Any) -> MoELoraConfig:
     """A copy of the config with changes, and its mapping to routed layers."""
     for name in ("target_modules", "exclude_modules"):
         if isinstance(getattr(config, name), set):
@@ -130,5 +132,5 @@ def adapter_parameters(config: PreTrainedConfig, r: int) -> int:
     with init_empty_weights(include_buffers=True):
         base = AutoModelForCausalLM.from_config(config)
     linear = linear_layers(base)
-    targets = resolve_targets(base, MoELoraConfig(r=r))[0].target_modules
-    return sum(r * sum(linear[name].weight.shape) for name in _matching(linear, targets))
+    targets = resolve_targets(base, MoELoraConfig(r=r))[0].target_modules or ()
+    return sum(r * sum(weight_of(linear[name]).shape) for name in _matching(linear, targets))
