@@ -62,7 +62,10 @@ class Outcome:
 
 
 def full_disk(monkeypatch, name: str, *, after: int = 0) -> None:
-    """What `open` opens for writing under this name lies on a disk that is full, but for the first `after` times."""
+    """Every file that is opened for writing under this name lies on a full disk, except for the first `after` times.
+
+    `save_file` of safetensors does not call `open`: it raises what it raises on a full disk (safetensors 0.8).
+    """
     if not os.path.exists("/dev/full"):
         pytest.skip("needs /dev/full")
     real, seen = builtins.open, []
@@ -75,6 +78,20 @@ def full_disk(monkeypatch, name: str, *, after: int = 0) -> None:
         return real(path, mode, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "open", opened)
+    from safetensors import SafetensorError
+
+    from dylora_moe.checkpoint import tensors
+
+    save_file = tensors.save_file
+
+    def saved(arrays, path, metadata=None):
+        if os.fsdecode(path).endswith(f"/{name}"):
+            seen.append(path)
+            if len(seen) > after:
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(arrays, path, metadata=metadata)
+
+    monkeypatch.setattr(tensors, "save_file", saved)
 
 
 def run_with_fault(
