@@ -61,8 +61,8 @@ WRITE_WEIGHTS = """
 import sys
 import torch
 from transformers import AutoModelForCausalLM
-from dylora_moe import bases
-source, _ = bases.find_base(sys.argv[2], weights="none")
+from dylora_moe.base.find import find_base
+source, _ = find_base(sys.argv[2], weights="none")
 AutoModelForCausalLM.from_config(source.config, dtype=torch.float32).save_pretrained(sys.argv[1])
 """
 RAW_WRITE = """
