@@ -30,52 +30,71 @@ class TrainSettings:
         UsageError: If settings contradict each other, or one that is needed is missing.
     """
 
-    model: str | None = flag(None, f"hub id, folder, GGUF file or preset ({DEFAULT_MODEL})", "model")
-    weights: str = flag("pretrained", "of the base (pretrained)", choices=("auto", "pretrained", "random"))
-    hf_token: str | None = flag(None, "for gated models and data; default HF_TOKEN or the login")
-    dtype: str | None = flag(None, "of the base: float32, bfloat16, float16 or float64 (default: the config's)")
-    device: str = flag("auto", "auto, cpu, cuda or mps (auto)")
-    experts: int = flag(2, "number of experts (2)", type=number(int, 1, MAX_EXPERTS))
-    lora_r: int = flag(16, "rank of each expert (16)", type=number(int, 1))
-    lora_alpha: float = flag(32, "scales by alpha / r (32)", type=number(float, above=0))
-    lora_dropout: float = flag(0.05, "(0.05)", type=number(float, 0, 0.99))
+    model: str | None = flag(
+        None, f"base model: hub id, folder, GGUF file or preset (default: {DEFAULT_MODEL})", "model"
+    )
+    weights: str = flag(
+        "pretrained", "weights of the base model (default: pretrained)", choices=("auto", "pretrained", "random")
+    )
+    hf_token: str | None = flag(None, "token for gated models and data (default: HF_TOKEN, or the stored login)")
+    dtype: str | None = flag(
+        None, "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)"
+    )
+    device: str = flag("auto", "auto, cpu, cuda or mps (default: auto)")
+    experts: int = flag(2, "number of experts (default: 2)", type=number(int, 1, MAX_EXPERTS))
+    lora_r: int = flag(16, "rank of each expert (default: 16)", type=number(int, 1))
+    lora_alpha: float = flag(32, "each expert is scaled by alpha / r (default: 32)", type=number(float, above=0))
+    lora_dropout: float = flag(0.05, "dropout of the experts' inputs (default: 0.05)", type=number(float, 0, 0.99))
     targets: tuple[str, ...] | None = flag(
-        None, "names of linear layers, or all-linear (default: q/k/v/o_proj)", nargs="+"
+        None, "names of the linear layers that get experts, or all-linear (default: q/k/v/o_proj)", nargs="+"
     )
     top_k: int | None = flag(None, "experts per token once mature (default: min(2, experts))", type=number(int, 1))
-    temperature: float = flag(1.0, "of the router (1.0)", type=number(float, above=0))
-    balance_coefficient: float = flag(0.01, "of the balance loss (0.01)", type=number(float, 0))
+    temperature: float = flag(1.0, "temperature of the router's softmax (default: 1.0)", type=number(float, above=0))
+    balance_coefficient: float = flag(0.01, "weight of the load-balancing loss (default: 0.01)", type=number(float, 0))
 
-    data: tuple[str, ...] = flag((), "repeatable", "data", action="append", metavar="NAME_OR_PATH[=WEIGHT]")
-    block_size: int = flag(512, "tokens per block (512)", type=number(int, 8))
+    data: tuple[str, ...] = flag(
+        (), "file, folder or data set of the Hub; repeatable", "data", action="append", metavar="NAME_OR_PATH[=WEIGHT]"
+    )
+    block_size: int = flag(512, "tokens per block (default: 512)", type=number(int, 8))
 
-    learning_rate: float = flag(1e-3, "(1e-3)", "training", type=number(float, above=0))
-    lr_schedule: str = flag("cosine", "(cosine)", choices=SCHEDULES)
-    warmup: float = flag(0.03, "steps, or a fraction below 1 (0.03)", type=number(float, 0))
-    weight_decay: float = flag(0.0, "(0)", type=number(float, 0))
-    label_smoothing: float = flag(0.0, "(0)", type=number(float, 0, 0.99))
-    batch_size: int = flag(4, "blocks per step and process (4)", type=number(int, 1))
-    grad_accum: int = flag(1, "micro-batches per step (1)", type=number(int, 1))
-    max_steps: int | None = flag(None, "default: --epochs", type=number(int, 1))
-    epochs: float | None = flag(None, "(1)", type=number(float, above=0))
-    gradient_checkpointing: bool = flag(False, "less memory, about a third slower")
-    seed: int = flag(0, "(0)", type=number(int, 0, MAX_SEED))
+    learning_rate: float = flag(1e-3, "peak learning rate (default: 1e-3)", "training", type=number(float, above=0))
+    lr_schedule: str = flag("cosine", "learning-rate schedule (default: cosine)", choices=SCHEDULES)
+    warmup: float = flag(
+        0.03, "warmup steps, or a fraction of all steps if below 1 (default: 0.03)", type=number(float, 0)
+    )
+    weight_decay: float = flag(0.0, "weight decay of AdamW (default: 0)", type=number(float, 0))
+    label_smoothing: float = flag(0.0, "label smoothing in training (default: 0)", type=number(float, 0, 0.99))
+    batch_size: int = flag(4, "blocks per micro-batch and process (default: 4)", type=number(int, 1))
+    grad_accum: int = flag(1, "micro-batches per step (default: 1)", type=number(int, 1))
+    max_steps: int | None = flag(None, "number of steps (default: as many as --epochs takes)", type=number(int, 1))
+    epochs: float | None = flag(None, "passes over the mixed data (default: 1)", type=number(float, above=0))
+    gradient_checkpointing: bool = flag(False, "use less memory; about a third slower")
+    seed: int = flag(0, "seed of everything that is random (default: 0)", type=number(int, 0, MAX_SEED))
     early_stopping: int | None = flag(
-        None, "stop after N evaluations without a better one", type=number(int, 1), metavar="N"
+        None, "stop after N evaluations without improvement", type=number(int, 1), metavar="N"
     )
 
-    output_dir: str = flag("", "the run folder (runs/demo with --demo)", "run", type=path)
-    logging_steps: int = flag(10, "(10)", type=number(int, 1))
-    eval_steps: int = flag(0, "0: at the end only (0)", type=number(int, 0))
-    save_steps: int = flag(100, "0: at the end only (100)", type=number(int, 0))
-    save_total_limit: int | None = flag(None, "keep that many checkpoints, and the best", type=number(int, 1))
-    resume: str | None = flag(
-        None, "from the newest checkpoint, or DIR", type=path, nargs="?", const="auto", metavar="DIR"
+    output_dir: str = flag(
+        "", "run folder, for checkpoints and tokenizer (default with --demo: runs/demo)", "run", type=path
     )
-    resume_weights_only: bool = flag(False, "with fresh optimizer and data order; from step 0 in a new folder")
-    accept_changes: bool = flag(False, "resume although settings differ")
-    report_to: str = flag("none", "(none)", choices=REPORTS)
-    config: str | None = flag(None, "YAML or JSON with any of these settings; flags win", type=path, metavar="FILE")
+    logging_steps: int = flag(10, "steps between log lines (default: 10)", type=number(int, 1))
+    eval_steps: int = flag(0, "steps between evaluations; 0: only at the end (default: 0)", type=number(int, 0))
+    save_steps: int = flag(100, "steps between checkpoints; 0: only at the end (default: 100)", type=number(int, 0))
+    save_total_limit: int | None = flag(
+        None, "number of checkpoints to keep: the newest ones, and the best", type=number(int, 1)
+    )
+    resume: str | None = flag(
+        None, "continue from the newest checkpoint, or from DIR", type=path, nargs="?", const="auto", metavar="DIR"
+    )
+    resume_weights_only: bool = flag(
+        False,
+        "take only the weights of the checkpoint: optimizer and data order start afresh, in a new folder at step 0",
+    )
+    accept_changes: bool = flag(False, "resume although settings or data differ")
+    report_to: str = flag("none", "where to report metrics (default: none)", choices=REPORTS)
+    config: str | None = flag(
+        None, "YAML or JSON file with any of these settings; flags take precedence", type=path, metavar="FILE"
+    )
     demo: bool = flag(False, "train a tiny model on this machine's Python sources, offline")
 
     @property

@@ -58,7 +58,7 @@ class MoETrainer(Trainer):
         if self.is_fsdp_enabled or sharding.is_requested():
             raise UsageError(
                 "Accelerate would shard the experts with the base: leave TrainingArguments(fsdp=...) and "
-                f"{sharding.WANTED} out, and shard the mixture with dylora_moe.sharding.shard before"
+                f"{sharding.WANTED} out, and shard the mixture with dylora_moe.training.sharding.shard before"
             )
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}

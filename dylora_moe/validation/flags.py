@@ -72,22 +72,30 @@ class ScriptSettings:
     """
 
     json: str | None = flag(None, JSON_HELP, metavar="FILE", type=report_file)
-    model: str | None = flag(None, "hub id, folder, GGUF file or preset (google/codegemma-2b)", type=text)
-    experts: int | None = flag(None, "number of experts (2)", type=number(int, 1, MAX_EXPERTS))
-    lora_r: int | None = flag(None, "rank of each expert (16)", type=number(int, 1))
-    lora_alpha: float | None = flag(None, "scales by alpha / r (32)", type=number(float, above=0))
-    hf_token: str | None = flag(None, "for gated models; default HF_TOKEN or the login")
-    weights: str = flag("auto", "", choices=WEIGHTS)  # each script has its own help for this flag
-    device: str = flag("cpu", "cpu, cuda, mps or auto (cpu)", type=text)
-    dtype: str | None = flag(
-        None, "of the base: float32, bfloat16, float16 or float64 (default: the config's)", type=text
+    model: str | None = flag(
+        None, "base model: hub id, folder, GGUF file or preset (default: google/codegemma-2b)", type=text
     )
-    output_dir: str | None = flag(None, "write DIR/checkpoint and keep it", metavar="DIR", type=path)
-    max_size_mb: float = flag(500, "limit of the size (500)", type=number(float, most=1e12, above=0))
-    seed: int = flag(0, "of what is random (0)", type=number(int, 0, MAX_SEED))
+    experts: int | None = flag(None, "number of experts (default: 2)", type=number(int, 1, MAX_EXPERTS))
+    lora_r: int | None = flag(None, "rank of each expert (default: 16)", type=number(int, 1))
+    lora_alpha: float | None = flag(
+        None, "each expert is scaled by alpha / r (default: 32)", type=number(float, above=0)
+    )
+    hf_token: str | None = flag(None, "token for gated models (default: HF_TOKEN, or the stored login)")
+    weights: str = flag("auto", "", choices=WEIGHTS)  # each script has its own help for this flag
+    device: str = flag("cpu", "cpu, cuda, mps or auto (default: cpu)", type=text)
+    dtype: str | None = flag(
+        None,
+        "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)",
+        type=text,
+    )
+    output_dir: str | None = flag(None, "write the checkpoint to DIR/checkpoint and keep it", metavar="DIR", type=path)
+    max_size_mb: float = flag(
+        500, "largest size of the checkpoint in MB (default: 500)", type=number(float, most=1e12, above=0)
+    )
+    seed: int = flag(0, "seed of everything that is random (default: 0)", type=number(int, 0, MAX_SEED))
     keep_checkpoint: bool = flag(False, "do not remove the checkpoint at the end")
     checkpoint: str | None = flag(
-        None, "validate this checkpoint instead of saving one; it is not changed", metavar="DIR", type=path
+        None, "validate this checkpoint, without changing it, instead of saving one", metavar="DIR", type=path
     )
 
     def __post_init__(self) -> None:
@@ -104,7 +112,7 @@ def parse(script: Script, argv: Sequence[str], description: str | None = None) -
         UsageError: If a flag is unknown or wrong, or contradicts another one or the script.
     """
     names = ["json"] if script is QUICK else None
-    weights = "auto: real ones where they can be had, otherwise random" if script.reloads else "auto: none"
+    weights = "auto: the real ones if they are accessible, otherwise random" if script.reloads else "auto: none"
     parser = build_parser(ScriptSettings, names, {"weights": weights}, prog=script.file, description=description)
     settings = ScriptSettings(**given(parser, argv))
     if settings.weights == "none" and script.reloads:
