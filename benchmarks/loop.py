@@ -1,10 +1,11 @@
-"""What the mixture should compute, by the book: a loop over experts in float64, with none of the package's layers.
+"""What the mixture should compute, by the book: loops over tokens and experts in float64, with none of its layers.
 
-    weights = softmax(gate(h / rms(h)) / temperature), or the top-k of them, renormalised
+    s_t = decay s_{t-1} + gate(h_t / rms(h_t))       n_t = decay n_{t-1} + 1       h_t: input embedding; t = 1, 2, ...
+    weights_t = softmax(s_t / (n_t + prior_tokens) / temperature + prior), or the top-k of them, renormalised
     y = W x + sum_i weights_i * (alpha / r) * B_i A_i x
 
 `value_difference` holds each routed layer against it for the input that it saw, in any dtype. `gradient_difference`
-runs a whole float64 twin of the model and compares the gradients of all experts and of the gate.
+runs a whole float64 twin of the model and compares the gradients of all experts and of the router.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import fresh_base, untouched
-from dylora_moe.base.structure import decoder_layers
 
 RMS_EPSILON = 1e-6
 NEAR_TIE = 1e-4  # where the last logit kept and the first left out are closer, rounding decides the choice
@@ -26,14 +26,24 @@ VALUE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
 
-def routing_weights(model: DyLoRAMoE, hidden: torch.Tensor, gate: torch.Tensor, sparse: bool) -> tuple:
-    """hidden (B, T, hidden_size), gate (N, hidden_size), both float64.
+def routing_weights(model: DyLoRAMoE, input_ids: torch.Tensor, router: dict[str, torch.Tensor], sparse: bool) -> tuple:
+    """input_ids (B, T) without padding; router: its parameters by name, in float64.
 
     Returns (weights (B, T, N), bool (B, T): which tokens' top-k is beyond doubt).
     """
     config = model.router.config
+    if model.num_experts == 1:
+        one = torch.ones(*input_ids.shape, 1, dtype=torch.float64, device=input_ids.device)
+        return one, one[..., 0] > 0
+    hidden = model.get_input_embeddings()(input_ids).double()  # (B, T, D)
     x = hidden / (hidden.square().mean(-1, keepdim=True) + RMS_EPSILON).sqrt()
-    logits = x @ gate.T / config.temperature  # (B, T, N)
+    seen = x @ router["gate.weight"].T + router["gate.bias"]  # (B, T, N)
+    sums, count, rows = torch.zeros_like(seen[:, 0]), 0.0, []
+    for t in range(seen.shape[1]):
+        if t > 0:
+            sums, count = config.decay * sums + seen[:, t], config.decay * count + 1
+        rows.append(sums / (count + config.prior_tokens) / config.temperature + router["prior"])
+    logits = torch.stack(rows, 1)  # (B, T, N)
     clear = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     count = config.experts_per_token(logits.shape[-1])
     if sparse and count < logits.shape[-1]:
@@ -50,17 +60,16 @@ def routing_weights(model: DyLoRAMoE, hidden: torch.Tensor, gate: torch.Tensor, 
 def value_difference(model: DyLoRAMoE, input_ids: torch.Tensor, sparse: bool) -> float:
     """The largest |y - loop's y| / max |loop's y| of all routed layers; infinite where a layer was not run."""
     seen = _seen(model, input_ids)
-    owners = _decoder_layer_of(model)
+    router = {name: parameter.double() for name, parameter in model.router.named_parameters()}
+    weights, clear = routing_weights(model, input_ids, router, sparse)
+    if clear.float().mean() < 0.9:
+        return float("inf")  # too little is left to compare
     worst = 0.0
     for name, layer in model.routed_layers():
-        if name not in seen or owners[name] not in seen:
+        if name not in seen:
             return float("inf")
-        (x, y), hidden = seen[name], seen[owners[name]]
-        weights, clear = routing_weights(model, hidden, model.router.gate.weight.double(), sparse)
-        if clear.float().mean() < 0.9:
-            return float("inf")  # too little is left to compare
-        experts = _experts_of(layer)
-        expected = _loop(layer.get_base_layer(), x, experts, weights)
+        x, y = seen[name]
+        expected = _loop(layer.get_base_layer(), x, _experts_of(layer), weights)
         off = ((y - expected).abs().amax(-1) * clear).max() / expected.abs().max()
         worst = max(worst, off.item()) if off == off else float("inf")
     return worst
@@ -81,23 +90,14 @@ def _experts_of(layer) -> list[tuple]:
     return [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
 
 
-def _seen(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, object]:
-    """In float64: (input, output) of each routed layer, and the input of each decoder layer, by name."""
-    seen: dict[str, object] = {}
+def _seen(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, tuple]:
+    """In float64: (input, output) of each routed layer by name."""
+    seen: dict[str, tuple] = {}
 
     def layer_hook(name):
         return lambda module, args, output: seen.update({name: (args[0].double(), output.double())})
 
-    def decoder_hook(name):
-        def hook(module, args, kwargs):
-            seen[name] = (args[0] if args else kwargs["hidden_states"]).double()
-
-        return hook
-
-    names = {module: name for name, module in model.base.named_modules()}
     handles = [layer.register_forward_hook(layer_hook(name)) for name, layer in model.routed_layers()]
-    for layer in decoder_layers(model.base):
-        handles.append(layer.register_forward_pre_hook(decoder_hook(names[layer]), with_kwargs=True))
     try:
         with untouched(model):
             model(input_ids, use_cache=False)
@@ -107,19 +107,13 @@ def _seen(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, object]:
     return seen
 
 
-def _decoder_layer_of(model: DyLoRAMoE) -> dict[str, str]:
-    names = {module: name for name, module in model.base.named_modules()}
-    layers = [names[layer] for layer in decoder_layers(model.base)]
-    return {
-        routed: next(layer for layer in layers if routed.startswith(f"{layer}.")) for routed, _ in model.routed_layers()
-    }
-
-
 # ---- gradients, end to end ----
 
 
 def gradient_difference(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, float]:
-    """|g - loop's g| / |loop's g| of the language-modelling loss, in norm, for "experts" and "gate"; dense, no dropout.
+    """|g - loop's g| / |loop's g| of the language-modelling loss, in norm, for "experts" and "router".
+
+    All experts take part, without dropout.
 
     The model's own gradients are None afterwards.
     """
@@ -132,8 +126,9 @@ def gradient_difference(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, 
     model.train(training)
     wanted = _loop_gradients(model, input_ids)
     if found.keys() != wanted.keys():
-        return {"experts": float("inf"), "gate": float("inf")}
-    parts = {"experts": [name for name in wanted if name != "gate"], "gate": ["gate"] if "gate" in wanted else []}
+        return {"experts": float("inf"), "router": float("inf")}
+    of_router = [name for name in wanted if name in dict(model.router.named_parameters())]
+    parts = {"experts": [name for name in wanted if name not in of_router], "router": of_router}
     return {part: _relative(found, wanted, names) for part, names in parts.items() if names}
 
 
@@ -144,7 +139,7 @@ def _relative(found: dict, wanted: dict, names: list[str]) -> float:
 
 
 def _trained(model: DyLoRAMoE) -> dict[str, torch.nn.Parameter]:
-    tensors = {"gate": model.router.gate.weight} if model.num_experts > 1 else {}
+    tensors = dict(model.router.named_parameters()) if model.num_experts > 1 else {}
     for name, layer in model.routed_layers():
         for index, (a, b, _) in enumerate(_experts_of(layer)):
             tensors |= {f"{name}.{index}.A": a, f"{name}.{index}.B": b}
@@ -154,7 +149,8 @@ def _trained(model: DyLoRAMoE) -> dict[str, torch.nn.Parameter]:
 def _loop_gradients(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     leaves = {name: p.detach().double().requires_grad_() for name, p in _trained(model).items()}
     twin = copy.deepcopy(fresh_base(model.base)).double().requires_grad_(False)
-    with _looping(twin, model, leaves):
+    weights = routing_weights(model, input_ids, leaves, sparse=False)[0]
+    with _looping(twin, model, leaves, weights):
         logits = twin(input_ids, use_cache=False).logits  # (B, T, vocabulary)
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), input_ids[:, 1:].flatten())
         gradients = torch.autograd.grad(loss, list(leaves.values()))
@@ -162,32 +158,20 @@ def _loop_gradients(model: DyLoRAMoE, input_ids: torch.Tensor) -> dict[str, torc
 
 
 @contextmanager
-def _looping(twin, model: DyLoRAMoE, leaves: dict[str, torch.Tensor]) -> Iterator[None]:
+def _looping(twin, model: DyLoRAMoE, leaves: dict[str, torch.Tensor], weights: torch.Tensor) -> Iterator[None]:
     """Hooks that make `twin`, a bare base, compute the mixture whose float64 tensors are `leaves`."""
-    modules, owners = dict(twin.named_modules()), _decoder_layer_of(model)
-    weights: dict[str, torch.Tensor] = {}
-
-    def route(name):
-        def hook(module, args, kwargs):
-            hidden = args[0] if args else kwargs["hidden_states"]
-            weights[name] = (
-                routing_weights(model, hidden, leaves["gate"], sparse=False)[0]
-                if "gate" in leaves
-                else hidden.new_ones(*hidden.shape[:-1], 1)
-            )
-
-        return hook
+    modules = dict(twin.named_modules())
 
     def add(name, scalings):
         def hook(module, args, output):
             for index, scaling in enumerate(scalings):
                 a, b = leaves[f"{name}.{index}.A"], leaves[f"{name}.{index}.B"]
-                output = output + weights[owners[name]][..., index : index + 1] * scaling * (args[0] @ a.T @ b.T)
+                output = output + weights[..., index : index + 1] * scaling * (args[0] @ a.T @ b.T)
             return output
 
         return hook
 
-    handles = [modules[n].register_forward_pre_hook(route(n), with_kwargs=True) for n in sorted(set(owners.values()))]
+    handles = []
     for name, layer in model.routed_layers():
         scalings = [scaling for _, _, scaling in _experts_of(layer)]
         handles.append(modules[name].register_forward_hook(add(name, scalings)))

@@ -87,15 +87,15 @@ def test_loop_sees_a_wrong_gradient(ours):
     ids = models.random_ids(ours.base, 1, 8)
     ours.mark_immature()
     right = loop.gradient_difference(ours, ids)
-    assert max(right.values()) < 1e-4 and set(right) == {"experts", "gate"}
+    assert max(right.values()) < 1e-4 and set(right) == {"experts", "router"}
     handle = ours.router.gate.weight.register_hook(lambda gradient: gradient * 1.1)
     try:
-        assert loop.gradient_difference(ours, ids)["gate"] > 0.05
+        assert loop.gradient_difference(ours, ids)["router"] > 0.05
     finally:
         handle.remove()
     ours.router.gate.weight.requires_grad_(False)
     try:
-        assert loop.gradient_difference(ours, ids)["gate"] == float("inf")
+        assert loop.gradient_difference(ours, ids)["router"] == float("inf")
     finally:
         ours.router.gate.weight.requires_grad_(True)
 

@@ -83,9 +83,11 @@ class RouterConfig:
     """Settings of the router.
 
     Args:
-        temperature: the gate's logits are divided by it before the softmax.
+        temperature: the averaged logits are divided by it before the softmax.
         top_k: number of experts per token when all are mature; None means min(2, number of experts).
         balance_coefficient: weight of the load-balancing loss in the training loss.
+        decay: what a token counts less with each token after it; 1 forgets nothing.
+        prior_tokens: how many tokens the prior counts as.
 
     Raises:
         UsageError: for values out of range.
@@ -94,6 +96,8 @@ class RouterConfig:
     temperature: float = 1.0
     top_k: int | None = None
     balance_coefficient: float = 0.01
+    decay: float = 0.95
+    prior_tokens: float = 2.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature <= 0:
@@ -102,6 +106,10 @@ class RouterConfig:
             raise UsageError(f"router top_k must be a whole number of at least 1, got {self.top_k!r}")
         if not _is_number(self.balance_coefficient) or self.balance_coefficient < 0:
             raise UsageError(f"balance coefficient must be at least 0, got {self.balance_coefficient!r}")
+        if not _is_number(self.decay) or not 0 < self.decay <= 1:
+            raise UsageError(f"router decay must be above 0 and at most 1, got {self.decay!r}")
+        if not _is_number(self.prior_tokens) or self.prior_tokens <= 0:
+            raise UsageError(f"router prior_tokens must be a positive number, got {self.prior_tokens!r}")
 
     def experts_per_token(self, num_experts: int) -> int:
         return min(self.top_k or 2, num_experts)

@@ -55,6 +55,13 @@ class RoutingWeights:
     weights: torch.Tensor
     index: torch.Tensor | None = None
 
+    def to(self, device: torch.device) -> RoutingWeights:
+        """Return the weights on the device of a layer; a base may be spread over several."""
+        if self.weights.device == device:
+            return self
+        index = None if self.index is None else self.index.to(device)
+        return RoutingWeights(self.experts, self.weights.to(device), index)
+
     def dense(self) -> torch.Tensor:
         """(S, N), zero for the experts that a token does not have."""
         if self.index is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -57,45 +57,49 @@ class ForwardPass:
         expert: an expert whose whole update every token gets, as PEFT computes it.
         participants: the experts that are routed over; None if all tokens go to `expert`.
         unchanged: what was derived from the parameters; None in training, where they change.
-        recorded: the routing probabilities (B, T, N) of each decoder layer, if somebody wants them.
+        records: whether somebody wants the routing probabilities.
         linear: a context for the operations of the pass.
-        routing: of the decoder layer that is running: weights of the experts whose sum is added. None outside of one.
-        lasts: False if the pass was begun by a decoder layer, and ends with it.
+        routing: the weights of the experts whose sum every layer adds; None outside of the decoder.
+        probabilities: (B, T, N) over all experts, if `records` and the tokens are routed.
+        sums: (B, T, N + 2), what a cache keeps of the tokens (`routing.RouteCache`), if they are routed.
+        lasts: False if the pass was begun by the decoder, and ends with it.
     """
 
     expert: Expert
     participants: Participants | None = None
     unchanged: Unchanged | None = None
-    recorded: list[torch.Tensor] | None = None
+    records: bool = False
     linear: AbstractContextManager = field(default_factory=nullcontext)
     routing: tuple[RoutingWeights, ...] | None = None
+    probabilities: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
     lasts: bool = True
     terms: list[Term] = field(default_factory=list)
-    _dispatches: list[tuple[RoutingWeights, Layout, bool, Dispatch]] = field(default_factory=list)
+    _dispatches: dict[Hashable, Dispatch] = field(default_factory=dict)
 
-    def enter_layer(self, routing: tuple[RoutingWeights, ...]) -> None:
-        self.routing, self.terms, self._dispatches = routing, [], []
+    def enter(self, routing: tuple[RoutingWeights, ...]) -> None:
+        """Begin the decoder: from here on, every layer adds the experts by these weights."""
+        self.routing, self.terms, self._dispatches = routing, [], {}
 
-    def leave_layer(self) -> None:
-        self.routing, self.terms, self._dispatches = None, [], []
+    def leave(self) -> None:
+        self.routing, self.terms, self._dispatches = None, [], {}
 
-    def dispatch(self, routing: RoutingWeights, layout: Layout, groupable: bool) -> Dispatch:
-        """The dispatch of these experts, made once for all routed layers of the decoder layer that are alike."""
-        for known, of_layout, grouped, dispatch in self._dispatches:
-            if known is routing and of_layout == layout and grouped == groupable:
-                return dispatch
-        dispatch = choose_dispatch(routing, layout, groupable)
-        self._dispatches.append((routing, layout, groupable, dispatch))
-        return dispatch
+    def dispatch(self, routing: RoutingWeights, layout: Layout, groupable: bool, device: torch.device) -> Dispatch:
+        """Return the dispatch of these experts. In evaluation it is made once for all layers that are alike.
+
+        With gradients each layer makes its own: under gradient checkpointing, a layer that is run again must repeat all
+        that its first run did.
+        """
+        if self.unchanged is None:
+            return choose_dispatch(routing.to(device), layout, groupable)
+        key = (routing, layout, groupable, device)
+        if key not in self._dispatches:
+            self._dispatches[key] = choose_dispatch(routing.to(device), layout, groupable)
+        return self._dispatches[key]
 
     def again(self) -> ForwardPass:
-        """The pass as it is now, for a layer that is run again in the backward pass.
-
-        What the first run derived is derived, and saved for backward, again. Probabilities are recorded again for the
-        same reason, but into a list of their own: they count once.
-        """
-        recorded: list[torch.Tensor] | None = None if self.recorded is None else []
-        return replace(self, recorded=recorded, terms=[], _dispatches=[])
+        """Return the pass as it is now, for a layer that is run again in the backward pass."""
+        return replace(self, terms=[], _dispatches={})
 
 
 class CurrentPass:

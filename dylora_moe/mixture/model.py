@@ -74,7 +74,6 @@ class Mixture(nn.Module):
     ):
         super().__init__()
         check_base(base)
-        layers = decoder_layers(base)
         configs = expert_configs(experts, lora)
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
             raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
@@ -90,10 +89,10 @@ class Mixture(nn.Module):
             for config in configs:
                 self._inject(config)
         self.peft_model: PeftModelForCausalLM = self._injector.peft_model
-        hidden_size = self.base.config.get_text_config().hidden_size
         device = next(p.device for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
-        self.router = Router(hidden_size, len(configs), router or RouterConfig(), device=device)
-        self._routing = Routing(self.router, layers, self._watch, self._states)
+        width = weight_of(self.get_input_embeddings()).shape[1]
+        self.router = Router(width, len(configs), router or RouterConfig(), device=device)
+        self._routing = Routing(self.router, self.base, self._watch, self._states)
         self._usage: list[torch.Tensor] | None = None
         self.train_all_experts()
         self.train(base.training)
@@ -174,7 +173,7 @@ class Mixture(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(trainable.get(name, True))
         if self.num_experts == 2:
-            self.router.gate.weight.requires_grad_(True)
+            self.router.requires_grad_(True)
         if self._usage is not None:
             self.reset_usage()
         self.train(self.training)  # the new modules, too
@@ -189,7 +188,7 @@ class Mixture(nn.Module):
         cast(Any, self.peft_model.base_model).set_adapter([expert_name(i) for i in range(self.num_experts)])
         for name, parameter in self.base.named_parameters():
             parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None)
-        self.router.gate.weight.requires_grad_(self.num_experts > 1)
+        self.router.requires_grad_(self.num_experts > 1)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that would not train every expert and the router.
@@ -204,7 +203,7 @@ class Mixture(nn.Module):
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if EXPERT_PARAMETER.search(name) or (name == "router.gate.weight" and self.num_experts > 1)
+            if EXPERT_PARAMETER.search(name) or (name.startswith("router.") and self.num_experts > 1)
         }
 
     @property
@@ -281,7 +280,7 @@ class Mixture(nn.Module):
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         if self.training:
-            self._routing.wrap_checkpointing(decoder_layers(self.base))
+            self._routing.wrap_checkpointing([self.base.get_decoder(), *decoder_layers(self.base)])
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         linear = float32_backward(weight_of(self.get_input_embeddings()))
@@ -291,7 +290,7 @@ class Mixture(nn.Module):
             out = self.base(input_ids, **kwargs)
         losses = {}
         if labels is not None:
-            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.recorded)
+            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.probabilities)
         result = MixtureOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
         for name, value in out.items():
             if name not in _OUTPUT_FIELDS:  # some bases return their state in a field of their own
@@ -301,7 +300,7 @@ class Mixture(nn.Module):
     def _losses(
         self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: Any, num_items_in_batch: Any, probs: Any
     ) -> dict[str, torch.Tensor]:
-        """The losses by their names in the output; counts the usage. probs: of each decoder layer, (B, T, N)."""
+        """The losses by their names in the output; counts the usage. probs: (B, T, N), or None."""
         # The logit at t predicts the token at t + 1. Shifting the labels spares a copy of the logits.
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL).to(logits.device)  # (B, T)
         mask = targets != IGNORED_LABEL
@@ -309,13 +308,13 @@ class Mixture(nn.Module):
         count = torch.as_tensor(count, device=logits.device, dtype=torch.float32).clamp(min=1)
         smoothing = self.label_smoothing if self.training else 0.0  # evaluation is in nats
         lm_loss = summed_cross_entropy(logits, targets, smoothing) / count
-        if not probs:
+        if probs is None:
             return {"loss": lm_loss, "lm_loss": lm_loss}
         if attention_mask is not None and attention_mask.dim() == 2:
             mask = mask & attention_mask[:, -labels.shape[1] :].to(mask)
-        first, total = balance_statistics(torch.stack([p.to(logits.device) for p in probs]), mask)
+        first, total = balance_statistics(probs.to(logits.device), mask)
         if self._usage is not None:
-            seen = [t.detach().sum(1).mean(0) for t in (first, total)]  # (N,) each
+            seen = [t.detach().sum(0) for t in (first, total)]  # (N,) each
             self._usage = [before.to(now.device) + now for before, now in zip(self._usage, seen, strict=True)]
         # With num_items_in_batch, how many tokens other micro-batches leave out is not known.
         balance = balance_loss(first, total, mask.sum().clamp(min=1) if num_items_in_batch is None else count)
@@ -397,4 +396,4 @@ class Mixture(nn.Module):
         """Return the number of parameters of "base", "experts" (all) and "router"."""
         experts = sum(p.numel() for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
         base = sum(p.numel() for p in self.base.parameters()) - experts
-        return {"base": base, "experts": experts, "router": self.router.gate.weight.numel()}
+        return {"base": base, "experts": experts, "router": sum(p.numel() for p in self.router.parameters())}

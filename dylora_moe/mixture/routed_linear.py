@@ -29,7 +29,7 @@ _unsafe_view = torch.ops.aten._unsafe_view.default
 class RoutedLinear(lora.Linear):
     """PEFT's LoRA layer, adding the experts by the weights of the forward pass under way.
 
-    PEFT builds it for every target through `MoELoraConfig`. Outside of a pass it behaves as its parent.
+    PEFT builds it for every target through `MoELoraConfig`. Outside of a mixture it behaves as its parent.
     """
 
     current: CurrentPass | None = None  # set by Routing, and so is:
@@ -46,8 +46,10 @@ class RoutedLinear(lora.Linear):
         """x (..., d_in) of the base's dtype -> (..., d_out) of the same dtype."""
         state = None if self.current is None else self.current.state
         by_peft = self._disable_adapters or self.merged_adapters or kwargs.get("adapter_names") is not None
-        if by_peft or state is None or state.routing is None:
+        if by_peft or self.current is None:
             return super().forward(x, *args, **kwargs)
+        if state is None or state.routing is None:
+            raise UsageError("a layer with experts was called by itself: it is routed only inside the model's forward")
         result = self.base_layer(x, *args, **kwargs)
         if isinstance(state.expert, tuple):
             return self._add_by_row(result, x, state.expert)
@@ -72,7 +74,7 @@ class RoutedLinear(lora.Linear):
             raise UsageError(f"a routed layer was given {given} tokens, the router saw {seen}: not supported")
         if stack.dropout.training:
             rows = stack.dropout(rows)
-        dispatch = state.dispatch(routing, stack.layout, stack.groupable)
+        dispatch = state.dispatch(routing, stack.layout, stack.groupable, rows.device)
         hidden = dispatch.hidden(rows, stack.a(dispatch.arrange))
         found = [
             Term(layer, routing, x, dispatch, part, stack.b(layer))

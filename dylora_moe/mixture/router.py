@@ -1,15 +1,20 @@
-"""One gate for all decoder layers.
+"""The router: which experts a token gets, read from the tokens up to it.
 
-At the input of each decoder layer the gate maps a token's RMS-normalised hidden state to one logit per expert. It sees
-one token at a time, so that routing is causal and generation with a KV cache routes as without one.
+    z_t = rms(h_t)                                        h_t: the input embedding of token t
+    s_t = decay s_{t-1} + gate(z_t)        n_t = decay n_{t-1} + 1
+    logits_t = s_t / (n_t + prior_tokens) / temperature + prior
 
-Shapes: B batch, T tokens, N experts.
+The gate's view of each token is averaged over the tokens so far, recent ones counting more. Padding and the first token
+of a document count nothing, so that the first token is routed by `prior` alone. No token depends on a later one, and no
+logit on the experts: with a KV cache, the sums (s, n) are all that must be kept (`routing.RouteCache`).
+
+Shapes: B batch, T tokens, D width of the input embeddings, N experts.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,47 +23,74 @@ from torch.nn import functional as F
 from .config import RouterConfig
 
 RMS_EPSILON = 1e-6
+CHUNK = 128  # tokens that are summed up at once
+
+
+class Tokens(NamedTuple):
+    """Which tokens of a batch count, and where documents begin. Both (B, T) bool."""
+
+    counted: torch.Tensor
+    begins: torch.Tensor
 
 
 class Router(nn.Module):
-    """`gate`: Linear(hidden_size, N) without bias, in float32. `state_dict()` is what router.safetensors holds."""
+    """One linear gate over input embeddings, in float32. `state_dict()` is what router.safetensors holds.
 
-    def __init__(self, hidden_size: int, num_experts: int, config: RouterConfig, device: torch.device | None = None):
+    Attributes:
+        gate: Linear(D, N); its bias centres the embeddings.
+        prior: (N,), the logits of a token that nothing is known of.
+    """
+
+    def __init__(self, width: int, num_experts: int, config: RouterConfig, device: torch.device | None = None):
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(hidden_size, num_experts, bias=False, dtype=torch.float32, device=device)
+        self.gate = nn.Linear(width, num_experts, dtype=torch.float32, device=device)
+        nn.init.zeros_(self.gate.bias)
+        self.prior = nn.Parameter(torch.zeros(num_experts, dtype=torch.float32, device=device))
 
     @property
     def num_experts(self) -> int:
         return self.gate.out_features
 
     def grow(self) -> None:
-        """Add a row for one more expert. The rows that were there keep their bits."""
-        old = self.gate.weight
-        grown = nn.Linear(old.shape[1], old.shape[0] + 1, bias=False, dtype=old.dtype, device=old.device)
+        """Add one more expert. The parameters of those that were there keep their bits."""
+        old, prior = self.gate, self.prior
+        grown = nn.Linear(old.in_features, old.out_features + 1, dtype=torch.float32, device=old.weight.device)
         with torch.no_grad():
-            grown.weight[:-1] = old
-        grown.weight.requires_grad_(old.requires_grad)
+            grown.bias.zero_()
+            grown.weight[:-1], grown.bias[:-1] = old.weight, old.bias
+        grown.requires_grad_(old.weight.requires_grad)
         self.gate = grown
+        self.prior = nn.Parameter(F.pad(prior.detach(), (0, 1)), requires_grad=prior.requires_grad)
 
-    def logits(self, hidden: torch.Tensor, experts: tuple[int, ...] | None = None) -> torch.Tensor:
-        """hidden (..., hidden_size) of any dtype -> logits (..., N) in float32, divided by the temperature.
+    def sums(
+        self,
+        embeddings: torch.Tensor,
+        tokens: Tokens,
+        experts: tuple[int, ...] | None = None,
+        before: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Return the sums s and n after each token: (B, T, N + 1) in float32, n last.
 
-        The hidden state is normalised to a root mean square of 1, a norm without parameters
-        (https://huggingface.co/papers/1910.07467); since the gate is linear, it is the logits that are divided.
-        With `experts`, only their columns are computed.
+        Args:
+            embeddings: (B, T, D) of any floating-point dtype.
+            experts: the experts whose sums are computed; None for all. Others do not change a bit of them.
+            before: (B, N + 1), the sums after the token before the first one; None if there is none.
         """
-        if torch.is_autocast_enabled(hidden.device.type):
-            with torch.autocast(hidden.device.type, enabled=False):
-                return self.logits(hidden, experts)
-        weight = self.gate.weight if experts is None else self.gate.weight[list(experts)]
-        x = hidden.to(torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
-        # 1 / (rms * temperature) = 1 / sqrt(temperature^2 * (sum of squares / d + epsilon))
-        square = self.config.temperature**2
-        epsilon = _constant(square * RMS_EPSILON, x.device)
-        scale = torch.addcmul(epsilon, norm, norm, value=square / x.shape[-1]).rsqrt()
-        return F.linear(x, weight.to(x.device, torch.float32)) * scale  # (..., N)
+        of_gate = (
+            self._of(p, experts).to(embeddings.device, torch.float32) for p in (self.gate.weight, self.gate.bias)
+        )
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return forgetting_sums(F.linear(normalised(embeddings), *of_gate), tokens, self.config.decay, before)
+
+    def logits(self, sums: torch.Tensor, experts: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Turn sums (B, T, N + 1) of these experts, all by default, into their logits (B, T, N)."""
+        prior = self._of(self.prior, experts).to(sums)
+        weight_of_evidence = (sums[..., -1:] + self.config.prior_tokens) * self.config.temperature
+        return sums[..., :-1] / weight_of_evidence + prior
+
+    def _of(self, parameter: torch.Tensor, experts: tuple[int, ...] | None) -> torch.Tensor:
+        return parameter if experts is None or len(experts) == self.num_experts else parameter[list(experts)]
 
     def top(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Logits (..., N) -> the indices of the top-k experts and their weights, which sum to 1, both (..., k).
@@ -72,15 +104,76 @@ class Router(nn.Module):
         return index, best.softmax(-1)
 
 
-@lru_cache(maxsize=16)
-def _constant(value: float, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(value, device=device)
+def normalised(embeddings: torch.Tensor) -> torch.Tensor:
+    """Scale embeddings (..., D) to a root mean square of 1 (https://huggingface.co/papers/1910.07467), in float32."""
+    x = embeddings.to(torch.float32)
+    return x * (x.square().mean(-1, keepdim=True) + RMS_EPSILON).rsqrt()
+
+
+def forgetting_sums(
+    values: torch.Tensor, tokens: Tokens, decay: float, before: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Sum up values over each document, where a sum shrinks by `decay` with every token that counts.
+
+    Args:
+        values: (B, T, K) in float32.
+        before: (B, K + 1), what was returned for the token before the first one; None if there is none.
+
+    Returns:
+        (B, T, K + 1): the sums of the values and, last, of ones.
+    """
+    values = F.pad(values, (0, 1), value=1.0) * tokens.counted.unsqueeze(-1)
+    age = tokens.counted.cumsum(1)  # (B, T): tokens that have counted, with which sums shrink
+    document = tokens.begins.cumsum(1)  # (B, T)
+    if before is None:
+        before = values.new_zeros(values.shape[0], values.shape[2])
+    last_age, last_document = age.new_zeros(len(age)), document.new_zeros(len(document))
+    found = []
+    for chunk, ages, documents in zip(*(x.split(CHUNK, 1) for x in (values, age, document)), strict=True):
+        # What is left, at the row's token, of the value of the column's token.
+        left = _left(ages.unsqueeze(2) - ages.unsqueeze(1), decay).tril()  # (B, C, C)
+        left = left * (documents.unsqueeze(2) == documents.unsqueeze(1))
+        carried = _left(ages - last_age.unsqueeze(1), decay) * (documents == last_document.unsqueeze(1))  # (B, C)
+        sums = torch.baddbmm(carried.unsqueeze(2) * before.unsqueeze(1), left, chunk)
+        found.append(sums)
+        before, last_age, last_document = sums[:, -1], ages[:, -1], documents[:, -1]
+    return torch.cat(found, 1) if len(found) > 1 else found[0]
+
+
+def _left(tokens: torch.Tensor, decay: float) -> torch.Tensor:
+    return torch.pow(decay, tokens.clamp(min=0).to(torch.float32))
+
+
+def count_tokens(
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    seen: torch.Tensor,
+) -> Tokens:
+    """Tell which tokens of a batch count in the route, and where documents begin.
+
+    A document begins at the first token of a row that is not padding, and where positions begin again at 0.
+
+    Args:
+        shape: (B, T).
+        attention_mask: (B, at least T), of which the last T count; another form masks no token here.
+        position_ids: (B, T) or (1, T); of three dimensions, those of text are the first.
+        seen: (B,) bool, whether there were tokens before.
+    """
+    rows, length = shape
+    attended = seen.new_ones(shape)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        attended = attention_mask[:, -length:].to(seen.device, torch.bool)
+    begins = attended & (attended.cumsum(1) == 1) & ~seen.unsqueeze(1)
+    if position_ids is not None:
+        position_ids = position_ids[0] if position_ids.dim() == 3 else position_ids
+        begins = begins | (attended & (position_ids.to(seen.device).expand(shape) == 0))
+    return Tokens(attended & ~begins, begins)
 
 
 @dataclass
 class Usage:
-    """How tokens were routed: sums over tokens, averaged over decoder layers."""
+    """How tokens were routed: sums over tokens."""
 
     first: torch.Tensor  # (N,) tokens whose first choice was the expert
     total: torch.Tensor  # (N,) sum of the routing probabilities
@@ -99,29 +192,29 @@ def balance_statistics(probs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.T
     """Per sequence: how many tokens have each expert as their first choice, and the sum of their probabilities.
 
     Args:
-        probs: (L, B, T, N) routing probabilities of every decoder layer.
+        probs: (B, T, N) routing probabilities.
         mask: (B, T) bool, the tokens that count.
 
     Returns:
-        first (L, B, N) float32 without gradient, and total (L, B, N) float32.
+        first (B, N) float32 without gradient, and total (B, N) float32.
     """
-    first = F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)  # (L, B, T, N)
-    keep = mask.to(probs.dtype)[None, :, :, None]
-    return (first * keep).sum(2), (probs * keep).sum(2)
+    first = F.one_hot(probs.argmax(-1), probs.shape[-1]).to(probs.dtype)  # (B, T, N)
+    keep = mask.to(probs.dtype).unsqueeze(-1)
+    return (first * keep).sum(1), (probs * keep).sum(1)
 
 
 def balance_loss(first: torch.Tensor, total: torch.Tensor, num_tokens: torch.Tensor | int | float) -> torch.Tensor:
     """The load-balancing loss N * sum_i f_i P_i of the Switch Transformer (https://huggingface.co/papers/2101.03961,
-    eq. 4), averaged over layers; 1 where the load is even.
+    eq. 4); 1 where the load is even.
 
     f_i is the fraction of a sequence's tokens whose first choice is expert i, P_i the mean probability of expert i over
     them. The loss is computed for each sequence and averaged over the tokens of all: a sum over sequences, unlike one
     over a micro-batch, gives the same gradients however a batch is cut for accumulation or over processes.
 
     Args:
-        first, total: (L, B, N) of `balance_statistics`.
+        first, total: (B, N) of `balance_statistics`.
         num_tokens: the tokens of the whole batch, all micro-batches and processes.
     """
-    tokens = first.sum(-1, keepdim=True).clamp(min=1)  # (L, B, 1)
-    per_sequence = first.shape[-1] * (first / tokens * total).sum(-1)  # (L, B): n_seq * N * sum_i f_i P_i
-    return per_sequence.sum(1).mean(0) / num_tokens
+    tokens = first.sum(-1, keepdim=True).clamp(min=1)  # (B, 1)
+    per_sequence = first.shape[-1] * (first / tokens * total).sum(-1)  # (B,): n_seq * N * sum_i f_i P_i
+    return per_sequence.sum() / num_tokens

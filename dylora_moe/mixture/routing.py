@@ -1,7 +1,8 @@
 """The link between the router and the routed layers during a forward pass.
 
-A pre-forward hook on every decoder layer computes the routing weights from the layer's input and puts them into the
-state of the pass, where the layer's routed layers read them; a forward hook removes them.
+A pre-forward hook on the decoder computes the routing weights from its input embeddings and puts them into the state of
+the pass, where every routed layer reads them; a forward hook removes them and keeps, beside a KV cache, what the router
+needs to go on.
 
 Gradient checkpointing runs a decoder layer again during the backward pass. It then finds the state of its own first run
 (`CheckpointedLayer`), also if other passes have run since.
@@ -11,51 +12,66 @@ Shapes: B batch, T tokens, N experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from ..base.structure import decoder_layers
 from ..errors import UsageError
 from .dispatch import RoutingWeights
 from .expert_matrices import Watch
 from .experts import ExpertStates
 from .forward_pass import CurrentPass, Expert, ForwardPass, Participants
 from .routed_linear import RoutedLinear
-from .router import Router
+from .router import Router, count_tokens
 
 # Linear layers of one module that read the same input.
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+CACHES = ("past_key_values", "cache_params")  # names of the argument, and of the output, that holds the cache
+
+
+class RouteCache(DynamicLayer):
+    """One more layer of a KV cache: the router's sums after each token, so that beams and crops apply to them as well.
+
+    keys: (B, 1, T, N + 2) in float32: the sums s of the trained and then the new experts, n, and 1 if there was a token
+    that is not padding.
+    """
+
+    def add(self, sums: torch.Tensor) -> None:
+        """Add the sums (B, T, N + 2) of the next tokens."""
+        self.update(sums.unsqueeze(1), sums.new_empty(len(sums), 1, sums.shape[1], 0))
+
+    def last(self) -> torch.Tensor | None:
+        """Return the sums (B, N + 2) after the last token; None if there is none."""
+        return self.keys[:, 0, -1] if self.get_seq_length() and self.keys is not None else None
 
 
 class Routing:
-    """Begins forward passes, and computes the routing weights of every decoder layer.
+    """Begins forward passes, and computes the routing weights of each.
 
     Args:
-        router: the gate.
-        layers: the decoder layers.
+        router: the router.
+        base: the base model, with routed layers.
         watch: tells whether parameters have changed.
         states: tell which experts take part in a pass.
     """
 
-    def __init__(
-        self,
-        router: Router,
-        layers: nn.ModuleList,
-        watch: Watch,
-        states: ExpertStates,
-    ):
+    def __init__(self, router: Router, base: PreTrainedModel, watch: Watch, states: ExpertStates):
         self.router = router
         self.watch = watch
         self.states = states
         self.current = CurrentPass()
         self.forced: Expert = None
-        for layer in layers:
-            layer.register_forward_pre_hook(EnterLayer(self), with_kwargs=True)
-            layer.register_forward_hook(LeaveLayer(self), always_call=True)
-        self.attach(layers)
+        decoder = base.get_decoder()
+        decoder.register_forward_pre_hook(EnterDecoder(self), with_kwargs=True)
+        decoder.register_forward_hook(LeaveDecoder(self), always_call=True)
+        self.attach(decoder_layers(base))
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Connect the routed layers; again after an expert has brought new ones."""
@@ -83,7 +99,7 @@ class Routing:
 
         Args:
             expert: an expert that every token goes to, instead of the one of `force`.
-            record: whether to record the probabilities of every decoder layer, if the tokens are routed.
+            record: whether to record the probabilities, if the tokens are routed.
             linear: a context for the operations of the pass.
         """
         with self.current.turn():
@@ -98,7 +114,7 @@ class Routing:
         if expert is not None:
             return ForwardPass(expert)
         participants = self.states.participants(unchanged, self.router.training)
-        return ForwardPass(participants.only, participants, unchanged, [] if record else None)
+        return ForwardPass(participants.only, participants, unchanged, record)
 
     @contextmanager
     def force(self, expert: Expert) -> Iterator[None]:
@@ -114,25 +130,66 @@ class Routing:
             with self.current.turn():
                 self.forced = before
 
-    def enter_layer(self, hidden: torch.Tensor) -> None:
-        """Compute the weights of a decoder layer whose input is `hidden` (B, T, hidden_size)."""
+    def enter(self, decoder: nn.Module, arguments: Mapping[str, Any]) -> None:
+        """Compute the routing weights for the arguments of the decoder, by name."""
         state = self.current.state
-        if state is None:  # the base, or one of its decoder layers, was called by itself
+        if state is None:  # the base or its decoder was called by itself
             state = self.current.state = self._begin()
             state.lasts = False
-        state.enter_layer(() if state.participants is None else self._weights(state, state.participants, hidden))
+        state.sums = None
+        participants = state.participants
+        if participants is None or self.router.num_experts == 1:
+            state.enter(())
+            return
+        state.sums, sums = self._sums(decoder, arguments, participants)
+        state.enter(self._weights(state, participants, sums))
 
-    def leave_layer(self) -> None:
+    def leave(self, output: Any) -> None:
+        """End the decoder, and keep the sums of its tokens in the cache that it returns, if it does.
+
+        Args:
+            output: what the decoder has returned; None if it has failed.
+        """
         state = self.current.state
-        if state is not None:
-            state.leave_layer()
-            if not state.lasts:
-                self.current.state = None
+        if state is None:
+            return
+        state.leave()
+        if not state.lasts:
+            self.current.state = None
+        cache = None if state.sums is None or output is None else _find_cache(output)
+        if cache is not None and state.sums is not None:
+            layer = _route_in(cache)
+            if layer is None:
+                cache.layers.append(layer := RouteCache())
+            layer.add(state.sums)
 
     # ---- weights ----
 
+    def _sums(
+        self, decoder: nn.Module, arguments: Mapping[str, Any], participants: Participants
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Return what a cache keeps of each token, and the router's sums of the trained and of the new experts."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is None:
+            embeddings = decoder.get_input_embeddings()(arguments["input_ids"])  # (B, T, D)
+        groups = [group for group in (participants.trained, participants.new) if group]
+        before = _before(arguments, sum(map(len, groups)))
+        if before is None:
+            before = embeddings.new_zeros(len(embeddings), sum(map(len, groups)) + 2, dtype=torch.float32)
+        seen = before[:, -1].bool()
+        shape = (embeddings.shape[0], embeddings.shape[1])
+        tokens = count_tokens(shape, arguments.get("attention_mask"), arguments.get("position_ids"), seen)
+        found, start = [], 0
+        for group in groups:
+            past = torch.cat([before[:, start : start + len(group)], before[:, -2:-1]], 1)  # (B, N of it + 1)
+            found.append(self.router.sums(embeddings, tokens, group, past))
+            start += len(group)
+        seen = seen.unsqueeze(1) | ((tokens.counted | tokens.begins).cumsum(1) > 0)  # (B, T)
+        kept = [*(sums[..., :-1] for sums in found), found[0][..., -1:], seen.unsqueeze(-1)]
+        return torch.cat([part.detach().to(torch.float32) for part in kept], -1), found
+
     def _weights(
-        self, state: ForwardPass, participants: Participants, hidden: torch.Tensor
+        self, state: ForwardPass, participants: Participants, sums: list[torch.Tensor]
     ) -> tuple[RoutingWeights, ...]:
         """The weights of the trained experts, and in training those of the new ones.
 
@@ -140,28 +197,26 @@ class Routing:
         new ones beside it.
         """
         trained, new = participants.trained, participants.new
-        trains, recorded = torch.is_grad_enabled(), state.recorded
-        if self.router.num_experts == 1 or (len(trained) <= 1 and not trains and recorded is None):
+        trains, records = torch.is_grad_enabled(), state.records
+        if len(trained) <= 1 and not trains and not records:
             return ()
+        logits = self.router.logits(sums[0], trained or new)  # (B, T, N trained)
         if not trained or not new:
-            logits = self.router.logits(hidden)  # (B, T, N)
-            routing = self._softmax(trained or new, logits, participants.sparse)
-            if recorded is not None:
-                recorded.append(logits.softmax(-1) if routing.index is not None else routing.weights.view_as(logits))
-            return (routing,)
-        logits = self.router.logits(hidden, trained)  # (B, T, N trained)
+            if records:
+                state.probabilities = logits.softmax(-1)
+            return (self._softmax(trained or new, logits, participants.sparse),)
         weights: tuple[RoutingWeights, ...] = ()
         if participants.only is None:
             weights = (self._softmax(trained, logits, participants.sparse),)
-        if not trains and recorded is None:  # what the new ones add is zero
+        if not trains and not records:  # what the new ones add is zero
             return weights
-        of_new = self.router.logits(hidden, new)  # (B, T, N new)
+        of_new = self.router.logits(sums[1], new)  # (B, T, N new)
         if trains:
             own = torch.sigmoid(of_new - logits.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
             weights += (RoutingWeights(new, own.flatten(0, -2)),)
-        if recorded is not None:
+        if records:
             order = torch.tensor(trained + new, device=of_new.device).argsort()
-            recorded.append(torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order))
+            state.probabilities = torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order)
         return weights
 
     def _softmax(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> RoutingWeights:
@@ -175,43 +230,83 @@ class Routing:
 
     # ---- gradient checkpointing ----
 
-    def wrap_checkpointing(self, layers: nn.ModuleList) -> None:
+    def wrap_checkpointing(self, modules: Iterable[nn.Module]) -> None:
         """Make gradient checkpointing, where it is on, run each layer again with the state of its first run."""
-        for layer in layers:
-            function = layer.__dict__.get("_gradient_checkpointing_func")
+        for module in modules:
+            function = module.__dict__.get("_gradient_checkpointing_func")
             if function is None or isinstance(function, CheckpointedLayer):
                 continue
             if getattr(function, "keywords", {}).get("use_reentrant"):
                 raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
-            layer.__dict__["_gradient_checkpointing_func"] = CheckpointedLayer(self.current, function)
+            module.__dict__["_gradient_checkpointing_func"] = CheckpointedLayer(self.current, function)
 
 
-class EnterLayer:
-    """The pre-forward hook of one decoder layer. A class, so that a model can be copied and pickled."""
+def _before(arguments: Mapping[str, Any], num_experts: int) -> torch.Tensor | None:
+    """Return the router's sums (B, N + 2) in the cache that the decoder is given; None if there is no token in it.
+
+    Raises:
+        UsageError: if the cache cannot hold them, or was filled without the router or with other experts.
+    """
+    cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+    if cache is None:
+        return None
+    cache = getattr(cache, "self_attention_cache", cache)
+    if not isinstance(cache, Cache) or any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        raise UsageError(
+            f"the router keeps its state in a dynamic cache of Transformers, found {type(cache).__name__}; leave "
+            "cache_implementation and past_key_values out, or pass use_cache=False"
+        )
+    route = _route_in(cache)
+    last = None if route is None else route.last()
+    if last is None and not _length(cache):
+        return None
+    if last is None or last.shape[1] != num_experts + 2:
+        raise UsageError(
+            "the cache was filled without these experts' router (by the base model, with one expert for all tokens, or "
+            "before an expert was added): go on the same way, or start with a new cache"
+        )
+    return last
+
+
+def _length(cache: Cache) -> int:
+    return max((getattr(layer, "get_seq_length", int)() for layer in cache.layers), default=0)
+
+
+def _route_in(cache: Cache) -> RouteCache | None:
+    return next((layer for layer in reversed(cache.layers) if isinstance(layer, RouteCache)), None)
+
+
+def _find_cache(output: Any) -> Cache | None:
+    """Return the cache among what a decoder has returned."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+    found = next((value for value in values if isinstance(value, (Cache, EncoderDecoderCache))), None)
+    return getattr(found, "self_attention_cache", found)
+
+
+class EnterDecoder:
+    """The pre-forward hook of the decoder. A class, so that a model can be copied and pickled."""
 
     def __init__(self, routing: Routing):
         self.routing = routing
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self.routing.enter_layer(args[0] if args else kwargs["hidden_states"])
+        if args:
+            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        self.routing.enter(module, kwargs)
 
 
-class LeaveLayer:
-    """The forward hook of one decoder layer."""
+class LeaveDecoder:
+    """The forward hook of the decoder."""
 
     def __init__(self, routing: Routing):
         self.routing = routing
 
-    def __call__(self, module: nn.Module, args: tuple, result: object) -> None:
-        self.routing.leave_layer()
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
+        self.routing.leave(output)
 
 
 class CheckpointedLayer:
-    """Stands in for a decoder layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass.
-
-    Whether the layer's hooks run again in the backward pass depends on the version of Transformers: if they do not, the
-    weights are those that the state has now; if they do, they compute the same weights again.
-    """
+    """Stands in for a decoder layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass."""
 
     def __init__(self, current: CurrentPass, checkpoint: Callable):
         self.current = current

@@ -7,7 +7,15 @@ import pickle
 import pytest
 import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.base.preserve import seeded
@@ -64,9 +72,116 @@ def test_a_left_padded_batch_generates_what_each_prompt_does_alone(kind, mature)
         assert torch.equal(row[7:], model.generate(prompt, **options)[0, prompt.shape[1] :])
 
 
-def test_routing_is_causal():
+def route(model, *args, **kwargs):
+    """The routing probabilities (B, T, N) of a forward pass."""
+    with model._routing.run(record=True) as state:
+        model.base(*args, **kwargs)
+    return state.probabilities
+
+
+@torch.no_grad()
+def test_one_pass_is_token_by_token_is_chunked():
+    model, ids = tiny_mixture(), random_ids(2, 23)
+    whole, logits = route(model, ids), model(ids).logits
+    for sizes in ([1] * 23, [1, 7, 1, 14], [22, 1]):
+        cache, routes, found = DynamicCache(config=model.config), [], []
+        for part in ids.split(sizes, 1):
+            routes.append(route(model, part, past_key_values=copy.deepcopy(cache), use_cache=True))
+            found.append(model(part, past_key_values=cache, use_cache=True).logits)
+        assert torch.allclose(torch.cat(routes, 1), whole, atol=1e-6), sizes
+        assert torch.allclose(torch.cat(found, 1), logits, atol=1e-5), sizes
+    assert (whole[:, -1] - whole[:, 0]).abs().max() > 0.01  # the route follows the tokens
+
+
+@torch.no_grad()
+def test_a_later_token_changes_no_earlier_weight():
     model, ids = tiny_mixture(), random_ids(1, 8)
-    assert torch.allclose(model(ids).logits[:, :5], model(ids[:, :5]).logits, atol=1e-6)
+    other = torch.cat([ids[:, :5], random_ids(1, 3, seed=5)], 1)
+    assert torch.equal(route(model, ids)[:, :5], route(model, other)[:, :5])
+    assert not torch.equal(route(model, ids)[:, 5:], route(model, other)[:, 5:])
+    assert torch.allclose(route(model, ids)[0, 0], model.router.prior.softmax(-1))
+
+
+@torch.no_grad()
+def test_each_document_of_a_block_is_routed_as_if_alone():
+    model, one, two = tiny_mixture(), random_ids(1, 6), random_ids(1, 9, seed=3)
+    positions = torch.cat([torch.arange(6), torch.arange(9)])[None]
+    both = route(model, torch.cat([one, two], 1), position_ids=positions, use_cache=False)
+    assert torch.allclose(both, torch.cat([route(model, one), route(model, two)], 1), atol=1e-6)
+
+
+@torch.no_grad()
+def test_embeddings_are_routed_as_their_tokens():
+    model, ids = tiny_mixture(), random_ids(2, 6)
+    assert torch.equal(route(model, ids), route(model, inputs_embeds=model.get_input_embeddings()(ids)))
+
+
+GENERATE = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"cache_implementation": "offloaded"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_ways_to_generate_are_the_same_without_a_cache(options):
+    if "offloaded" in options.values() and not torch.cuda.is_available():
+        pytest.skip("an offloaded cache needs a GPU")
+    model, ids = tiny_mixture(), random_ids(1, 7)
+    ids = torch.cat([ids, ids], 1)  # something to look up
+    found = []
+    for cached in (True, False):
+        with seeded(3):
+            plain = {} if cached else {"use_cache": False}
+            extra = {} if not cached and "prompt_lookup_num_tokens" in options else options
+            found.append(model.generate(ids, **GENERATE, **extra, **plain))
+    assert torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_cropped_cache_goes_on_where_it_was_cut():
+    model, ids = tiny_mixture(), random_ids(1, 12)
+    cache = model(ids, use_cache=True).past_key_values
+    cache.crop(-5)
+    again = model(ids[:, 7:], past_key_values=cache, use_cache=True).logits
+    assert torch.allclose(again, model(ids).logits[:, 7:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sliding_window_and_a_state_space_base_generate_as_without_a_cache():
+    sliding = Gemma3TextConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"],
+    )  # fmt: skip
+    mamba = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=4)
+    for base, targets in ((Gemma3ForCausalLM, None), (MambaForCausalLM, ["in_proj"])):
+        with seeded(0):
+            config = sliding if base is Gemma3ForCausalLM else mamba
+            lora = MoELoraConfig(r=4, lora_dropout=0.0, target_modules=targets)
+            model = randomise(DyLoRAMoE(base(config), 3, lora=lora).eval())
+        ids = random_ids(1, 9)
+        options = GENERATE | {"do_sample": False}
+        cached = model.generate(ids, **options)
+        assert torch.equal(cached, model.generate(ids, use_cache=False, **options)), base
+        assert not torch.equal(cached, model.generate(ids, expert=1, **options)), base
+
+
+@torch.no_grad()
+def test_caches_that_cannot_hold_the_route_are_refused_by_name():
+    model, ids = tiny_mixture(), random_ids(1, 5)
+    with pytest.raises(UsageError, match="found StaticCache"):
+        model.generate(ids, cache_implementation="static", **GENERATE)
+    with pytest.raises(UsageError, match="filled without these experts"):
+        model(ids, past_key_values=model(ids, expert=1, use_cache=True).past_key_values)
+    cache = model(ids, use_cache=True).past_key_values
+    model.add_expert()
+    with pytest.raises(UsageError, match="before an expert was added"):
+        model(ids, past_key_values=cache)
 
 
 # ---- gradient checkpointing ----

@@ -70,6 +70,6 @@ def tiny_mixture(kind: str = "llama", experts: int | list[MoELoraConfig] = 3, se
 def randomise(model: DyLoRAMoE, seed: int = 1, spread: float = 0.3) -> DyLoRAMoE:
     """Fill every expert and the router with normal noise: a B of zeros would hide what is wrong."""
     with seeded(seed), torch.no_grad():
-        for parameter in (*model.trained_parameters().values(), model.router.gate.weight):
+        for parameter in (*model.trained_parameters().values(), *model.router.parameters()):
             parameter.normal_(std=spread)
     return model
