@@ -160,10 +160,9 @@ def count_tokens(
         position_ids: (B, T) or (1, T); of three dimensions, those of text are the first.
         seen: (B,) bool, whether there were tokens before.
     """
-    rows, length = shape
     attended = seen.new_ones(shape)
     if attention_mask is not None and attention_mask.dim() == 2:
-        attended = attention_mask[:, -length:].to(seen.device, torch.bool)
+        attended = attention_mask[:, -shape[1] :].to(seen.device, torch.bool)
     begins = attended & (attended.cumsum(1) == 1) & ~seen.unsqueeze(1)
     if position_ids is not None:
         position_ids = position_ids[0] if position_ids.dim() == 3 else position_ids

@@ -306,7 +306,7 @@ class LeaveDecoder:
 
 
 class CheckpointedLayer:
-    """Stands in for a decoder layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass."""
+    """Stands in for a layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass."""
 
     def __init__(self, current: CurrentPass, checkpoint: Callable):
         self.current = current

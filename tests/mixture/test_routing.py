@@ -125,13 +125,10 @@ GENERATE = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
         {"num_beams": 3, "num_return_sequences": 2},
         {"prompt_lookup_num_tokens": 3},
         {"do_sample": True, "num_return_sequences": 3},
-        {"cache_implementation": "offloaded"},
     ],
     ids=lambda options: next(iter(options)),
 )
 def test_ways_to_generate_are_the_same_without_a_cache(options):
-    if "offloaded" in options.values() and not torch.cuda.is_available():
-        pytest.skip("an offloaded cache needs a GPU")
     model, ids = tiny_mixture(), random_ids(1, 7)
     ids = torch.cat([ids, ids], 1)  # something to look up
     found = []
