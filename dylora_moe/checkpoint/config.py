@@ -58,10 +58,12 @@ class ExpertEntry:
 class RouterEntry:
     """The router's size and settings."""
 
-    hidden_size: int
+    width: int  # of the input embeddings
     temperature: float
     top_k: int | None
     balance_coefficient: float
+    decay: float
+    prior_tokens: float
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ ADAPTERS = "peft_adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TENSOR_FILES = (ADAPTER_WEIGHTS, ROUTER, SKILLS, PROBE)
-GATE = "gate.weight"
+GATE, GATE_BIAS, PRIOR = "gate.weight", "gate.bias", "prior"  # the tensors of the router
 
 OPTIMIZER = "optimizer.pt"
 SCHEDULER = "scheduler.pt"

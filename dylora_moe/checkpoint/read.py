@@ -32,7 +32,7 @@ from . import formats
 from .config import CheckpointConfig, RouterEntry
 from .probe import read_probe, saved_on
 from .safetensors_file import read_json
-from .tensors import expert_tensors, gate_tensors
+from .tensors import expert_tensors, router_tensors
 from .verify import SoundCheckpoint, open_checkpoint
 from .write import describe_mixture
 
@@ -151,7 +151,9 @@ def _build(checkpoint: SoundCheckpoint, base: PreTrainedModel, kind: type[M], la
 
 
 def _router_config(router: RouterEntry) -> RouterConfig:
-    return RouterConfig(router.temperature, router.top_k, router.balance_coefficient)
+    return RouterConfig(
+        router.temperature, router.top_k, router.balance_coefficient, router.decay, router.prior_tokens
+    )
 
 
 def _adapter_config(checkpoint: SoundCheckpoint, index: int) -> MoELoraConfig:
@@ -194,7 +196,7 @@ def _check_same_mixture(checkpoint: SoundCheckpoint, model: Mixture) -> None:
 def _read_tensors(checkpoint: SoundCheckpoint, model: Mixture) -> list[tuple[str, Tensors, Tensors]]:
     """Return (file, its tensors, the model's) of each expert and of the router. The files are mapped, not copied."""
     parts = [(checkpoint.adapter(index), mine) for index, mine in enumerate(expert_tensors(model))]
-    parts.append((formats.ROUTER, gate_tensors(model)))
+    parts.append((formats.ROUTER, router_tensors(model)))
     return [(name, _read_file(checkpoint, name), mine) for name, mine in parts]
 
 

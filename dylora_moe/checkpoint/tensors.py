@@ -19,7 +19,6 @@ from ..constants import expert_name
 from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..store.files import explained
-from . import formats
 from .safetensors_file import Scan, scan_file
 
 PLAIN_METADATA = {"format": "pt"}  # what PEFT and Transformers write
@@ -37,9 +36,9 @@ def expert_tensors(model: Mixture) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def gate_tensors(model: Mixture) -> dict[str, torch.Tensor]:
+def router_tensors(model: Mixture) -> dict[str, torch.Tensor]:
     """Return the router's tensors by their names in the file."""
-    return {formats.GATE: model.router.gate.weight}
+    return dict(model.router.named_parameters())
 
 
 def dtype_name(model: Mixture) -> str:
@@ -54,7 +53,7 @@ def input_embeddings(model: Mixture) -> torch.nn.Embedding:
 
 def tensor_digests(model: Mixture) -> list[str]:
     """Return the SHA-256 of the file that each expert, and then the router, is written to."""
-    parts = [*expert_tensors(model), gate_tensors(model)]
+    parts = [*expert_tensors(model), router_tensors(model)]
     return [hashlib.sha256(save(_as_arrays(part), metadata=PLAIN_METADATA)).hexdigest() for part in parts]
 
 

@@ -34,10 +34,6 @@ def check_config(contents: Contents) -> CheckpointConfig | None:
         return None
     for index, expert in enumerate(experts):
         right &= _check_expert_entry(contents, index, expert)
-    hidden, width = found["base_model"]["architecture"]["hidden_size"], found["router"]["hidden_size"]
-    if hidden is not None and hidden != width:
-        contents.expect(name, "router.hidden_size", hidden, width)
-        right = False
     return CheckpointConfig.from_json(found) if right else None
 
 
@@ -98,10 +94,12 @@ _CONFIG_RULES: Rules = (
     ("base_model.architecture.intermediate_size", "positive whole numbers or null", _sizes),
     ("base_model.architecture.vocab_size", "a positive whole number or null", nothing_or(_size)),
     ("base_model.architecture.fingerprint", "a SHA-256", _sha256),
-    ("router.hidden_size", "a positive whole number", _size),
+    ("router.width", "a positive whole number", _size),
     ("router.temperature", "a positive number", lambda v: number(v) and v > 0),
     ("router.top_k", "null or a positive whole number", nothing_or(_size)),
     ("router.balance_coefficient", "a number of at least 0", lambda v: number(v) and v >= 0),
+    ("router.decay", "a number above 0 and at most 1", lambda v: number(v) and 0 < v <= 1),
+    ("router.prior_tokens", "a positive number", lambda v: number(v) and v > 0),
 )
 _EXPERT_RULES: Rules = (
     ("r", "a positive whole number", _size),

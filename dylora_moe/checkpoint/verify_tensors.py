@@ -196,16 +196,16 @@ def _check_finite(contents: Contents, name: str, scan: Scan) -> None:
 
 
 def check_router(contents: Contents, config: CheckpointConfig) -> None:
-    """Check the router's gate."""
+    """Check the router's tensors."""
     scan = contents.scan(formats.ROUTER)
     if scan is None:
         return
-    n, hidden = config.num_experts, config.router.hidden_size
-    _check_tensors(contents, formats.ROUTER, scan.tensors, {formats.GATE: ("F32", (n, hidden))}, f"for {n} experts")
+    n, width = config.num_experts, config.router.width
+    expected = {formats.GATE: ("F32", (n, width)), formats.GATE_BIAS: ("F32", (n,)), formats.PRIOR: ("F32", (n,))}
+    _check_tensors(contents, formats.ROUTER, scan.tensors, expected, f"for {n} experts")
     _check_finite(contents, formats.ROUTER, scan)
-    for tensor, extremes in scan.extremes.items():
-        if not extremes.nonzero:
-            contents.expect(formats.ROUTER, f"tensor {tensor}", "values", "zeros only: it would not route")
+    if formats.GATE in scan.extremes and not scan.extremes[formats.GATE].nonzero:
+        contents.expect(formats.ROUTER, f"tensor {formats.GATE}", "values", "zeros only: it would not route")
 
 
 def check_skills(contents: Contents) -> None:

@@ -26,7 +26,7 @@ from . import formats
 from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
 from .safetensors_file import Scan
-from .tensors import dtype_name, expert_tensors, gate_tensors, native_errors, write_tensors
+from .tensors import dtype_name, expert_tensors, router_tensors, native_errors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
 
@@ -80,7 +80,7 @@ def write_files(
 
     adapters = parallel(write, range(len(experts)))
     scans = {f"{where}/{formats.ADAPTER_WEIGHTS}": scan for where, scan in zip(folders, adapters, strict=True)}
-    scans[formats.ROUTER] = write_tensors(folder / formats.ROUTER, gate_tensors(model))
+    scans[formats.ROUTER] = write_tensors(folder / formats.ROUTER, router_tensors(model))
     probe = make_probe(model, [scan.digest[1] for scan in scans.values()], outputs)
     skills.save(folder / formats.SKILLS)
     if probe is not None:
@@ -150,10 +150,12 @@ def describe_mixture(model: Mixture, *, step: int = 0, has_probe: bool = False) 
         ),
         experts=[_describe_expert(*each) for each in parts],
         router=RouterEntry(
-            hidden_size=model.router.gate.in_features,
+            width=model.router.gate.in_features,
             temperature=router.temperature,
             top_k=router.top_k,
             balance_coefficient=router.balance_coefficient,
+            decay=router.decay,
+            prior_tokens=router.prior_tokens,
         ),
         step=step,
         probe=has_probe,

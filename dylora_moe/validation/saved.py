@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import formats
-from ..checkpoint.tensors import expert_tensors, gate_tensors, tensor_digests
+from ..checkpoint.tensors import expert_tensors, router_tensors, tensor_digests
 from ..checkpoint.verify import inspect_checkpoint, require_sound
 from ..constants import MIB, expert_name
 from ..mixture.model import Mixture
@@ -32,7 +32,7 @@ NOISE = 0.05  # the largest value of a B that stands for a trained one: large en
 
 
 def fill_experts(model: Mixture, seed: int) -> None:
-    """Fill every B and the gate with seeded values, as if trained: a tensor of zeros could be lost without a trace."""
+    """Fill every B and the router with seeded values, as if trained: a tensor of zeros could be lost without a trace."""
     experts = expert_tensors(model)
 
     @torch.no_grad()
@@ -43,9 +43,10 @@ def fill_experts(model: Mixture, seed: int) -> None:
                 tensor.copy_(torch.empty(tensor.shape).uniform_(-NOISE, NOISE, generator=generator))
 
     parallel(fill, range(len(experts)))
-    gate, generator = model.router.gate.weight, torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        gate.copy_(torch.randn(gate.shape, generator=generator).mul_(gate.shape[1] ** -0.5))
+        for tensor in router_tensors(model).values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator).mul_(tensor.shape[-1] ** -0.5))
 
 
 def save_with(callback_class: type) -> Callable[[Mixture, Path], None]:
@@ -104,7 +105,7 @@ def compare_tensors(folder: Path, digests: Mapping[str, str], model: Mixture) ->
         (f"{formats.adapter_folder(digests, expert_name(index))}/{formats.ADAPTER_WEIGHTS}", tensors)
         for index, tensors in enumerate(expert_tensors(model))
     ]
-    parts.append((formats.ROUTER, gate_tensors(model)))
+    parts.append((formats.ROUTER, router_tensors(model)))
     compared, problems = 0, []
     for (name, tensors), sha256 in zip(parts, tensor_digests(model), strict=True):
         if digests.get(name) == sha256:
