@@ -52,8 +52,10 @@ def _run_checks(run: Run) -> None:
     """Import torch and what needs it only now: it takes seconds, and refusing a flag does not need it."""
     if run.script is QUICK:
         from .environment import check_environment as run_checks
+    elif run.args.checkpoint:
+        from .existing import check_existing_checkpoint as run_checks
     else:
-        from .sequence import check_checkpoint as run_checks
+        from .sequence import check_new_checkpoint as run_checks
     run_checks(run)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..base.find import DEFAULT_MODEL, find_base
-from ..base.load import compact_random_bytes, load_base, parameter_bytes
+from ..base.load import compact_random_bytes, load_base, parameter_bytes, resolve_device, resolve_dtype
 from ..base.preserve import seeded
 from ..base.source import Base
 from ..base.structure import architecture
@@ -29,6 +29,12 @@ SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and t
 # Bytes for each token and entry of the vocabulary: for the mixture's logits and their comparison in float64, and for
 # each expert of a forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
 MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
+
+
+def check_device(args: ScriptSettings) -> None:
+    """Raise UsageError for a --device or a --dtype that there is not."""
+    resolve_device(args.device)
+    resolve_dtype(args.dtype)
 
 
 def base_of(

@@ -81,6 +81,15 @@ def test_quick(capsys):
     ]
 
 
+@pytest.mark.parametrize(("flags", "expected"), [((), "False"), (("--dtype", "float32"), "True")])
+def test_the_files_of_a_checkpoint_are_checked_without_torch(saved, flags, expected):
+    """Importing torch takes longer than reading two gigabytes."""
+    argv = ["--checkpoint", str(saved), *flags]
+    code = f"import sys, test_checkpoint_minimal as t; print(t.main({argv!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"0 {expected}"
+
+
 def test_minimal(capsys, tiny):
     outcome = run(minimal, capsys, "--model", tiny)
     assert outcome.code == 0
