@@ -20,13 +20,13 @@ from ..mixture.config import MoELoraConfig
 from ..mixture.experts import check_expert
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
-from ..store.files import explained, parallel
+from ..store.files import explained, native_errors, parallel
 from ..store.publish import staged
 from . import formats
 from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
 from .safetensors_file import Scan
-from .tensors import dtype_name, expert_tensors, gate_tensors, native_errors, write_tensors
+from .tensors import dtype_name, expert_tensors, gate_tensors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
 

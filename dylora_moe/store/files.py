@@ -55,6 +55,23 @@ def explained(action: str, path: os.PathLike | str) -> Iterator[None]:
         raise UsageError(f"cannot {action} {path}: {error.strerror or error} ({name}); {remedy}") from error
 
 
+@contextmanager
+def native_errors() -> Iterator[None]:
+    """Raise the OSError that native code (safetensors, tokenizers, torch) reports in the words of another exception."""
+    try:
+        yield
+    except (OSError, UsageError):
+        raise
+    except Exception as error:
+        text = str(error)
+        words = ("PytorchStream", "inline_container", "os error", "open file failed")
+        if not any(word in text for word in words):
+            raise
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+        code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
+        raise OSError(code, os.strerror(code) if code else text.splitlines()[0][:200]) from error
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes. May raise OSError."""
     descriptor = os.open(path, os.O_RDONLY | PLAIN)
