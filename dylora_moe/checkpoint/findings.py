@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..store.files import FileProblem, shown
-from ..store.manifest import Identity
+from ..store.hub_cache import status
+from ..store.manifest import Identity, may_be_beside
 from .config import CheckpointConfig
 from .safetensors_file import Scan, read_json, scan_file
 
@@ -38,6 +39,7 @@ class Contents:
 
     folder: Path
     files: dict[str, os.stat_result] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)  # files that may be in the folder, and are not read
     config: CheckpointConfig | None = None  # None if it is missing or wrong
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
@@ -47,6 +49,15 @@ class Contents:
     @property
     def total_bytes(self) -> int:
         return sum(info.st_size for info in self.files.values())
+
+    @property
+    def beside_line(self) -> str | None:
+        """A line that names the files beside those of the checkpoint, or None if there are none."""
+        if not self.beside:
+            return None
+        names = ", ".join(shown(name) for name in self.beside[:MAX_LISTED])
+        more = f" and {len(self.beside) - MAX_LISTED} more" if len(self.beside) > MAX_LISTED else ""
+        return f"beside the checkpoint's files, not read: {names}{more}"
 
     def report(self, name: str, text: str, remedy: str = SAVE_AGAIN) -> None:
         """Add a problem of a file."""
@@ -120,7 +131,7 @@ class Contents:
         return right
 
     def walk(self) -> None:
-        """Find all files. Links are not followed, and whatever is neither a file nor a folder is reported."""
+        """Find all files. Whatever is neither a file nor a folder, as far as links are followed, is reported."""
         pending = deque([""])
         seen = 0
         while pending:
@@ -137,13 +148,15 @@ class Contents:
                 self.report(prefix or ".", f"expected to list it, found: {error.strerror or error}")
 
     def _see(self, name: str, entry: os.DirEntry[str], pending: deque[str]) -> None:
-        mode = entry.stat(follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
+        found = status(Path(entry.path))
+        if stat.S_ISDIR(found.st_mode):
             pending.append(f"{name}/")
-        elif stat.S_ISREG(mode):
-            self.files[name] = entry.stat(follow_symlinks=False)
+        elif may_be_beside(name, found):
+            self.beside.append(name)
+        elif stat.S_ISREG(found.st_mode):
+            self.files[name] = found
         elif not self.is_known(name):
-            kind = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "something else"
             self.report(name, f"expected a regular file, found {kind}")
 
 

@@ -136,6 +136,7 @@ def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents
     _guarded(contents, check_skills)
     _guarded(contents, lambda c: _check_training(c, values))
     contents.problems = sorted(set(contents.problems))
+    contents.beside.sort()
     return contents
 
 
@@ -156,7 +157,7 @@ def _guarded(contents: Contents, check: Callable[..., T], *args: object) -> T | 
 
 
 def _check_pollution(contents: Contents) -> None:
-    for name in contents.files:
+    for name in [*contents.files, *contents.beside]:
         if formats.is_merged_model(PurePosixPath(name).name):
             contents.problems = [p for p in contents.problems if not p.startswith(f"{shown(name)}: ")]
             why = "expected experts and router only; delete it, and save without the base model's weights"

@@ -36,6 +36,8 @@ def run(args: Namespace) -> int:
         )
     else:
         print(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", file=lines)
+    if contents.beside_line:
+        print(f"  {contents.beside_line}", file=lines)
     if args.json:
         _write_json(args.json, folder, contents, code)
     return code
@@ -48,6 +50,7 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
         "exit_code": code,
         "problems": contents.problems,
         "files": len(contents.files),
+        "beside": contents.beside,
         "total_bytes": contents.total_bytes,
         "step": contents.config and contents.config.step,
         "experts": contents.config and contents.config.num_experts,

@@ -1,7 +1,8 @@
 """Reading and writing files that may be hostile, on disks that may fail.
 
-No symbolic link is followed, every read is bounded, and every error says what to do about it. Only the standard library
-is used, and every access to the file system is a call of `os.*`, where the tests inject their faults.
+No symbolic link is followed but those of the Hub's cache (hub_cache.py), every read is bounded, and every error says
+what to do about it. Only the standard library is used, and every access to the file system is a call of `os.*`, where
+the tests inject their faults.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import UsageError
+from .hub_cache import content_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -74,7 +76,13 @@ def native_errors() -> Iterator[None]:
 
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes. May raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY | PLAIN)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | PLAIN)
+    except OSError as error:
+        content = content_of(path) if error.errno == errno.ELOOP else None  # a link
+        if content is None:
+            raise
+        descriptor = os.open(content, os.O_RDONLY | PLAIN)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .files import explained, fsync, lstat, remove, write_new
+from .hub_cache import status
 from .lock import is_leftover, private_name, writer_lock
 from .manifest import MAX_ENTRIES, FolderGone, first_reason
 
@@ -155,12 +156,12 @@ def _named_like_checkpoints(run_dir: Path) -> dict[int, Path]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size of every file below a folder, by relative POSIX path. No link is followed, no file opened.
+    """Return the size of every file below a folder, by relative POSIX path. No file is opened.
 
     At most `MAX_ENTRIES` entries are looked at, in case `--checkpoint` names a home folder by mistake.
     """
     return {
-        path.relative_to(folder).as_posix(): path.lstat().st_size
+        path.relative_to(folder).as_posix(): status(path).st_size
         for path in islice(folder.rglob("*"), MAX_ENTRIES)
         if path.is_symlink() or path.is_file()
     }

@@ -93,6 +93,21 @@ def publish_written(folder: os.PathLike | str, write: Callable[[Path], object], 
             remove(staging)
 
 
+def same_content(one: Path, other: Path) -> bool:
+    """Return whether two files, or all files of two folders, have the same content."""
+    a, b = lstat(one), lstat(other)
+    if a is None or b is None or stat.S_IFMT(a.st_mode) != stat.S_IFMT(b.st_mode):
+        return False
+    if stat.S_ISDIR(a.st_mode):
+        names = set(os.listdir(one))
+        return names == set(os.listdir(other)) and all(same_content(one / name, other / name) for name in names)
+    return (
+        stat.S_ISREG(a.st_mode)
+        and a.st_size == b.st_size
+        and file_digest(one, a.st_size) == file_digest(other, b.st_size)
+    )
+
+
 def _flush(folder: Path) -> None:
     """Flush every file below a folder, and then the folders, each after those in it."""
     entries = list_entries(folder)
@@ -105,7 +120,7 @@ def _flush(folder: Path) -> None:
 
 def _move(staging: Path, folder: Path, replace: bool) -> list[Made]:
     with explained("look at", folder):
-        wanted = [name for name in sorted(os.listdir(staging)) if not _same(staging / name, folder / name)]
+        wanted = [name for name in sorted(os.listdir(staging)) if not same_content(staging / name, folder / name)]
         there = {name: found for name in wanted if (found := lstat(folder / name)) is not None}
         made = [each for name in wanted if name not in there for each in _made(staging / name, folder / name)]
         in_the_way = [
@@ -133,18 +148,3 @@ def _made(staged: Path, target: Path) -> list[Made]:
     found = os.lstat(staged)
     below = list_entries(staged) if stat.S_ISDIR(found.st_mode) else {}
     return [Made(target, _identity(found)), *(Made(target / path, _identity(info)) for path, info in below.items())]
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Return whether two files, or all files of two folders, have the same content."""
-    a, b = lstat(one), lstat(other)
-    if a is None or b is None or stat.S_IFMT(a.st_mode) != stat.S_IFMT(b.st_mode):
-        return False
-    if stat.S_ISDIR(a.st_mode):
-        names = set(os.listdir(one))
-        return names == set(os.listdir(other)) and all(_same(one / name, other / name) for name in names)
-    return (
-        stat.S_ISREG(a.st_mode)
-        and a.st_size == b.st_size
-        and file_digest(one, a.st_size) == file_digest(other, b.st_size)
-    )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,10 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ..base.find import find_base
 from ..base.load import load_base, load_tokenizer, resolve_device
 from ..base.preserve import seeded
+from ..base.tiny import write_tiny_base
 from ..checkpoint.read import load_into, read_skills
 from ..data.blocks import TokenBlocks, load_blocks
+from ..data.python_texts import python_help, python_sources
 from ..data.sources import DataSpec
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
@@ -25,9 +28,12 @@ from ..mixture.model import Mixture
 from ..skills.library import NAME_BYTES, SkillLibrary
 from ..skills.novelty import NoveltyDetector
 from ..store import run_folder
-from ..store.lock import LOCK, writer_lock
+from ..store.claim import Claim
+from ..store.claim import claimed as claimed_by_one
+from ..store.files import remove
+from ..store.whole_files import Made, publish_written, same_content
 from ..system import machine
-from . import demo, ranks, sharding, training_state
+from . import ranks, sharding, training_state
 from .batches import BlockCollator, check_documents_apart
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
@@ -56,8 +62,8 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             for line in start.lines:
                 say(line)
             if settings.demo:
-                ranks.on_first(lambda: demo.write(settings))
-                settings = demo.filled_in(settings)
+                ranks.on_first(lambda: claim.made.extend(write_demo(settings)))
+                settings = with_demo(settings)
             with ranks.together():
                 # A base that is to be sharded is read into the memory of the CPU first.
                 model, tokenizer = load_model(settings, torch.device("cpu") if how else arguments.device)
@@ -87,8 +93,8 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
                 trainer.state.global_step = state["global_step"]
                 trainer.state.log_history = state.get("log_history") or []
             else:
-                if ranks.is_first():
-                    claim.callback(_remove, _save_tokenizer(tokenizer, run_dir))
+                for line in ranks.on_first(lambda: save_tokenizer(tokenizer, run_dir, start, claim)):
+                    say(line)
                 if start.folder:
                     say(resuming_line(start))
                 train(trainer, start, stop, claim)
@@ -102,43 +108,76 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[ExitStack]:
+def claimed(run_dir: Path) -> Iterator[Claim]:
     """Make the run folder, and hold the lock of its only writer. Every rank enters this; the first one does it.
 
-    At the end, what was made is removed again, unless `pop_all()` of the yielded stack was called because there is a
-    checkpoint.
+    At the end, what was made is removed again unless the claim is kept, because there is a checkpoint.
 
     Raises:
         UsageError: If the folder cannot be made or written to, or another process writes there.
     """
-    with ExitStack() as lock, ExitStack() as undo:
+    with ExitStack() as stack:
+        claim = Claim()
         with ranks.together():
             if ranks.is_first():
                 if run_dir.exists() and not run_dir.is_dir():
                     raise UsageError(f"--output-dir {run_dir}: expected a folder, found a file")
-                new = [path for name in demo.FILES if not (path := run_dir / name).exists()]
-                made = run_folder.make_run_dir(run_dir)
-                undo.callback(_remove, [*new, run_dir / LOCK] if made else new, made)
-                lock.enter_context(writer_lock(run_dir))
+                claim = stack.enter_context(claimed_by_one(run_dir))
                 run_folder.check_writable(run_dir)
-        yield undo
+        yield claim
 
 
-def _remove(paths: list[Path], made: Sequence[Path] = ()) -> None:
-    """Remove files and folders, and then folders that were made if nothing else is in them."""
-    for path in paths:
-        with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in made:  # the innermost first
-        with suppress(OSError):
-            folder.rmdir()
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path, start: Start, claim: Claim) -> list[str]:
+    """Save the tokenizer into the run folder. A run that goes on there keeps the files that it finds.
+
+    Returns:
+        A line for the user if one of those differs from what would have been saved.
+    """
+    goes_on = start.folder is not None and start.folder.resolve().parent == run_dir.resolve()
+    kept: list[str] = []
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(folder.iterdir()) if goes_on else ():
+            there = run_dir / path.name
+            if os.path.lexists(there) and not same_content(path, there):
+                kept.append(path.name)
+                remove(path)
+
+    claim.made += publish_written(run_dir, write)
+    return [f"kept in {run_dir}, which differ from the base model's: {', '.join(kept)}"] if kept else []
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> list[Path]:
-    """Save the tokenizer, and return the files that were not there before."""
-    before = set(run_dir.iterdir())
-    tokenizer.save_pretrained(run_dir)
-    return [path for path in run_dir.iterdir() if path not in before]
+# ---- the demo ----
+
+DEMO_BASE = "base"
+DEMO_TEXTS: dict[str, Callable[[], list[str]]] = {
+    "code.jsonl": lambda: python_sources(max_bytes=400_000),
+    "prose.jsonl": python_help,
+}
+
+
+def with_demo(settings: TrainSettings) -> TrainSettings:
+    """Return the settings with the base model and the texts of the demo, where none are given."""
+    folder = Path(settings.output_dir)
+    if settings.model is None:
+        settings = replace(settings, model=str(folder / DEMO_BASE), weights="pretrained")
+    return replace(settings, data=settings.data or tuple(str(folder / name) for name in DEMO_TEXTS))
+
+
+def write_demo(settings: TrainSettings) -> list[Made]:
+    """Write the base model and the texts of the demo, except for what is given or in the run folder already."""
+    run_dir = Path(settings.output_dir)
+
+    def write(folder: Path) -> None:
+        if settings.model is None and not (run_dir / DEMO_BASE).is_dir():
+            write_tiny_base(folder / DEMO_BASE)
+        for name, texts in () if settings.data else DEMO_TEXTS.items():
+            if not (run_dir / name).exists():
+                lines = [json.dumps({"text": text}) + "\n" for text in texts()]
+                (folder / name).write_text("".join(lines), encoding="utf-8")
+
+    return publish_written(run_dir, write)
 
 
 # ---- what is trained, on what ----
@@ -254,7 +293,7 @@ def take_over(
         return read_skills(checkpoint), ended
 
 
-def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: ExitStack) -> None:
+def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: Claim) -> None:
     """Train, and keep the run folder from then on if there is a checkpoint in it."""
     resumed = None if start.folder is None or start.weights_only else str(start.folder)
     try:
@@ -262,4 +301,4 @@ def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: ExitStack
             trainer.train(resumed)
     finally:
         if run_folder.checkpoints(str(trainer.args.output_dir)):
-            claim.pop_all()
+            claim.keep()

@@ -26,6 +26,8 @@ def check_structure(folder: Path) -> CheckResult:
         for expert in contents.config.experts:
             result.notes.append(f"{expert.name}: {expert.tensors} tensors, r={expert.r}, {expert.state}")
         result.notes.append(f"router: {contents.config.num_experts} x {contents.config.router.hidden_size}")
+    if contents.beside_line:
+        result.notes.append(contents.beside_line)
     if result.passed:
         result.notes.append(f"{len(contents.files)} files, their SHA-256 as in {MANIFEST}")
         result.value = require_sound(contents)

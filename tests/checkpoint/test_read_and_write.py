@@ -227,7 +227,7 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
         save_checkpoint(tmp_path / "a", tiny_mixture(), skills=skills)
     with pytest.raises(UsageError, match=r"scheduler.pt: expected in this checkpoint"):
         save_checkpoint(tmp_path / "a", tiny_mixture(), training_files=lambda f: torch.save({}, f / formats.OPTIMIZER))
-    assert {p.name for p in tmp_path.iterdir()} == {LOCK}
+    assert list(tmp_path.iterdir()) == []
 
 
 WRITTEN = [ADAPTER_0, ADAPTER_1, CONFIG_1, "router.safetensors", "skill_library.safetensors", "probe.safetensors"]

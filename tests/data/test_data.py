@@ -25,13 +25,14 @@ from transformers import (
     Qwen2Config,
 )
 
+from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.data.blocks import data_fingerprint, load_blocks
 from dylora_moe.data.documents import read_documents
 from dylora_moe.data.packing import COLUMNS
+from dylora_moe.data.python_texts import python_sources
 from dylora_moe.data.sources import DataSpec, read_rows
 from dylora_moe.errors import UsageError
 from dylora_moe.training.batches import BlockCollator, check_documents_apart
-from dylora_moe.training.demo import byte_tokenizer, python_sources
 
 BLOCK = 64
 EOS, PAD = 256, 257
@@ -798,7 +799,7 @@ FINGERPRINT = """
 import sys
 from dylora_moe.data.blocks import data_fingerprint, load_blocks
 from dylora_moe.data.sources import DataSpec
-from dylora_moe.training.demo import byte_tokenizer
+from dylora_moe.base.tiny import byte_tokenizer
 print(data_fingerprint(load_blocks([DataSpec(s) for s in sys.argv[1:]], byte_tokenizer(), block_size=64, seed=3)))
 """
 

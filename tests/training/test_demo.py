@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import test_checkpoint_minimal
 import train
-from dylora_moe.training import demo
+from dylora_moe.training.run import DEMO_BASE, DEMO_TEXTS
 
 from ..support.runs import assert_same, newest, signal_at, states, steps
 
@@ -93,7 +93,8 @@ def test_a_mistake_leaves_nothing_of_the_demo(tmp_path, capsys):
     assert train.main(["--demo", "--output-dir", str(tmp_path / "run"), "--targets", "nothing"]) == 2
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert "mine.txt" in left
-    assert not left & set(demo.FILES)
+    assert not left & {DEMO_BASE, *DEMO_TEXTS}
+    assert not [name for name in left if name.startswith(".dylora")]
 
 
 # ---- real weights ----

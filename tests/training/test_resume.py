@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
 import train
 from dylora_moe.checkpoint.write import write_files
@@ -23,6 +24,7 @@ from dylora_moe.training.run import load_model
 from dylora_moe.training.trainer import MoETrainer
 
 from ..support.faults import full_disk
+from ..support.hub_folders import in_hub_cache
 from ..support.runs import arguments, assert_same, contents, material, newest, signal_at, states, steps, trainer_state
 
 ROOT = Path(__file__).parents[2]
@@ -345,6 +347,45 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
     assert "training has diverged at step" in err
     assert "lower --learning-rate" in err
     assert steps(tmp_path / "run") == []
+
+
+# ---- beside the checkpoints, and through the Hub ----
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_good_one(run_dir, monkeypatch, capsys):
+    """What the tokenizer's own writer reports on a full disk is no traceback, and touches nothing that is there."""
+    before = {path: path.read_bytes() for path in run_dir.glob("*.json")}
+    assert run_dir / "tokenizer.json" in before
+
+    def full(self, folder, *args, **kwargs):
+        for path in before:
+            Path(folder, path.name).write_text("half")
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        assert train.main(arguments(run_dir, "--resume")) == 2
+    err = capsys.readouterr().err
+    assert re.match(rf"train.py: cannot write in {run_dir}: No space left on device \(ENOSPC\); free space", err)
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in run_dir.glob("*.json")} == before
+    assert steps(run_dir) == [4, 8]
+    (run_dir / "tokenizer.json").write_text("changed by its user")
+    (run_dir / "tokenizer_config.json").unlink()
+    assert train.main(arguments(run_dir, "--resume")) == 0
+    assert f"kept in {run_dir}, which differ from the base model's: tokenizer.json\n" in capsys.readouterr().out
+    assert (run_dir / "tokenizer.json").read_text() == "changed by its user"
+    assert (run_dir / "tokenizer_config.json").read_bytes() == before[run_dir / "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_checkpoint_that_came_through_the_hub_is_resumed(run_dir, tmp_path, shared):
+    (run_dir / "checkpoint-8/README.md").write_text("of the Hub")
+    folder = in_hub_cache(run_dir, tmp_path / "cache", shared=shared) / "checkpoint-8"
+    assert train.main(arguments(tmp_path / "other", "--resume", str(folder))) == 0
+    assert_same(newest(uninterrupted()), newest(tmp_path / "other"))
+    assert train.main(arguments(run_dir, "--resume")) == 0  # and one with such a file beside it
+    assert_same(newest(uninterrupted()), newest(run_dir))
 
 
 # ---- which checkpoint, and whether it may be ----

@@ -170,6 +170,57 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_nothing(tmp_path, capsys, 
     assert (tmp_path / "run").exists() == there
 
 
+def test_what_a_run_did_not_make_is_never_removed(tmp_path, capsys, monkeypatch):
+    """Whatever the names of the files, and whenever they came there."""
+    run_dir = tmp_path / "run"
+    names = ("base", "code.jsonl", "tokenizer.json", ".base.partial")
+
+    def mistake(settings, device):
+        (run_dir / "base").mkdir()
+        for name in names[1:]:
+            (run_dir / name).write_text("mine")
+        raise UsageError("a mistake")
+
+    monkeypatch.setattr("dylora_moe.training.run.load_model", mistake)
+    assert run(arguments(run_dir)) == 2
+    assert {path.name for path in run_dir.iterdir()} == set(names)
+
+
+def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tokenizer.json").write_text("mine")
+    assert run(arguments(tmp_path / "run", steps=2)) == 2
+    assert re.search(r"run holds already:\n.*tokenizer\.json: a file with another content", capsys.readouterr().err)
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_what_a_run_writes_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    """Beside the checkpoints, too: everything was renamed into place from a private folder, where it was flushed."""
+    published, flushed = set(), set()
+    rename, replace, fsync = os.rename, os.replace, os.fsync
+
+    def noted(call):
+        def renamed(source, target):
+            if tmp_path / "run" not in Path(target).parents:
+                return call(source, target)
+            inside = Path(source)
+            assert inside.name.startswith(".dylora-staging-") or inside.parent.name.startswith(".dylora-staging-")
+            files = [inside] if inside.is_file() else [path for path in inside.rglob("*") if path.is_file()]
+            assert {path.stat().st_ino for path in files} <= flushed, source
+            published.add(Path(target))
+            return call(source, target)
+
+        return renamed
+
+    monkeypatch.setattr(os, "rename", noted(rename))
+    monkeypatch.setattr(os, "replace", noted(replace))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    assert run(["--demo", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    found = {path for path in (tmp_path / "run").iterdir() if path.name != LOCK}
+    assert found == published
+    assert {"base", "code.jsonl", "tokenizer.json", "checkpoint-1"} <= {path.name for path in found}
+
+
 @pytest.mark.parametrize("code", ["EROFS", "EACCES"])
 def test_row_5_a_read_only_run_folder_is_known_before_anything_is_loaded(tmp_path, capsys, monkeypatch, code):
     """Injected, since root may write anywhere."""

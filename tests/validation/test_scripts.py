@@ -20,11 +20,16 @@ from dylora_moe.base.find import find_base
 from dylora_moe.checkpoint.read import read_skills
 from dylora_moe.checkpoint.tensors import expert_tensors
 from dylora_moe.checkpoint.write import save_checkpoint
+from dylora_moe.errors import UsageError
+from dylora_moe.store.lock import writer_lock
+from dylora_moe.system import interrupts
 from dylora_moe.validation import subject, workspace
 from dylora_moe.validation.saved import fill_experts
 from train import PeftCheckpointCallback
 
 from ..support import scripts
+from ..support.hub_folders import in_hub_cache
+from ..support.saving import python
 from ..support.scripts import (
     EXPERT_0,
     EXPERT_1,
@@ -797,3 +802,36 @@ def test_what_an_impatient_user_left_is_removed_at_exit(temporary, monkeypatch):
     workspace._remove_what_is_left()
     assert not folder.exists()
     workspace._temporary.clear()
+
+
+def test_an_early_signal_leaves_the_lock_of_another_process(tmp_path, monkeypatch):
+    """It takes the lock while this one is about to look at the folder."""
+    holders = []
+
+    def overtaken(folder):
+        holders.append(python("with writer_lock(sys.argv[1]): print('holding', flush=True); sys.stdin.read()", folder))
+        assert holders[0].stdout.readline() == "holding\n"
+        raise interrupts.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("dylora_moe.store.run_folder.make_run_dir", overtaken)
+    with pytest.raises(interrupts.Interrupted), workspace.output_folder(tmp_path):
+        pytest.fail("must not be entered")
+    with pytest.raises(UsageError, match=rf"another process .*\(process {holders[0].pid} on"), writer_lock(tmp_path):
+        pytest.fail("a second writer got in")
+    holders[0].communicate()
+
+
+# ---- a checkpoint that came through the Hub ----
+
+
+@pytest.mark.parametrize("through", ["a download", "the cache"])
+def test_a_checkpoint_that_came_through_the_hub(capsys, saved, tmp_path, through):
+    folder = copy_of(saved, tmp_path)
+    (folder / "README.md").write_text("of the Hub")
+    if through == "the cache":
+        folder = in_hub_cache(folder, tmp_path / "cache")
+    outcome = run(full, capsys, "--checkpoint", folder)
+    assert outcome.verdicts() == FULL_LINES[1:], outcome.out
+    assert "beside the checkpoint's files, not read: README.md" in outcome.out
+    total = outcome.lines[-1]
+    assert run(minimal, capsys, "--checkpoint", saved).lines[-1] == total  # of the content, not of the links
