@@ -378,10 +378,9 @@ def test_a_tokenizer_that_cannot_be_written_leaves_the_good_one(run_dir, monkeyp
     assert (run_dir / "tokenizer_config.json").read_bytes() == before[run_dir / "tokenizer_config.json"]
 
 
-@pytest.mark.parametrize("shared", [False, True])
-def test_a_checkpoint_that_came_through_the_hub_is_resumed(run_dir, tmp_path, shared):
+def test_a_checkpoint_that_came_through_the_hub_is_resumed(run_dir, tmp_path):
     (run_dir / "checkpoint-8/README.md").write_text("of the Hub")
-    folder = in_hub_cache(run_dir, tmp_path / "cache", shared=shared) / "checkpoint-8"
+    folder = in_hub_cache(run_dir, tmp_path / "cache") / "checkpoint-8"
     assert train.main(arguments(tmp_path / "other", "--resume", str(folder))) == 0
     assert_same(newest(uninterrupted()), newest(tmp_path / "other"))
     assert train.main(arguments(run_dir, "--resume")) == 0  # and one with such a file beside it
