@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from dylora_moe.errors import UsageError
-from dylora_moe.store import run_folder
+from dylora_moe.store import lock, run_folder
 from dylora_moe.store.claim import claimed
 from dylora_moe.store.lock import LOCK, writer_lock
 from dylora_moe.store.manifest import manifest_problems
@@ -155,6 +155,19 @@ def test_the_original_gets_a_lock_of_its_own_as_well(run):
         assert python("rotate(sys.argv[1], 1)", copy).wait() == 0
         assert python("rotate(sys.argv[1], 1)", run).wait() == 1
     assert (run / LOCK).read_text() != (copy / LOCK).read_text() != before
+
+
+def test_of_two_that_replace_a_shared_file_one_does(run):
+    """The second has seen the shared file, too, and comes when it is replaced already."""
+    (run / LOCK).touch()
+    os.link(run / LOCK, run.with_name("elsewhere"))
+    shared = os.stat(run / LOCK)
+    first = lock._replace(run / LOCK, shared)
+    assert os.path.samestat(os.fstat(first), os.stat(run / LOCK))
+    assert lock._replace(run / LOCK, shared) is None
+    assert os.path.samestat(os.fstat(first), os.stat(run / LOCK))
+    assert [path.name for path in run.iterdir()] == [LOCK]
+    os.close(first)
 
 
 CONTEND = """
