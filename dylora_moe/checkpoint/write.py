@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import operator
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -20,8 +19,9 @@ from ..mixture.config import MoELoraConfig
 from ..mixture.experts import check_expert
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
-from ..store.files import explained, native_errors, parallel
+from ..store.files import explained, fsync, native_errors, parallel, remove
 from ..store.publish import staged
+from ..store.whole_files import flush
 from . import formats
 from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
@@ -125,13 +125,16 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     folder = Path(folder)
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already; an expert is exported into a new folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        with explained("export to", folder):
-            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.urandom(8).hex()}")
+    with explained("export to", folder):
+        partial.mkdir(parents=True)
+        try:
+            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial / "adapter")
+            flush(partial)
+            (partial / "adapter").rename(folder)
+            fsync(folder.parent, folder=True)
+        finally:
+            remove(partial)
     return folder
 
 

@@ -86,11 +86,21 @@ def publish_written(folder: os.PathLike | str, write: Callable[[Path], object], 
                 os.mkdir(staging)
                 write(staging)
             with explained("flush", staging):
-                _flush(staging)
+                flush(staging)
             with guard():
                 return _move(staging, folder, replace)
         finally:
             remove(staging)
+
+
+def flush(folder: Path) -> None:
+    """Flush every file below a folder, and then the folders, each after those in it."""
+    entries = list_entries(folder)
+    folders = [path for path, found in entries.items() if stat.S_ISDIR(found.st_mode)]
+    for path in entries.keys() - set(folders):
+        fsync(folder / path)
+    for path in sorted(["", *folders], key=len, reverse=True):
+        fsync(folder / path, folder=True)
 
 
 def same_content(one: Path, other: Path) -> bool:
@@ -106,16 +116,6 @@ def same_content(one: Path, other: Path) -> bool:
         and a.st_size == b.st_size
         and file_digest(one, a.st_size) == file_digest(other, b.st_size)
     )
-
-
-def _flush(folder: Path) -> None:
-    """Flush every file below a folder, and then the folders, each after those in it."""
-    entries = list_entries(folder)
-    folders = [path for path, found in entries.items() if stat.S_ISDIR(found.st_mode)]
-    for path in entries.keys() - set(folders):
-        fsync(folder / path)
-    for path in sorted(["", *folders], key=len, reverse=True):
-        fsync(folder / path, folder=True)
 
 
 def _move(staging: Path, folder: Path, replace: bool) -> list[Made]:

@@ -308,6 +308,20 @@ def test_an_expert_is_exported_flat(tmp_path):
         export_expert(model, 0, tmp_path / "file" / "x")
 
 
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, rename = set(), Path.rename
+
+    def renamed(source, target):
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= flushed
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", renamed)
+    export_expert(tiny_mixture(), 0, tmp_path / "one")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert tmp_path.stat().st_ino in flushed
+
+
 # ---- reading ----
 
 
