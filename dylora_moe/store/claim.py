@@ -18,6 +18,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from . import run_folder
+from .files import explained
 from .lock import writer_lock
 from .whole_files import Made, unmake
 
@@ -46,7 +47,9 @@ def claimed(run_dir: os.PathLike | str) -> Iterator[Claim]:
     """
     run_dir, claim, folders = Path(os.path.abspath(run_dir)), Claim(), list[Made]()
     try:
-        folders += [Made.at(folder) for folder in run_folder.make_run_dir(run_dir)]
+        new = run_folder.make_run_dir(run_dir)
+        with explained("look at", run_dir):
+            folders += [Made.at(folder) for folder in new]
         with writer_lock(run_dir) as lock:
             is_first = lock.blocks == 1
             try:
