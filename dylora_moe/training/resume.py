@@ -238,9 +238,9 @@ def _refuse(folder: Path, changed: dict[str, str], fixed: dict[str, str], accept
     remedy = "start it with that run's settings and data"
     if fixed:
         remedy += (
-            f", or start another run in another folder: {', '.join(fixed)} cannot change, since the experts of a "
-            "checkpoint keep their number and their shapes. In Python, DyLoRAMoE.from_checkpoint and add_expert add "
-            "an expert"
+            f", or start another run in another folder: {', '.join(sorted(fixed))} cannot change, since the experts "
+            "of a checkpoint keep their number and their shapes. In Python, DyLoRAMoE.from_checkpoint and add_expert "
+            "add an expert"
         )
     else:
         remedy += ", or accept the changes with --accept-changes"

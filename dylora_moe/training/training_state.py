@@ -132,18 +132,17 @@ def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = 
         return found
 
     moments = _read_moments(folder, read_file(formats.OPTIMIZER), model.trained_parameters(), optimizer)
-    found = {int(each["step"]) for each in moments.values()}
-    if found != set(counts) if counts else len(found) > 1 or max(found) > step:
+    found = sorted({int(each["step"]) for each in moments.values()})
+    if found != counts if counts else len(found) > 1 or found[-1] > step:
         expected = counts or f"one number until {step}"
-        raise _refused(folder, formats.OPTIMIZER, [f"step: expected {expected}, found {short(sorted(found))}"])
+        raise _refused(folder, formats.OPTIMIZER, [f"step: expected {expected}, found {short(found)}"])
     _check_scheduler(folder, step)
     generators = read_file(rng_name := _rng_name(*ranks.world()))
     try:
         check_rng_state(generators)
     except ValueError as error:
         raise _refused(folder, rng_name, [f"is not a state of the generators ({error})"]) from None
-    due = get(kept(state, CONTROL), "args.should_evaluate") is True
-    return SavedState(step, moments, generators, sums, due)
+    return SavedState(step, moments, generators, sums, get(kept(state, CONTROL), "args.should_evaluate") is True)
 
 
 def check_complete(folder: Path) -> None:
@@ -163,9 +162,13 @@ def _refused(folder: Path, name: str, problems: list[str]) -> CheckpointError:
     return CheckpointError(folder, [f"{name}: {problem}; {REMEDY}" for problem in problems])
 
 
+def _seen(value: object) -> str:
+    return f"shape {tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else short(value)
+
+
 def _check_step(folder: Path, name: str, found: object, step: int) -> None:
     if not natural(found) or found != step:
-        expected = f"expected step {step}, as in {formats.CONFIG}, found {short(found)}: it is of another checkpoint"
+        expected = f"expected step {step}, as in {formats.CONFIG}, found {_seen(found)}: it is of another checkpoint"
         raise _refused(folder, name, [expected])
 
 
@@ -226,22 +229,20 @@ def _sums_rules(step: int, num_experts: int) -> Rules:
     def is_step(value: Any) -> bool:
         return natural(value, most=step)
 
-    def are_shares(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == num_experts and all(number(v) and v >= 0 for v in value)
+    def is_usage(value: Any) -> bool:
+        lists = value if isinstance(value, list) and all(isinstance(shares, list) for shares in value) else []
+        return [len(x) for x in lists] == [num_experts] * 2 and all(number(v) and v >= 0 for x in lists for v in x)
 
-    def are_usage(value: Any) -> bool:
-        return isinstance(value, list) and len(value) == 2 and all(map(are_shares, value))
-
-    def are_counts(value: Any) -> bool:
+    def is_counts(value: Any) -> bool:
         return isinstance(value, list) and bool(value) and all(natural(v, 1) for v in value)
 
     return (
         ("loss", "a number", number),
         ("total_loss", "a number", number),
         ("last_logged", f"a step until {step}", is_step),
-        ("usage", f"two lists of {num_experts} numbers from 0, or null", nothing_or(are_usage)),
+        ("usage", f"two lists of {num_experts} numbers from 0, or null", nothing_or(is_usage)),
         ("first_step", f"a step until {step}, or null", nothing_or(is_step)),
-        ("optimizer_steps", "a list of whole numbers from 1, or null", nothing_or(are_counts)),
+        ("optimizer_steps", "a list of whole numbers from 1, or null", nothing_or(is_counts)),
     )
 
 
@@ -263,9 +264,9 @@ def read_tensors(folder: Path, name: str) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             stored = sum(member.file_size for member in archive.infolist() if "/data/" in member.filename)
     except Exception as error:  # torch raises its own errors and those of pickle and zipfile
-        reason = str(error).splitlines()[0][:160] if str(error) else ""
-        problem = f"cannot be read as tensors only ({type(error).__name__}: {reason})"
-        raise _refused(folder, name, [problem]) from None
+        reason = (str(error).splitlines() or [""])[0][:160]
+        what = f"cannot be read as tensors only ({type(error).__name__}: {reason})"
+        raise _refused(folder, name, [what]) from None
     tensors = list(_tensors_in(found))
     if not isinstance(found, dict) or not all(map(_is_plain, tensors)):
         raise _refused(folder, name, ["expected values by name, and dense tensors only"])
@@ -351,7 +352,8 @@ def _names_by_group(groups: Any) -> list[list[str]] | None:
             return None
         names.append(here)
         indices += there
-    return names if indices == list(range(sum(map(len, names)))) else None
+    are_right = all(map(natural, indices)) and indices == list(range(sum(map(len, names))))
+    return names if are_right else None
 
 
 def _out_of_order(there: list[str], here: Mapping[str, torch.Tensor]) -> list[str]:
@@ -365,14 +367,14 @@ def _out_of_order(there: list[str], here: Mapping[str, torch.Tensor]) -> list[st
 
 def _wrong_moments(name: str, found: Any, parameter: torch.Tensor, keys: tuple[str, ...]) -> Iterator[str]:
     if not isinstance(found, dict) or set(found) != {"step", *keys}:
-        yield f"expected step and {', '.join(keys)} of {name}, found {short(list(found) if found else found)}"
+        names = ", ".join(map(_seen, found)) if isinstance(found, dict) else _seen(found)
+        yield f"expected step and {', '.join(keys)} of {name}, found {names}"
         return
     shapes = {"step": (torch.Size(), torch.float32)} | dict.fromkeys(keys, (parameter.shape, parameter.dtype))
     for key, (shape, dtype) in shapes.items():
         value = found[key]
         if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype != dtype:
-            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else short(value)
-            yield f"{key} of {name}: expected shape {tuple(shape)} {dtype}, found {what}"
+            yield f"{key} of {name}: expected shape {tuple(shape)} {dtype}, found {_seen(value)}"
         elif not value.isfinite().all() or (key != "exp_avg" and bool((value < 0).any())):
             yield f"{key} of {name}: expected finite numbers{'' if key == 'exp_avg' else ' from 0'}, found others"
         elif key == "step" and (value < 1 or value != value.round()):

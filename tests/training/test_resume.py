@@ -574,6 +574,7 @@ def test_a_resumption_that_is_refused_touches_nothing_in_the_model(run_dir, caps
 
 # ---- changed settings ----
 
+SHAPES = ("experts", "lora-r", "lora-alpha", "targets")
 CHANGES = {
     "seed": "1",
     "batch-size": "4",
@@ -601,22 +602,33 @@ def test_changed_settings_are_listed(run_dir, capsys):
     assert train.main(arguments(run_dir, "--resume", *words)) == 2
     err = capsys.readouterr().err
     assert "... and " in err
-    assert "--accept-changes" in err
+    assert "experts, lora_alpha, lora_r, targets cannot change" in err
     for name, value in CHANGES.items():
         assert train.main(arguments(run_dir, "--resume", f"--{name}", value)) == 2, name
         err = capsys.readouterr().err
         assert f"  - {name.replace('-', '_')}: " in err
+        assert ("accept the changes with --accept-changes" in err) == (name not in SHAPES)
     assert steps(run_dir) == [4, 8]
 
 
 def test_changed_experts_are_never_accepted(run_dir, capsys):
     for words, text in (
-        (("--experts", "3"), "has 2 experts, the model has 3"),
-        (("--lora-r", "2"), "expert_0 has r 4, in the model it is 2"),
-        (("--targets", "q_proj"), "target_modules"),
+        (("--experts", "3"), "experts: 2 there, 3 here"),
+        (("--lora-r", "2"), "lora_r: 4 there, 2 here"),
+        (("--lora-alpha", "8"), "lora_alpha: 32"),
+        (("--targets", "q_proj"), "targets: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here"),
     ):
-        assert train.main(arguments(run_dir, "--resume", "--accept-changes", *words)) == 2
-        assert text in capsys.readouterr().err
+        for more in ((), ("--accept-changes",), ("--resume-weights-only",)):
+            assert train.main(arguments(run_dir, "--resume", *words, *more)) == 2
+            err = capsys.readouterr().err
+            assert f"  - {text}" in err
+            assert "--accept-changes" not in err
+            assert "sound" not in err
+            assert "add_expert add an expert" in err
+    assert train.main(arguments(run_dir, "--resume", "--experts", "3", "--seed", "1")) == 2
+    err = capsys.readouterr().err
+    assert "  - experts: 2 there, 3 here\n  - seed: 0 there, 1 here\n" in err
+    assert "another folder: experts cannot change" in err
 
 
 def test_changed_data_is_found_by_its_content(run_dir, tmp_path, capsys):

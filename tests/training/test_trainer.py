@@ -191,7 +191,7 @@ def test_a_trainer_in_a_thread_has_no_handlers():
         ),
         (
             {"train_loss": 2.5, "train_runtime": 3.0, "train_steps_per_second": 4.0},
-            "step  7/12  mean training loss 2.5000, 3.0 s, 4 steps/s",
+            "step  7/12  mean training loss 2.5000, 3.0 s, 4 steps/s without evaluations",
         ),
         ({"final_a_loss": 1.0, "final_loss": 1.0}, None),
     ],
