@@ -97,6 +97,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         if state.global_step == self._saved:
             warnings.warn(f"{target} has been saved at this step already, and is left as it is", stacklevel=2)
             return
+        state.best_model_checkpoint = None
         if control.should_training_stop and (not self.interrupted() or state.global_step >= state.max_steps):
             model.mark_mature()
         with ranks.together():
