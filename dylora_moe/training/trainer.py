@@ -36,7 +36,7 @@ from ..mixture.model import Mixture
 from ..mixture.router import Usage
 from . import ranks, sharding, training_state
 from .callbacks import EvaluationStopped, ProgressBar, ProgressLines
-from .checkpoint_callback import PeftCheckpointCallback, best_step
+from .checkpoint_callback import best_step
 from .resume import ARGUMENTS, choose
 from .training_state import SavedState, Sums
 
@@ -46,7 +46,7 @@ LOGGED_EXPERTS = 16  # the share of each expert is logged for at most that many
 class MoETrainer(Trainer):
     """A Trainer for a mixture, which resumes exactly.
 
-    A `PeftCheckpointCallback` writes the checkpoints; if there is none among the callbacks, one is added. With
+    Give it a `PeftCheckpointCallback`, which writes the checkpoints, and `save_strategy="steps"`. With
     `resume_from_checkpoint=True` a run goes on from the newest complete checkpoint of its folder. The learning-rate
     schedule must be a LambdaLR, as are all of Transformers that depend on the step alone. For FSDP2, pass a model that
     `sharding.shard` has sharded: Accelerate would shard the experts as well.
@@ -91,12 +91,9 @@ class MoETrainer(Trainer):
             UsageError: If the run folder holds checkpoints that this run would meet, or none to go on from.
             CheckpointError: If the checkpoint is not sound. Nothing of the model has changed then.
         """
-        savers = [c for c in self.callback_handler.callbacks if isinstance(c, PeftCheckpointCallback)]
-        if not savers and self.args.save_strategy != "no":
-            savers = [PeftCheckpointCallback()]
-            self.add_callback(savers[0])
-        for callback in savers:
-            callback.trainer_saves = False
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "trainer_saves"):
+                callback.trainer_saves = False
         self.remove_callback(_Resumption)
         self.add_callback(_Resumption(self))  # the last one: all others have begun before
         self.mixture.reset_usage()
@@ -237,10 +234,10 @@ class MoETrainer(Trainer):
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         schedule = cast(LambdaLR, self.lr_scheduler)
         if self.start_step:
-            training_state.move_scheduler(schedule, self.start_step)
+            move_scheduler(schedule, self.start_step)
         elif self._resumed is not None:
             training_state.load_moments(self._resumed.moments, cast(torch.optim.Optimizer, self.optimizer))
-            training_state.move_scheduler(schedule, self._resumed.step)
+            move_scheduler(schedule, self._resumed.step)
 
     def _load_rng_state(self, folder: str | None) -> None:
         if self._resumed is not None:
@@ -366,6 +363,15 @@ class _Resumption(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_sums()
         self.trainer.evaluate_again()
+
+
+def move_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Set the learning rate to that after `step` steps, which LambdaLR computes in the same way."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _over_ranks(usage: Usage | None) -> Usage | None:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim import Adam, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
 
 from ..base.preserve import check_rng_state
@@ -113,7 +113,8 @@ def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = 
     Args:
         step: The step of the checkpoint.
         model: The mixture that is trained on.
-        optimizer: The one that goes on; without it, an AdamW with one group of parameters.
+        optimizer: The one that goes on; without it, an AdamW with one group of parameters. Of one that is no Adam,
+            whatever moments there are must fit the parameters.
 
     Raises:
         CheckpointError: With every problem of the first file that has any.
@@ -132,9 +133,9 @@ def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = 
         return found
 
     moments = _read_moments(folder, read_file(formats.OPTIMIZER), model.trained_parameters(), optimizer)
-    found = sorted({int(each["step"]) for each in moments.values()})
-    if found != counts if counts else len(found) > 1 or found[-1] > step:
-        expected = counts or f"one number until {step}"
+    found = sorted({int(each["step"]) for each in moments.values() if "step" in each})
+    if found != counts if counts is not None else len(found) > 1 or max(found, default=0) > step:
+        expected = f"one number until {step}" if counts is None else counts
         raise _refused(folder, formats.OPTIMIZER, [f"step: expected {expected}, found {short(found)}"])
     _check_scheduler(folder, step)
     generators = read_file(rng_name := _rng_name(*ranks.world()))
@@ -234,7 +235,7 @@ def _sums_rules(step: int, num_experts: int) -> Rules:
         return [len(x) for x in lists] == [num_experts] * 2 and all(number(v) and v >= 0 for x in lists for v in x)
 
     def is_counts(value: Any) -> bool:
-        return isinstance(value, list) and bool(value) and all(natural(v, 1) for v in value)
+        return isinstance(value, list) and all(natural(v, 1) for v in value)
 
     return (
         ("loss", "a number", number),
@@ -331,8 +332,10 @@ def _read_moments(
         problems = [line for group in groups for line in _out_of_order(group, here)]
     if not problems and len(moments) != len(here):
         problems = ["has moments for parameters without a name"]
-    amsgrad = optimizer is not None and any(group.get("amsgrad") for group in optimizer.param_groups)
-    keys = (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
+    keys: tuple[str, ...] | None = MOMENTS
+    if optimizer is not None:
+        amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+        keys = None if not isinstance(optimizer, Adam) else (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
     for name in sorted(set(here) & set(there)):
         if there[name] in moments:
             problems += _wrong_moments(name, moments[there[name]], here[name], keys)
@@ -365,7 +368,15 @@ def _out_of_order(there: list[str], here: Mapping[str, torch.Tensor]) -> list[st
     return []
 
 
-def _wrong_moments(name: str, found: Any, parameter: torch.Tensor, keys: tuple[str, ...]) -> Iterator[str]:
+def _wrong_moments(name: str, found: Any, parameter: torch.Tensor, keys: tuple[str, ...] | None) -> Iterator[str]:
+    """Yield what is wrong with the moments of a parameter: those of Adam, or with None of any optimizer."""
+    if keys is None and isinstance(found, dict):
+        for key, value in found.items():
+            fits = isinstance(value, torch.Tensor) and value.shape in (torch.Size(), parameter.shape)
+            if not (value.isfinite().all() if fits else value is None or number(value)):
+                yield f"{short(key)} of {name}: expected finite numbers, found {_seen(value)}"
+        return
+    keys = keys or MOMENTS
     if not isinstance(found, dict) or set(found) != {"step", *keys}:
         names = ", ".join(map(_seen, found)) if isinstance(found, dict) else _seen(found)
         yield f"expected step and {', '.join(keys)} of {name}, found {names}"
@@ -381,20 +392,8 @@ def _wrong_moments(name: str, found: Any, parameter: torch.Tensor, keys: tuple[s
             yield f"{key} of {name}: expected a whole number from 1, found {value.item()}"
 
 
-# ---- going on ----
-
-
 def load_moments(moments: Mapping[str, dict[str, torch.Tensor]], optimizer: Optimizer) -> None:
     """Load moments by the names of the parameters. Learning rate, weight decay and the like are those of this run."""
     own = optimizer.state_dict()
     names = [name for group in own["param_groups"] for name in group["param_names"]]  # torch numbers them in this order
     optimizer.load_state_dict(own | {"state": {index: moments[name] for index, name in enumerate(names)}})
-
-
-def move_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Set the learning rate to that after `step` steps, which LambdaLR computes in the same way."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates

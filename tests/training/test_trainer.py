@@ -159,9 +159,9 @@ def test_save_model_is_a_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run folder with the checkpoints of steps 2, 4 and 5. No callback was given."""
+    """A run folder with the checkpoints of steps 2, 4 and 5."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    trainer(folder, callbacks=[]).train()
+    trainer(folder).train()
     assert steps(folder) == [2, 4, 5]
     return folder
 

@@ -22,6 +22,7 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import check_rng_state, rng_state, seeded, set_rng_state
 from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.training import training_state
+from dylora_moe.training.trainer import move_scheduler
 from dylora_moe.training.training_state import SUMS, Sums
 
 from ..support.faults import full_disk
@@ -126,7 +127,7 @@ def after_reading(folder: Path) -> tuple[dict, dict, tuple, float, Sums]:
     schedule = schedule_of(optimizer)
     saved = training_state.read(folder, 3, model)
     training_state.load_moments(saved.moments, optimizer)
-    training_state.move_scheduler(schedule, saved.step)
+    move_scheduler(schedule, saved.step)
     rate = optimizer.param_groups[0]["lr"]
     before = rng_state()
     try:
@@ -285,7 +286,7 @@ WRONG = {
     "a log to come": (sums(last_logged=4), "last_logged: expected a step until 3"),
     "usage of three": (sums(usage=[[1.0] * 3] * 2), "usage: expected two lists of 2 numbers"),
     "negative usage": (sums(usage=[[1.0, -1.0]] * 2), "usage: expected"),
-    "steps of none": (sums(optimizer_steps=[]), "optimizer_steps: expected"),
+    "steps of none": (sums(optimizer_steps=[]), r"optimizer.pt: step: expected \[\], found \[3\]"),
     "steps of others": (sums(optimizer_steps=[2]), r"optimizer.pt: step: expected \[2\], found \[3\]"),
     "an unknown sum": (sums(extra=1), "MoETrainer: 'extra': is unknown"),
     "sums of two": (lambda f: edit_json(f / "trainer_state.json", lambda s: s["stateful_callbacks"][SUMS]["attributes"]
@@ -346,6 +347,24 @@ def test_the_moments_of_amsgrad_go_on_where_it_is_used(folder):
         training_state.read(folder, 3, model)
     optimizer = torch.optim.AdamW(list(model.trained_parameters().items()), amsgrad=True)
     assert training_state.read(folder, 3, model, optimizer).step == 3
+
+
+def test_another_optimizer_goes_on_if_its_moments_fit(folder):
+    model, _ = mixture()
+    made = torch.optim.SGD(list(model.trained_parameters().items()), momentum=0.9)
+    optimizer(
+        lambda s: [(m.clear(), m.update(momentum_buffer=torch.ones(2, 3))) for m in s["state"].values()] and None
+    )(folder)
+    with pytest.raises(CheckpointError, match=r"momentum_buffer.*expected finite numbers, found shape \(2, 3\)"):
+        training_state.read(folder, 3, model, made)
+    names = torch.load(folder / "optimizer.pt", weights_only=True)["param_groups"][0]["param_names"]
+    shapes = {index: model.trained_parameters()[name].shape for index, name in enumerate(names)}
+    optimizer(lambda s: [m.update(momentum_buffer=torch.ones(shapes[i])) for i, m in s["state"].items()] and None)(
+        folder
+    )
+    sums(optimizer_steps=[])(folder)
+    training_state.load_moments(training_state.read(folder, 3, model, made).moments, made)
+    assert all(bool((state["momentum_buffer"] == 1).all()) for state in made.state.values())
 
 
 # ---- drawn at random ----
