@@ -43,9 +43,9 @@ class ProgressBar(ProgressLines, ProgressCallback):
         self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            if self.prediction_bar is None:
-                self.prediction_bar = tqdm(total=len(eval_dataloader), leave=False, dynamic_ncols=True)
-            self.prediction_bar.update(1)
+            bar: Any = self.prediction_bar or tqdm(total=len(eval_dataloader), leave=False, dynamic_ncols=True)
+            bar.update(1)
+            self.prediction_bar = bar
 
     def end_evaluation(self) -> None:
         """Take the bar of an evaluation away, however that has ended."""

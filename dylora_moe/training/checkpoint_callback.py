@@ -181,6 +181,7 @@ def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
     """Return the step of the checkpoint in the run folder with the best evaluation, the first of equals, if any."""
     metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
     steps = {found.step for found in run_folder.checkpoints(str(args.output_dir))}
-    values = {e["step"]: e[metric] for e in state.log_history if metric in e and e.get("step") in steps}
+    log: list[dict[str, Any]] = state.log_history
+    values = {entry["step"]: entry[metric] for entry in log if metric in entry and entry.get("step") in steps}
     sign = -1 if args.greater_is_better else 1
     return min(sorted(values), key=lambda step: sign * values[step], default=None)

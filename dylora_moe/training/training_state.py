@@ -223,7 +223,8 @@ def _read_sums(folder: Path, state: dict[str, Any], step: int, num_experts: int)
     problems += [f"{short(key)}: is unknown" for key in found if key not in {field.name for field in fields(Sums)}]
     if problems:
         raise _refused(folder, formats.TRAINER_STATE, [f"{SUMS}: {problem}" for problem in problems])
-    return Sums(**{"usage": None} | found)
+    values: dict[str, Any] = {"usage": None} | found
+    return Sums(**values)
 
 
 def _sums_rules(step: int, num_experts: int) -> Rules:
