@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,19 +69,14 @@ class DyLoRAMoE(Mixture):
         """
         return load_mixture(folder, base, kind=cls, **options)
 
-    def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> bool:
-        """Publish a checkpoint at `folder`, whole or not at all.
-
-        Returns:
-            False, with a warning, if there is a checkpoint already, which is left as it is.
+    def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> Path:
+        """Publish a checkpoint at `folder`, whole or not at all, and return its path.
 
         Raises:
-            UsageError: if it cannot be written; nothing is left behind.
+            UsageError: if there is a checkpoint already, which is left as it is, or if it cannot be written; nothing
+                is left behind.
         """
-        saved = save_checkpoint(folder, self, step=step, skills=skills)
-        if not saved:
-            warnings.warn(f"nothing was saved: {folder} is a checkpoint already, and is left as it is", stacklevel=2)
-        return saved
+        return save_checkpoint(folder, self, step=step, skills=skills)
 
     def export_expert(self, expert: int, folder: str | Path) -> None:
         """Write one expert to a new folder as a plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.

@@ -39,24 +39,25 @@ def save_checkpoint(
     skills: SkillLibrary | None = None,
     training_files: Callable[[Path], None] | None = None,
     outputs: Outputs | None = None,
-) -> bool:
-    """Publish a checkpoint at `target`, whole or not at all.
+) -> Path:
+    """Publish a checkpoint at `target`, whole or not at all, and return its path.
 
     Args:
         training_files: writes what training needs to resume into the folder it is given.
         outputs: what `probe_outputs` has returned on every rank, if the base is sharded: the one rank that saves could
             not compute it alone.
 
-    Returns:
-        False if there is a complete checkpoint already, which is left as it is.
-
     Raises:
-        UsageError: if it cannot be written, or would not be sound; nothing is left behind.
+        UsageError: if there is a complete checkpoint already, which is left as it is; or if it cannot be written, or
+            would not be sound. Nothing is left behind.
     """
     step = operator.index(step)
     with staged(target) as folder:
         if folder is None:
-            return False
+            raise UsageError(
+                f"nothing was saved: {target} is a checkpoint already, and a checkpoint is never replaced; choose "
+                "another folder, or move that one away"
+            )
         with explained("write the checkpoint", target):
             scans = write_files(folder, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
             if training_files is not None:
@@ -65,7 +66,7 @@ def save_checkpoint(
         problems = inspect_files(folder, scans).problems
         if problems:
             raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
-    return True
+    return Path(target)
 
 
 def write_files(

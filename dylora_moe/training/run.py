@@ -32,7 +32,7 @@ from ..store.claim import Claim
 from ..store.claim import claimed as claimed_by_one
 from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
-from ..system import machine
+from ..system import interrupts, machine
 from . import ranks, sharding, training_state
 from .batches import BlockCollator, check_documents_apart
 from .callbacks import EarlyStopping, StopSignals
@@ -77,7 +77,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             add_skills(skills, model, blocks)
             early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
             stop = StopSignals(warn, early)
-            saver = PeftCheckpointCallback(skills, compared, interrupted=lambda: stop.received is not None)
+            saver = PeftCheckpointCallback(skills, compared, interrupted=stop.ended_early)
             arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
             trainer = MoETrainer(
                 model=model,
@@ -85,7 +85,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
                 train_dataset=blocks.train,
                 eval_dataset=blocks.evaluation,
                 data_collator=BlockCollator(),
-                callbacks=[callback for callback in (early, stop, saver) if callback is not None],
+                callbacks=[callback for callback in (early, saver, stop) if callback is not None],
                 start_step=start.step,
             )
             if start.folder and ended:
@@ -287,7 +287,7 @@ def take_over(
     with ranks.together():
         if start.folder is None:
             return SkillLibrary(), False
-        checkpoint, ended = check(start.folder, compared, start.weights_only, accept_changes=accept_changes)
+        checkpoint, ended = check(start.folder, compared, model, start.weights_only, accept_changes=accept_changes)
         if start.weights_only or ended:
             load_into(checkpoint, model)
         return read_skills(checkpoint), ended
@@ -296,6 +296,7 @@ def take_over(
 def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: Claim) -> None:
     """Train, and keep the run folder from then on if there is a checkpoint in it."""
     resumed = None if start.folder is None or start.weights_only else str(start.folder)
+    interrupts.check()  # a library may have swallowed a signal while it was reading
     try:
         with stop:
             trainer.train(resumed)

@@ -211,7 +211,8 @@ def test_a_published_checkpoint_is_left_and_nothing_is_computed(tmp_path, monkey
     folder = save_sound(tmp_path / "a")
     before = files_of(folder)
     monkeypatch.setattr("dylora_moe.checkpoint.write.make_probe", lambda *_: pytest.fail("a forward pass for nothing"))
-    assert not save_checkpoint(folder, tiny_mixture(seed=1))
+    with pytest.raises(UsageError, match=r"nothing was saved: .* is a checkpoint already, .* choose another folder"):
+        save_checkpoint(folder, tiny_mixture(seed=1))
     assert files_of(folder) == before
 
 
@@ -595,10 +596,8 @@ def test_an_expert_that_is_not_finite_is_not_exported(tmp_path):
 
 def test_what_is_given_in_vain_is_said(tmp_path):
     model = tiny_mixture()
-    assert model.save_checkpoint(tmp_path / "a", step=np.int64(3))
+    assert model.save_checkpoint(tmp_path / "a", step=np.int64(3)) == tmp_path / "a"
     assert json.loads((tmp_path / "a" / "config.json").read_text())["step"] == 3
-    with pytest.warns(UserWarning, match="nothing was saved: .* is a checkpoint already"):
-        assert not model.save_checkpoint(tmp_path / "a", step=4)
     with pytest.raises(UsageError, match="dtype, token: of a base model that is to be loaded"):
         DyLoRAMoE.from_checkpoint(tmp_path / "a", tiny_base(), token="x", dtype="float32")
 

@@ -22,7 +22,7 @@ from dylora_moe.training.batches import BlockCollator
 from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
 from dylora_moe.training.trainer import MoETrainer
 
-from ..support.mutations import CONFIG_0, CONFIG_1, files_of
+from ..support.mutations import CONFIG_0, CONFIG_1, edit_json, files_of
 from ..support.tiny import random_ids, tiny_base
 
 CONFIG = """\
@@ -185,6 +185,11 @@ def trainer(folder: Path) -> MoETrainer:
 def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
     """The tensors and the training state of a checkpoint, between the texts of that version."""
     shutil.copytree(checkpoint, folder)
+    for name in (formats.OPTIMIZER, "rng_state.pth"):  # which named no step
+        state = torch.load(folder / name, weights_only=True)
+        del state["global_step"]
+        torch.save(state, folder / name)
+    edit_json(folder / formats.TRAINER_STATE, without_new_sums)
     (folder / formats.CONFIG).write_text(CONFIG)
     for name in (CONFIG_0, CONFIG_1):
         (folder / name).write_text(ADAPTER_CONFIG)
@@ -197,6 +202,11 @@ def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
     ]
     (folder / "manifest.json").write_text(MANIFEST_HEAD + ",\n".join(entries) + MANIFEST_TAIL)
     return folder
+
+
+def without_new_sums(state: dict) -> None:
+    (sums,) = state["stateful_callbacks"]["MoETrainer"]["attributes"]["by_rank"]
+    del sums["first_step"], sums["optimizer_steps"]
 
 
 def test_a_checkpoint_of_version_0_2_1_verifies_loads_and_resumes(tmp_path):

@@ -495,6 +495,15 @@ def test_rotation_goes_by_step_over_complete_checkpoints_only(run):
     assert after.items() <= before.items()
 
 
+def test_row_38_rotation_leaves_a_checkpoint_in_which_somebody_has_put_a_file(run):
+    for step in (1, 2, 3):
+        save(run, step)
+    (run / "checkpoint-1" / "peft_adapters" / "notes.txt").touch()
+    (run / "checkpoint-2" / "empty").mkdir()
+    assert run_folder.rotate(run, 1) == [run / "checkpoint-2"]
+    assert (run / "checkpoint-1" / "peft_adapters" / "notes.txt").is_file()
+
+
 # ---- finding --------------------------------------------------------------------------------------------------------
 
 

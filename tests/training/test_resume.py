@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 import train
-from dylora_moe.checkpoint.write import write_files
+from dylora_moe.checkpoint.write import save_checkpoint, write_files
 from dylora_moe.store.publish import seal
 from dylora_moe.training.run import load_model
 from dylora_moe.training.trainer import MoETrainer
@@ -152,10 +152,55 @@ def test_stopped_twice(monkeypatch, tmp_path):
     assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
 
 
-def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path):
-    signal_at(monkeypatch, "on_step_begin", 11)
-    assert train.main(arguments(tmp_path / "run")) == 0
-    assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
+def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path, capsys):
+    whole = newest(uninterrupted())
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_step_begin", 11)
+        assert train.main(arguments(tmp_path / "run")) == 143
+    assert_same(whole, newest(tmp_path / "run"))
+    assert "held-out loss" not in capsys.readouterr().out  # the evaluation at the end is not waited for
+    assert train.main(arguments(tmp_path / "run", "--resume")) == 0
+    out = capsys.readouterr().out
+    assert "there is nothing left to train" in out
+    assert "held-out loss" in out
+
+
+@pytest.mark.parametrize(("step", "state"), [(6, "immature"), (12, "mature")])
+def test_an_evaluation_is_cut_short_and_made_again(monkeypatch, tmp_path, capsys, step, state):
+    line = rf"^step +{step}/12  held out: one .*, two "
+    run_dir, flags = tmp_path / "run", ("--eval-steps", "6", "--batch-size", "1")
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_prediction_step", step)
+        assert train.main(arguments(run_dir, *flags)) == 143
+    assert (newest(run_dir).name, states(newest(run_dir))) == (f"checkpoint-{step}", [state] * 2)
+    out = capsys.readouterr().out
+    assert f"stopped by SIGTERM at step {step}; saved {newest(run_dir)}" in out
+    assert re.search(line, out, re.MULTILINE) is None
+    assert train.main(arguments(run_dir, *flags, "--resume")) == 0
+    lines = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == (1 if step < 12 else 0)  # a run that has ended shows its table only
+    evaluated = [entry["step"] for entry in trainer_state(newest(run_dir))["log_history"] if "eval_loss" in entry]
+    assert evaluated == ([0, 6, 12] if step < 12 else [0, 6])
+
+
+def test_a_signal_in_the_evaluation_at_the_start_leaves_nothing(monkeypatch, tmp_path, capsys):
+    signal_at(monkeypatch, "on_prediction_step", 0)
+    assert train.main(arguments(tmp_path / "run")) == 143
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.splitlines()[-1] == "train.py: terminated"
+
+
+def test_a_signal_during_a_save_stops_behind_it(monkeypatch, tmp_path):
+    def save(target, *args, **kwargs):
+        if target.name == "checkpoint-8":
+            signal.raise_signal(signal.SIGTERM)
+        return save_checkpoint(target, *args, **kwargs)
+
+    monkeypatch.setattr("dylora_moe.training.checkpoint_callback.save_checkpoint", save)
+    assert train.main(arguments(tmp_path / "run")) == 143
+    assert steps(tmp_path / "run") == [4, 8]
+    assert_same(uninterrupted() / "checkpoint-8", newest(tmp_path / "run"))
 
 
 # ---- early stopping ----
@@ -187,7 +232,7 @@ def test_early_stopping_counts_on(monkeypatch, tmp_path, stopped_early, event, a
 
 def test_a_signal_in_the_step_that_stops_early_anyway(monkeypatch, tmp_path, stopped_early):
     signal_at(monkeypatch, "on_step_begin", 5)
-    assert train.main(arguments(tmp_path / "run", *STOPPING)) == 0
+    assert train.main(arguments(tmp_path / "run", *STOPPING)) == 143
     assert_same(newest(stopped_early), newest(tmp_path / "run"))
 
 
@@ -469,6 +514,33 @@ def test_what_is_only_named_like_a_checkpoint_is_left_alone(run_dir):
     assert_same(newest(uninterrupted()), run_dir / "checkpoint-12")
 
 
+@pytest.mark.parametrize(
+    ("field", "code"),
+    [("best_model_checkpoint", 2), ("best_global_step", 0), ("log_history", 0), ("stateful_callbacks", 0)],
+)
+def test_row_40_no_field_of_a_file_decides_what_is_deleted_or_loaded(run_dir, tmp_path, capsys, field, code):
+    """Its manifest is rewritten: the fields name another folder, and steps that are not there."""
+    other = tmp_path / "other"
+    shutil.copytree(run_dir / "checkpoint-4", other / "checkpoint-4")
+    shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-5.bak")
+    shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-6")
+    (run_dir / "checkpoint-6" / "manifest.json").unlink()
+    state = trainer_state(run_dir / "checkpoint-8")
+    state |= {
+        "best_model_checkpoint": {"best_model_checkpoint": str(other)},
+        "best_global_step": {"best_global_step": 6, "best_metric": -1.0},
+        "log_history": {"log_history": [{"step": 6, "eval_loss": -9.0}, {"step": 10**9, "eval_loss": -9.0}]},
+        "stateful_callbacks": {"stateful_callbacks": state["stateful_callbacks"] | {"Other": {"args": {"x": "/"}}}},
+    }[field]
+    rewrite(run_dir / "checkpoint-8", trainer_state__json=json.dumps(state).encode())
+    kept = {path: contents(path) for path in (other, run_dir / "checkpoint-5.bak", run_dir / "checkpoint-6")}
+    assert train.main(arguments(run_dir, "--resume", "--save-total-limit", "1", "--eval-steps", "12")) == code
+    assert all(contents(path) == before for path, before in kept.items())
+    if code:
+        assert f"{field}: expected null, since no file decides what is" in capsys.readouterr().err
+    assert steps(run_dir) == ([4, 8] if code else [12])
+
+
 def test_the_step_number_decides_not_the_time(run_dir):
     for seconds, step in ((1, 8), (2_000_000_000, 4)):
         os.utime(run_dir / f"checkpoint-{step}", (seconds, seconds))
@@ -614,6 +686,7 @@ def test_a_resumption_that_is_refused_touches_nothing_in_the_model(run_dir, caps
 
 # ---- changed settings ----
 
+SHAPES = ("experts", "lora-r", "lora-alpha", "targets")
 CHANGES = {
     "seed": "1",
     "batch-size": "4",
@@ -641,22 +714,34 @@ def test_changed_settings_are_listed(run_dir, capsys):
     assert train.main(arguments(run_dir, "--resume", *words)) == 2
     err = capsys.readouterr().err
     assert "... and " in err
-    assert "--accept-changes" in err
+    assert "experts, lora_alpha, lora_r, targets cannot change" in err
     for name, value in CHANGES.items():
         assert train.main(arguments(run_dir, "--resume", f"--{name}", value)) == 2, name
         err = capsys.readouterr().err
         assert f"  - {name.replace('-', '_')}: " in err
+        assert ("accept the changes with --accept-changes" in err) == (name not in SHAPES)
     assert steps(run_dir) == [4, 8]
 
 
 def test_changed_experts_are_never_accepted(run_dir, capsys):
     for words, text in (
-        (("--experts", "3"), "has 2 experts, the model has 3"),
-        (("--lora-r", "2"), "expert_0 has r 4, in the model it is 2"),
-        (("--targets", "q_proj"), "target_modules"),
+        (("--experts", "3"), "experts: 2 there, 3 here"),
+        (("--lora-r", "2"), "lora_r: 4 there, 2 here"),
+        (("--lora-alpha", "8"), "lora_alpha: 32"),
+        (("--targets", "q_proj"), "targets: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here"),
     ):
-        assert train.main(arguments(run_dir, "--resume", "--accept-changes", *words)) == 2
-        assert text in capsys.readouterr().err
+        for more in ((), ("--accept-changes",), ("--resume-weights-only",)):
+            assert train.main(arguments(run_dir, "--resume", *words, *more)) == 2
+            err = capsys.readouterr().err
+            assert f"  - {text}" in err
+            assert "--accept-changes" not in err
+            assert "sound" not in err
+            assert "add_expert add an expert" in err
+    assert train.main(arguments(run_dir, "--resume", "--experts", "3", "--seed", "1")) == 2
+    err = capsys.readouterr().err
+    assert "  - experts: 2 there, 3 here\n" in err
+    assert "  - seed: 0 there, 1 here\n" in err
+    assert "another folder: experts cannot change" in err
 
 
 def test_changed_data_is_found_by_its_content(run_dir, tmp_path, capsys):
