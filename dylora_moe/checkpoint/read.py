@@ -48,7 +48,7 @@ _REMEDY = "the file belongs to another model or was changed; restore it from a c
 
 def load_mixture(
     folder: str | Path,
-    base: PreTrainedModel | str | None = None,
+    base: PreTrainedModel | str | os.PathLike | None = None,
     *,
     kind: type[M] = Mixture,  # type: ignore[assignment]  # mypy knows no defaults of type variables
     **options: Any,
@@ -68,13 +68,12 @@ def load_mixture(
         CheckpointError: with every problem, before anything is built.
         UsageError: if the base model is not available, or the folder is moved away meanwhile.
     """
-    given = base is not None and not isinstance(base, str)
-    needless = sorted(options.keys() - {"label_smoothing", "revision"}) if given else []
+    needless = sorted(options.keys() - {"label_smoothing", "revision"}) if isinstance(base, PreTrainedModel) else []
     if needless:
         raise UsageError(f"{', '.join(needless)}: of a base model that is to be loaded, but base= gives one; leave out")
     checkpoint = open_checkpoint(folder)
     smoothing = options.pop("label_smoothing", 0.0)
-    if base is None or isinstance(base, str):
+    if base is None or isinstance(base, (str, os.PathLike)):
         base, revision = _load_base(checkpoint, base, **options)
     else:
         revision = options.pop("revision", None) or checkpoint.config.base_model.revision
@@ -93,7 +92,7 @@ def load_mixture(
 
 
 def _load_base(
-    checkpoint: SoundCheckpoint, name: str | None, *, weights: str = "pretrained", **options: Any
+    checkpoint: SoundCheckpoint, name: str | os.PathLike | None, *, weights: str = "pretrained", **options: Any
 ) -> tuple[PreTrainedModel, str | None]:
     """Load the base model of this name, or the one that a checkpoint names. Returns its revision, too."""
     trained_on = checkpoint.config.base_model

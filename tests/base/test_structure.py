@@ -1,5 +1,7 @@
 """What is told of a base model: its decoder layers, and whether it can be a base."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -39,7 +41,7 @@ class Wrapped(torch.Tensor):
 
 
 def quantized(how):
-    model = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]))
     layer = model.model.layers[1].mlp.up_proj
     if how == "config":  # as of bitsandbytes
         model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
