@@ -42,7 +42,7 @@ def architecture(config_or_model: PreTrainedConfig | nn.Module) -> dict[str, Any
         model = skeleton(model, torch.float32)
     config = model.config
     text = config.get_text_config()
-    shapes = [[name, list(parameter.shape)] for name, parameter in _parameters(model)]
+    shapes = [[name, list(_shape(parameter))] for name, parameter in _parameters(model)]
     digest = hashlib.sha256(json.dumps([config.model_type, shapes]).encode()).hexdigest()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     values = json.loads(text.to_json_string(use_diff=False))
@@ -63,13 +63,18 @@ def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     )
 
 
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """Return the shape of a parameter, also of one that bitsandbytes has packed into bytes."""
+    return getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape)
+
+
 def parameter_count(model: nn.Module) -> int:
     """Return the number of parameters of the base model. Tied ones count once, those that random weights share do not.
 
     Decoder layers with random weights share their tensors (random_weights.py), though the model has more parameters.
     """
     tied = getattr(without_adapters(model), "all_tied_weights_keys", {})
-    return sum(parameter.numel() for name, parameter in _parameters(model) if name not in tied)
+    return sum(_shape(parameter).numel() for name, parameter in _parameters(model) if name not in tied)
 
 
 # ---- weights ----

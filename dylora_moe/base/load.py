@@ -10,7 +10,14 @@ from typing import Any, cast
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..errors import UsageError, listed
 from ..store.files import shown
@@ -19,7 +26,7 @@ from . import hub
 from .config import read_object
 from .quiet import quiet, refused
 from .random_weights import random_model, shared_bytes
-from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, need_gguf
+from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, need_gguf, need_package
 from .structure import skeleton
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
@@ -56,6 +63,10 @@ def load_base(
         UsageError: if the model cannot be loaded. Missing weights are never initialised.
     """
     notes: list[str] = []
+    if base.quantization and weights != "pretrained":
+        raise UsageError(
+            f"{base.name} is to be quantized with bitsandbytes: {weights} weights cannot be, real ones can."
+        )
     dtype = resolve_dtype(dtype, base.config)
     device = resolve_device(device)
     if weights == "none":
@@ -137,6 +148,9 @@ def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> tuple[P
     else:
         folder = _weights_folder(base)
         _check_weight_files(folder)
+    if base.quantization:
+        need_package("bitsandbytes", f"Quantizing {base.name}")
+        extra["quantization_config"] = BitsAndBytesConfig(**base.quantization)
     if device.type != "cpu":
         extra["device_map"] = {"": device}
     with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..constants import BITSANDBYTES
 from ..errors import UsageError
 from .quiet import quiet, refused
 
@@ -57,27 +58,38 @@ def without_adapters(model: nn.Module) -> Any:
 
 
 def check_base(base: object) -> None:
-    """Raise UsageError unless `base` is a Hugging Face model without adapters whose weights are plain numbers."""
+    """Raise UsageError unless `base` is a Hugging Face model without adapters that could be loaded again as it is."""
     adapted = isinstance(base, nn.Module) and any(isinstance(module, LoraLayer) for module in base.modules())
     if adapted or not isinstance(base, PreTrainedModel):
         found = f"{type(base).__name__}{' with LoRA layers in it' if adapted else ''}"
         raise UsageError(f"expected a Hugging Face causal LM without adapters, got {found}")
-    if found := _quantization(base):
-        raise UsageError(
-            f"the base model is quantized ({found}), and a checkpoint could not load it again as it is: load it "
-            "without quantization, for instance in bfloat16"
-        )
-
-
-def _quantization(base: PreTrainedModel) -> str | None:
-    """Say how the weights of a model are quantized, or return None if all of them are plain numbers."""
-    config = getattr(base.config, "quantization_config", None)
-    if config:
-        method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-        return f"quantization_config, {getattr(method, 'value', method)}"
+    if quantization(base) is not None:
+        return
     for name, parameter in base.named_parameters():
         kind = type(parameter.data)
         plain = kind is torch.Tensor or hasattr(parameter, "full_tensor")  # a DTensor
         if not plain or not parameter.is_floating_point():
-            return f"{name} is a {kind.__name__} of {parameter.dtype}"
-    return None
+            raise _cannot_be_loaded_again(f"{name} is a {kind.__name__} of {parameter.dtype}")
+
+
+def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
+    """Return how a model was quantized when it was loaded, as arguments of `BitsAndBytesConfig`; None if it was not.
+
+    Raises:
+        UsageError: if another library has quantized it.
+    """
+    config: Any = getattr(base.config, "quantization_config", None)
+    if not config:
+        return None
+    found = config if isinstance(config, dict) else config.to_diff_dict()
+    if not (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = found.get("quant_method")
+        raise _cannot_be_loaded_again(f"quantization_config, {getattr(method, 'value', method)}")
+    return {key: value for key, value in found.items() if key.startswith(BITSANDBYTES)}
+
+
+def _cannot_be_loaded_again(found: str) -> UsageError:
+    return UsageError(
+        f"the base model is quantized ({found}) in a way that a checkpoint could not load again: quantize it with "
+        "bitsandbytes, or load it without quantization, for instance in bfloat16"
+    )

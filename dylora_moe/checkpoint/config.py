@@ -61,6 +61,7 @@ class BaseModelEntry:
     revision: str | None
     dtype: str  # such as "bfloat16"
     architecture: ArchitectureEntry
+    quantization: dict[str, Any] | None = None  # with which it was loaded: arguments of BitsAndBytesConfig
 
     def located(self, checkpoint: Path) -> str | None:
         """Return the hub id, or the absolute path, of the base model that a checkpoint folder names."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from ..base.find import find_base
 from ..base.fingerprint import architecture
 from ..base.load import load_base
 from ..base.preserve import as_found_on_error
-from ..base.structure import check_base
+from ..base.structure import check_base, quantization
 from ..errors import CheckpointError, UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
 from ..mixture.model import Mixture
@@ -99,6 +100,7 @@ def _load_base(
     revision = options.pop("revision", None) or (None if name else trained_on.revision)
     name = name or named_base(checkpoint, "base=")
     source, weights = find_base(name, weights=weights, token=options.pop("token", None), revision=revision)
+    source = replace(source, quantization=trained_on.quantization)
     return load_base(source, weights, **{"dtype": trained_on.dtype} | options), source.revision or revision
 
 
@@ -192,7 +194,11 @@ def _adapter_config(checkpoint: SoundCheckpoint, index: int) -> MoELoraConfig:
 
 def _check_architecture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> None:
     trained_on = checkpoint.config.base_model
-    if found := trained_on.architecture.differences(architecture(base)):
+    found = trained_on.architecture.differences(architecture(base))
+    there, here = trained_on.quantization, quantization(base)
+    if there != here and trained_on.architecture.settings is not None:  # version 1 does not say
+        found.append(f"quantization: {there} there, {here} here")
+    if found:
         problem = f"was saved on another base model, {trained_on.name} ({'; '.join(found)}); load it on that one"
         raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}"])
 

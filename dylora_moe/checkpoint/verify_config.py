@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..constants import MAX_EXPERTS, STATES, expert_name
+from ..constants import BITSANDBYTES, MAX_EXPERTS, STATES, expert_name
 from . import formats
 from .config import CheckpointConfig
 from .findings import Contents, Rules, get, natural, nothing_or, number, short, text, texts
@@ -83,6 +83,10 @@ def _sizes(value: object) -> bool:
     return value is None or _size(value) or (isinstance(value, list) and all(map(_size, value)))
 
 
+def _quantization(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(key.startswith(BITSANDBYTES) for key in value)
+
+
 def _sha256(value: object) -> bool:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
@@ -98,6 +102,7 @@ _CONFIG_RULES: Rules = (
     ("base_model.name", "a text or null", nothing_or(text)),
     ("base_model.revision", "a text or null", nothing_or(text)),
     ("base_model.dtype", "float32, float64, bfloat16 or float16", lambda v: v in DTYPES),
+    ("base_model.quantization", "arguments of BitsAndBytesConfig or null", nothing_or(_quantization)),
     ("base_model.architecture.model_type", "a text", text),
     ("base_model.architecture.hidden_size", "a positive whole number or null", nothing_or(_size)),
     ("base_model.architecture.num_hidden_layers", "a positive whole number or null", nothing_or(_size)),
@@ -111,7 +116,7 @@ _CONFIG_RULES: Rules = (
     ("router.top_k", "null or a positive whole number", nothing_or(_size)),
     ("router.balance_coefficient", "a number of at least 0", lambda v: number(v) and v >= 0),
 )
-_SINCE_VERSION_2 = ("base_model.architecture.settings",)
+_SINCE_VERSION_2 = ("base_model.architecture.settings", "base_model.quantization")
 _EXPERT_RULES: Rules = (
     ("r", "a positive whole number", _size),
     ("lora_alpha", "a positive number", lambda v: number(v) and v > 0),

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..base.fingerprint import architecture
+from ..base.structure import quantization
 from ..constants import expert_name
 from ..errors import UsageError, listed
 from ..mixture.config import MoELoraConfig
@@ -149,6 +150,7 @@ def describe_mixture(
             revision=model.base_revision,
             dtype=dtype_name(model),
             architecture=ArchitectureEntry(**architecture(model.base)),
+            quantization=quantization(model.base),
         ),
         experts=[_describe_expert(*each) for each in parts],
         router=RouterEntry(

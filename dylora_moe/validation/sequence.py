@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -90,6 +91,7 @@ def validate_on_base(run: Run, checkpoint: SoundCheckpoint) -> None:
     run.report.model, run.report.weights = source.name, weights
     if source.note:
         run.printer(source.note)
+    source = replace(source, quantization=trained_on.quantization)
     subject.check_architecture(source, trained_on, run.args.model)
     if run.script.reloads:
         subject.check_room_to_load(run.args, source, weights, checkpoint.config)

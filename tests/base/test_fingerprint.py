@@ -37,7 +37,12 @@ def test_fingerprint_of_another_shape_differs():
     ("kind", "before", "after", "line"),
     [
         ("llama", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters.rope_theta"),
-        ("llama", {}, {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters.rope_type"),
+        (
+            "llama",
+            {},
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_parameters.rope_type",
+        ),
         (
             "llama",
             {"rope_parameters": YARN},

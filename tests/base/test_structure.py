@@ -43,8 +43,8 @@ class Wrapped(torch.Tensor):
 def quantized(how):
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]))
     layer = model.model.layers[1].mlp.up_proj
-    if how == "config":  # as of bitsandbytes
-        model.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    if how == "config":
+        model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     elif how == "int8":
         layer.weight = torch.nn.Parameter(layer.weight.data.char(), requires_grad=False)
     else:
@@ -55,7 +55,7 @@ def quantized(how):
 @pytest.mark.parametrize(
     ("how", "named"),
     [
-        ("config", "(quantization_config, bitsandbytes)"),
+        ("config", "(quantization_config, gptq)"),
         ("int8", "(model.layers.1.mlp.up_proj.weight is a Tensor of torch.int8)"),
         ("subclass", "(model.layers.1.mlp.up_proj.weight is a Wrapped of torch.float32)"),
     ],

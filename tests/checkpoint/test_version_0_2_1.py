@@ -207,6 +207,7 @@ def test_a_checkpoint_of_version_0_2_1_verifies_loads_and_resumes(tmp_path):
     assert find_problems(old) == []
     content = json.loads(open_checkpoint(old).config.to_json())
     assert content.pop("format_version") == 2 and content["base_model"]["architecture"].pop("settings") is None
+    assert content["base_model"].pop("quantization") is None
     assert content | {"format_version": 1} == json.loads(CONFIG)
 
     loaded = load_mixture(old, tiny_base())
