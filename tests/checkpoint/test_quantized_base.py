@@ -57,7 +57,7 @@ def test_a_quantized_base_is_loaded_again_as_it_was(folder, tmp_path, how, capsy
     with pytest.raises(UsageError, match="random weights cannot be"):
         DyLoRAMoE.from_checkpoint(tmp_path / "checkpoint", weights="random")
     randomise(DyLoRAMoE(tiny_base(), 2)).save_checkpoint(tmp_path / "plain")
-    with pytest.raises(CheckpointError, match="quantization: None there, {.*} here"):
+    with pytest.raises(CheckpointError, match=r"quantization: None there, {.*} here"):
         DyLoRAMoE.from_checkpoint(tmp_path / "plain", quantized(folder, how))
 
 
