@@ -19,10 +19,11 @@ from .structure import skeleton, without_adapters
 # Values of a config that do not change what the model computes for given tokens. All others are compared.
 NOT_COMPUTED = frozenset((
     "architectures", "auto_map", "bos_token_id", "chunk_size_feed_forward", "decoder_start_token_id", "dtype",
-    "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label", "initializer_factor",
-    "initializer_range", "label2id", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits",
-    "pad_token_id", "prefix", "problem_type", "quantization_config", "return_dict", "sep_token_id",
-    "task_specific_params", "tokenizer_class", "torch_dtype", "unk_token_id", "use_cache",
+    "eos_token_id", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "id2label",
+    "initializer_factor", "initializer_range", "is_encoder_decoder", "label2id", "num_labels", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "prefix", "problem_type", "quantization_config",
+    "return_dict", "sep_token_id", "task_specific_params", "tokenizer_class", "torch_dtype", "unk_token_id",
+    "use_cache",
 ))  # fmt: skip
 BLOCKS, BLOCK = 8, 32  # what a sample has of a large parameter
 PART_BYTES = 1 << 22  # hashed by one thread
@@ -45,13 +46,10 @@ def architecture(config_or_model: PreTrainedConfig | nn.Module) -> dict[str, Any
     shapes = [[name, list(_shape(parameter))] for name, parameter in _parameters(model)]
     digest = hashlib.sha256(json.dumps([config.model_type, shapes]).encode()).hexdigest()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    found = {"model_type": config.model_type} | {size: getattr(text, size, None) for size in sizes}
     values = json.loads(text.to_json_string(use_diff=False))
-    return {
-        "model_type": config.model_type,
-        **{size: getattr(text, size, None) for size in sizes},
-        "fingerprint": digest,
-        "settings": {k: v for k, v in values.items() if k not in NOT_COMPUTED and not k.startswith("_")},
-    }
+    settings = {k: v for k, v in values.items() if not (k in found or k in NOT_COMPUTED or k.startswith("_"))}
+    return found | {"fingerprint": digest, "settings": settings}
 
 
 def _parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

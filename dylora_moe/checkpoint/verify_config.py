@@ -25,12 +25,12 @@ def check_config(contents: Contents) -> CheckpointConfig | None:
     if found is None:
         return None
     version = found.get("format_version")
-    if not natural(version) or version not in formats.FORMAT_VERSIONS:
+    if natural(version) and version not in formats.FORMAT_VERSIONS:
         known = " or ".join(map(str, formats.FORMAT_VERSIONS))
         text = f"format_version: expected {known}, found {short(version)}"
         contents.report(name, text, "a later version of this package has written it: update, or restore it from a copy")
         return None
-    rules = tuple(rule for rule in _CONFIG_RULES if version > 1 or rule[0] not in _SINCE_VERSION_2)
+    rules = tuple(rule for rule in _CONFIG_RULES if version != 1 or rule[0] not in _SINCE_VERSION_2)
     right = _only_keys(contents, "", found, rules)
     right &= contents.follow(name, found, rules)
     if not right:
@@ -93,7 +93,7 @@ def _sha256(value: object) -> bool:
 
 _CONFIG_RULES: Rules = (
     ("model_type", repr(formats.MODEL_TYPE), lambda v: v == formats.MODEL_TYPE),
-    ("format_version", "a version that can be read", lambda v: v in formats.FORMAT_VERSIONS),
+    ("format_version", "a version that can be read", lambda v: natural(v) and v in formats.FORMAT_VERSIONS),
     ("num_experts", f"1 to {MAX_EXPERTS}", lambda v: natural(v, 1, MAX_EXPERTS)),
     ("experts", "a list", lambda v: isinstance(v, list)),
     ("step", "a whole number", natural),

@@ -392,6 +392,7 @@ CASES = {
     "34 an unknown key": (inside("router.secret", 1), "config.json", "router.secret"),
     "34 another version": (config(format_version=3), "config.json", "format_version: expected 1 or 2", "update"),
     "34 version true": (config(format_version=True), "config.json", "format_version", "True"),
+    "34 version 1 with settings": (config(format_version=1), "config.json", "settings: expected no such key"),
     "34 another kind of model": (config(model_type="llama"), "config.json", "'dylora-moe'", "'llama'"),
     "34 temperature 1e999": (inside("router.temperature", float("inf")), "config.json", "router.temperature", "inf"),
     "34 temperature NaN": (inside("router.temperature", float("nan")), "config.json", "router.temperature", "nan"),
