@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -57,10 +58,13 @@ class DyLoRAMoE(Mixture):
         return mixture
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, base: PreTrainedModel | None = None, **options: Any) -> DyLoRAMoE:
-        """Read a checkpoint into a fresh mixture, on `base` or on the base model which the checkpoint names.
+    def from_checkpoint(
+        cls, folder: str | Path, base: PreTrainedModel | str | os.PathLike | None = None, **options: Any
+    ) -> DyLoRAMoE:
+        """Read a checkpoint into a fresh mixture.
 
         Args:
+            base: the base model, or the name of one to load; by default the one that the checkpoint names is loaded.
             options: those of `checkpoint.read.load_mixture`.
 
         Raises:

@@ -62,6 +62,9 @@ def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of a base model without experts. Its modules are new, its tensors are shared with `base`."""
     with init_empty_weights(include_buffers=False):
         fresh = type(base)(copy.deepcopy(base.config))
+    for path, module in base.named_modules():
+        if type(module).__module__.startswith("bitsandbytes"):  # which keeps more than tensors in its layers
+            fresh.set_submodule(path.removesuffix(".base_layer"), _shallow(module))
     donor = dict(base.named_parameters(remove_duplicate=False)) | dict(base.named_buffers(remove_duplicate=False))
     donor = {name.replace(".base_layer.", "."): tensor for name, tensor in donor.items() if "lora_" not in name}
     for path, module in fresh.named_modules():
@@ -71,6 +74,13 @@ def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
                     tensors[name] = donor[f"{path}.{name}" if path else name]
     fresh.generation_config = copy.deepcopy(base.generation_config)
     return fresh.eval()
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with tables of its own for the same tensors."""
+    twin = copy.copy(module)
+    twin.__dict__ = {name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(module).items()}
+    return twin
 
 
 # ---- the states of the random generators ----

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..base.structure import architecture
+from ..base.fingerprint import architecture
+from ..base.structure import quantization
 from ..constants import expert_name
 from ..errors import UsageError, listed
 from ..mixture.config import MoELoraConfig
@@ -23,7 +24,7 @@ from ..store.files import explained, fsync, native_errors, parallel, remove
 from ..store.publish import staged
 from ..store.whole_files import flush
 from . import formats
-from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
+from .config import BESIDE, ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
 from .safetensors_file import Scan
 from .tensors import dtype_name, expert_tensors, gate_tensors, write_tensors
@@ -88,7 +89,7 @@ def write_files(
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
         scans[formats.PROBE] = write_tensors(folder / formats.PROBE, tensors, metadata)
-    config = describe_mixture(model, step=step, has_probe=probe is not None)
+    config = describe_mixture(model, step=step, has_probe=probe is not None, run_dir=folder.parent)
     _write_bytes(folder / formats.CONFIG, config.to_json())
     return scans
 
@@ -139,18 +140,21 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     return folder
 
 
-def describe_mixture(model: Mixture, *, step: int = 0, has_probe: bool = False) -> CheckpointConfig:
-    """Return the content of a mixture's config.json."""
+def describe_mixture(
+    model: Mixture, *, step: int = 0, has_probe: bool = False, run_dir: Path | None = None
+) -> CheckpointConfig:
+    """Return the content of a mixture's config.json, for a checkpoint in `run_dir`."""
     names = map(expert_name, range(model.num_experts))
     parts = zip(names, model.expert_configs, model.expert_states, expert_tensors(model), strict=True)
     router = model.router.config
     libraries = ("peft", "safetensors", "torch", "transformers")
     return CheckpointConfig(
         base_model=BaseModelEntry(
-            name=base_name(model),
+            name=base_name(model, run_dir),
             revision=model.base_revision,
             dtype=dtype_name(model),
             architecture=ArchitectureEntry(**architecture(model.base)),
+            quantization=quantization(model.base),
         ),
         experts=[_describe_expert(*each) for each in parts],
         router=RouterEntry(
@@ -179,6 +183,12 @@ def _describe_expert(name: str, config: MoELoraConfig, state: str, tensors: dict
     )
 
 
-def base_name(model: Mixture) -> str | None:
-    """Return the hub id or the folder that the base model came from."""
-    return model.base.config._name_or_path or None
+def base_name(model: Mixture, run_dir: Path | None = None) -> str | None:
+    """Return the hub id or the absolute path that the base model came from, or ../NAME for what is in `run_dir`."""
+    name = model.base.config._name_or_path
+    if not name or not (name.startswith((".", "~")) or os.path.exists(name)):
+        return name or None
+    path = Path(name).expanduser().resolve()
+    if run_dir is not None and path.is_relative_to(run_dir.resolve()):
+        return BESIDE + path.relative_to(run_dir.resolve()).as_posix()
+    return str(path)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base
 from ..base.structure import check_base, decoder_layers
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
@@ -79,7 +80,7 @@ class Mixture(nn.Module):
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
             raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
-        self.notes: list[str] = []  # lines that a user should see
+        self.notes: list[str] = [*getattr(base, "notes", ())]  # lines that a user should see
         resolved = {id(config): self._with_targets(base, config) for config in configs}
         configs = [replace_config(resolved[id(config)]) for config in configs]
         self._watch = Watch()
@@ -396,5 +397,4 @@ class Mixture(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of "base", "experts" (all) and "router"."""
         experts = sum(p.numel() for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
-        base = sum(p.numel() for p in self.base.parameters()) - experts
-        return {"base": base, "experts": experts, "router": self.router.gate.weight.numel()}
+        return {"base": parameter_count(self.base), "experts": experts, "router": self.router.gate.weight.numel()}

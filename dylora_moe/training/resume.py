@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..base.structure import weights_fingerprint
+from ..base.fingerprint import same_weights, weights_fingerprint
 from ..checkpoint import formats
 from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, open_checkpoint
 from ..checkpoint.write import describe_mixture
@@ -158,6 +158,8 @@ def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBloc
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
     """Return a line for each setting in which two runs differ, by its name."""
     lines = {}
+    if same_weights(str(there.get("base_weights")), str(here.get("base_weights"))):
+        there = there | {"base_weights": here.get("base_weights")}
     for name in sorted(set(there) | set(here)):
         content = BY_CONTENT.get(name, name)
         if there.get(name) == here.get(name) or there.get(content) == here.get(content):

@@ -44,7 +44,7 @@ def _check_folder(run: Run, folder: Path) -> None:
     config = inspect_config(folder)  # flags that contradict it are refused before anything is checked
     if config is not None:
         run.report.experts = config.num_experts
-        run.report.model = config.base_model.name
+        run.report.model = config.base_model.located(folder)
         check_against(run.args, config)
     structure = run.step("structure", check_structure, folder)
     if structure.passed and needs_a_model(run):

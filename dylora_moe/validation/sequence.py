@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from ..checkpoint import formats
+from ..checkpoint.read import named_base
 from ..checkpoint.verify import SoundCheckpoint
-from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..store import run_folder
 from . import subject, workspace
@@ -84,16 +85,17 @@ def check_reloading(run: Run, checkpoint: SoundCheckpoint, base: PreTrainedModel
 def validate_on_base(run: Run, checkpoint: SoundCheckpoint) -> None:
     """Make the checks that need the base model, or its config."""
     trained_on = checkpoint.config.base_model
-    name = run.args.model or trained_on.name
-    if not name:
-        raise UsageError(f"{checkpoint.folder / formats.CONFIG} names no base model: say which with --model.")
+    name = run.args.model or named_base(checkpoint, "--model")
     revision = trained_on.revision if name == trained_on.name else None
     source, weights = subject.base_of(run.script, run.args, name, revision)
     run.report.model, run.report.weights = source.name, weights
     if source.note:
         run.printer(source.note)
-    subject.check_architecture(source, trained_on, name)
+    source = replace(source, quantization=trained_on.quantization)
+    subject.check_architecture(source, trained_on, run.args.model)
     if run.script.reloads:
         subject.check_room_to_load(run.args, source, weights, checkpoint.config)
         base = subject.base_weights_of(run.args, source, weights, trained_on.dtype)
+        for note in getattr(base, "notes", ()):
+            run.printer(note)
         check_reloading(run, checkpoint, base)

@@ -494,15 +494,21 @@ def describe_base(base) -> list:
     ]
 
 
-@pytest.mark.parametrize("other", ["gemma", "other dims"])
+@pytest.mark.parametrize("other", ["gemma", "other dims", "other rope"])
 def test_row_28_another_base_names_both(other, tmp_path):
     folder = save_sound(tmp_path / "a")
-    base = tiny_base("gemma") if other == "gemma" else wider_base()
+    base = tiny_base("gemma") if other == "gemma" else tiny_base() if other == "other rope" else wider_base()
+    if other == "other rope":
+        base.config.rope_parameters["rope_theta"] *= 50
     before = describe_base(base)
     for read in (load_mixture, lambda path, base: build_mixture(open_checkpoint(path), base)):
         with pytest.raises(CheckpointError) as caught:
             read(folder, base)
-        expected = "model_type: llama there, gemma here" if other == "gemma" else "intermediate_size: 48 there, 64 here"
+        expected = {
+            "gemma": "model_type: llama there, gemma here",
+            "other dims": "intermediate_size: 48 there, 64 here",
+            "other rope": "rope_parameters.rope_theta: 10000.0 there, 500000.0 here",
+        }[other]
         assert expected in str(caught.value)
     assert describe_base(base) == before
     model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))

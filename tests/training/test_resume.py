@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 import train
@@ -793,19 +794,33 @@ def test_what_changes_no_weights_may_change(run_dir):
     assert logged == [1, 5, 9, 10, 11, 12]
 
 
-def test_another_base_is_refused(run_dir, tmp_path, capsys):
-    from dylora_moe.base.find import find_base
-    from dylora_moe.base.load import load_base
-
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ("model.embed_tokens.weight", "model: "),
+        ("lm_head.weight", "model: "),
+        ("model.layers.1.mlp.down_proj.weight", "model: "),
+        ("rope_theta", "rope_parameters.rope_theta: 10000.0 there, 500000.0 here"),
+        ("rms_norm_eps", "rms_norm_eps: 1e-06 there, 0.0005 here"),
+    ],
+)
+def test_another_base_is_refused(run_dir, tmp_path, capsys, changed, text):
+    """Also one that differs in one row of a matrix, which no sample has, or in a value of its config."""
     other = shutil.copytree(material() / "base", tmp_path / "base")
-    model = load_base(find_base(str(other))[0], "pretrained")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(2)
-    model.save_pretrained(other)
+    if changed.endswith(".weight"):
+        tensors = load_file(other / "model.safetensors")
+        tensors[changed][1] *= -3
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((other / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] *= 50 if changed == "rope_theta" else 1
+        config["rms_norm_eps"] = 5e-4 if changed == "rms_norm_eps" else config["rms_norm_eps"]
+        (other / "config.json").write_text(json.dumps(config))
     words = arguments(run_dir, "--resume")
     words[1] = str(other)
     assert train.main(words) == 2
-    assert "model: " in capsys.readouterr().err
+    assert text in capsys.readouterr().err
+    assert steps(run_dir) == [4, 8]
 
 
 def test_a_changed_checkpoint_is_named(run_dir, capsys):

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,9 +20,11 @@ import yaml
 import test_checkpoint_minimal
 import test_checkpoint_save_load
 import train
+from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base
 from dylora_moe.checkpoint import formats
+from dylora_moe.cli.main import main
 from dylora_moe.errors import UsageError
 from dylora_moe.store.lock import LOCK
 from dylora_moe.system.settings import spelled
@@ -538,6 +541,35 @@ def test_the_scripts_pass_on_what_training_wrote(tmp_path, capsys):
     assert states(newest(tmp_path / "run")) == ["mature"] * 3
     for script in (test_checkpoint_minimal, test_checkpoint_save_load):
         assert script.main(["--checkpoint", str(newest(tmp_path / "run"))]) == 0, capsys.readouterr()
+
+
+def test_a_run_folder_with_its_base_in_it_can_be_moved(tmp_path, capsys):
+    """Validated, loaded, resumed and listed where it is now; the base model is named as the checkpoint sees it."""
+    shutil.copytree(material() / "base", tmp_path / "run" / "base")
+    words = arguments(tmp_path / "run", steps=4)
+    words[1] = str(tmp_path / "run" / "base")
+    assert run(words) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    checkpoint = newest(moved)
+    assert json.loads((checkpoint / "config.json").read_text())["base_model"]["name"] == "../base"
+    adapter = json.loads((checkpoint / "peft_adapters/expert_0/expert_0/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "run" / "base")  # stock PEFT knows no other form
+    for script in (test_checkpoint_minimal, test_checkpoint_save_load):
+        assert script.main(["--checkpoint", str(checkpoint)]) == 0, capsys.readouterr()
+    assert main(["verify", str(checkpoint)]) == main(["list", str(moved)]) == 0
+    assert DyLoRAMoE.from_checkpoint(checkpoint).base.config._name_or_path == str(moved / "base")
+    words = arguments(moved, "--resume", "--accept-changes", steps=8)
+    words[1] = str(moved / "base")
+    assert run(words) == 0
+    assert steps(moved) == [4, 8]
+    (moved / "base").rename(tmp_path / "base")
+    capsys.readouterr()
+    assert test_checkpoint_save_load.main(["--checkpoint", str(newest(moved))]) == 2
+    assert f"no file or folder '{moved / 'base'}'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="say with base= where that model is now"):
+        DyLoRAMoE.from_checkpoint(newest(moved))
+    found = DyLoRAMoE.from_checkpoint(newest(moved), base=str(tmp_path / "base"))
+    assert found.base.config._name_or_path == str(tmp_path / "base")
 
 
 def test_the_command_to_go_on_with():

@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -399,6 +400,27 @@ def test_other_weights_than_the_checkpoint_was_trained_on(capsys, saved, tmp_pat
     assert "not checked under random weights" in outcome.out
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_one_row_of_the_base_that_changed_in_place_is_seen(capsys, saved, tiny, tmp_path, name):
+    """Whether or not the logits of the probe show it."""
+    shutil.copytree(tiny, tmp_path / "base")
+    edit_tensors(tmp_path / "base" / "model.safetensors", lambda tensors: tensors[name][1].mul_(-3))
+    outcome = run(full, capsys, "--checkpoint", saved, "--model", tmp_path / "base")
+    assert outcome.failed() == ["consistency"]
+    assert "✗ probe: was computed with other base weights" in outcome.out
+
+
+def test_a_base_whose_config_changed_in_place_is_refused(capsys, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "base")
+    assert run(full, capsys, "--model", tmp_path / "base", "--output-dir", tmp_path / "out").code == 0
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 50
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    outcome = run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint")
+    assert outcome.code == 2
+    assert "(rope_parameters.rope_theta: 10000.0 there, 500000.0 here): restore it" in outcome.err
+
+
 def test_experts_of_little_effect_are_seen(capsys, tiny, tmp_path):
     """As after the first steps of a run: spoiling them changes less than the tolerance, but more than loading."""
     model = DyLoRAMoE.from_base(str(tiny), 2)
@@ -486,6 +508,10 @@ def test_a_base_model_that_is_no_longer_there_is_not_looked_for_elsewhere(capsys
     outcome = run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint")
     assert outcome.code == 2
     assert f"There is no file or folder '{base}'" in outcome.err
+    assert "say with --model where that model is now" in outcome.err
+    assert (
+        run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint", "--model", tmp_path / "elsewhere").code == 0
+    )
     assert run(minimal, capsys, "--checkpoint", tmp_path / "out" / "checkpoint").code == 0  # which needs none
 
 
