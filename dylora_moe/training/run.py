@@ -28,7 +28,7 @@ from ..store import run_folder
 from ..store.lock import LOCK, writer_lock
 from ..system import machine
 from . import demo, ranks, sharding, training_state
-from .batches import BlockCollator, check_documents_apart
+from .batches import BlockCollator, known_tokens, why_not_packed
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
 from .resume import Start, check, choose, compared_settings
@@ -171,20 +171,31 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
 
 
 def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Return the token blocks of --data, once it is sure that the model takes them."""
+    """Return the token blocks of --data. If they are not packed, the model gets a note that says why.
+
+    Raises:
+        UsageError: If the data cannot be read, or the model does not take it.
+    """
     most = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and settings.block_size > most:
         raise UsageError(
             f"--block-size {settings.block_size}: the base model has {most} positions; use at most that many"
         )
+    why_not = why_not_packed(model.base)
     blocks = load_blocks(
         [DataSpec.parse(text) for text in settings.data],
         tokenizer,
         block_size=settings.block_size,
         seed=settings.seed,
+        packed=why_not is None,
+        vocabulary=known_tokens(model.base),
         token=settings.hf_token,
     )
-    check_documents_apart(model.base)
+    if why_not is not None:
+        model.notes.append(
+            f"{why_not}: each document has a block of its own, and {100 * blocks.padding_share:.0f} % of the blocks is "
+            "padding"
+        )
     return blocks
 
 
@@ -193,8 +204,11 @@ def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> Non
     for name, rows in blocks.evaluation.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
         if short not in skills.names:
-            input_ids = torch.tensor(rows[: min(4, len(rows))]["input_ids"]).to(model.device)
-            skills.add(short, NoveltyDetector.embed(model, input_ids))
+            some = rows[: min(4, len(rows))]
+            input_ids, mask = (
+                torch.tensor(some[key]) if key in some else None for key in ("input_ids", "attention_mask")
+            )
+            skills.add(short, NoveltyDetector.embed(model, input_ids.to(model.device), mask))
 
 
 # ---- training ----
