@@ -186,7 +186,7 @@ def test_any_text_file_is_read_by_its_name(tmp_path):
             {"text": "b", "more": 1},
             r"d/b\.jsonl: cannot be read together with a\.jsonl: there are 1 new columns .*more",
         ),
-        ({"text": {"left": 1}}, r"d/b\.jsonl: cannot be read together with a\.jsonl: Couldn't cast"),
+        ({"text": ["x"]}, r"d/b\.jsonl: cannot be read together with a\.jsonl: Couldn't cast"),
         (None, r"d/b\.jsonl: cannot be read as json: "),
     ],
 )
@@ -247,7 +247,7 @@ BAD_FILES = {
     "a header alone": ("a.csv", b"text\n", r"a\.csv: holds no rows"),
     "binary text": ("a.txt", b"a\0b", r"a\.txt: is not UTF-8 text"),
     "latin-1 text": ("a.txt", b"caf\xe9", r"a\.txt: is not UTF-8 text"),
-    "no kind of file": ("a.xyz", b"x\0", r"a\.xyz: is not UTF-8 text; .*other files that are read end in \.jsonl"),
+    "no kind of file": ("a.xyz", b"x\0", r"a\.xyz: is not UTF-8 text; .*Other files that are read end in \.jsonl"),
     "blank texts": ("a.jsonl", b'{"text": " "}\n{"text": null}\n', r"a\.jsonl: all 2 row\(s\) are without text"),
     "one short": ("a.txt", b"short", r"a\.txt: has \d+ token\(s\) to train on in 1 document\(s\), one block needs 64"),
     "git lfs": ("a.jsonl", LFS, r"a\.jsonl: is a Git LFS pointer, .*git lfs pull"),

@@ -48,7 +48,7 @@ CONFIGS = {
 LEAKING = {
     "opt": OPTConfig(word_embed_proj_dim=16, ffn_dim=32, num_attention_heads=2, dropout=0.0),
     "bloom": BloomConfig(n_head=2),
-    "falcon": FalconConfig(num_attention_heads=2, alibi=True),
+    "falcon": FalconConfig(num_attention_heads=2, ffn_hidden_size=32, alibi=True),
     "mpt": MptConfig(n_heads=2, max_seq_len=64),
     "gpt_oss": GptOssConfig(
         num_attention_heads=2,
@@ -56,6 +56,7 @@ LEAKING = {
         head_dim=8,
         num_local_experts=2,
         num_experts_per_tok=2,
+        num_hidden_layers=2,
         layer_types=["sliding_attention", "full_attention"],
     ),
     "mamba": MambaConfig(state_size=4),
@@ -70,7 +71,9 @@ LEAKING = {
         mamba_d_state=4,
         use_mamba_kernels=False,
     ),
-    "lfm2": Lfm2Config(num_attention_heads=2, num_key_value_heads=1, layer_types=["conv", "full_attention"]),
+    "lfm2": Lfm2Config(
+        num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2, layer_types=["conv", "full_attention"]
+    ),
     "qwen3_next": Qwen3NextConfig(
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -80,6 +83,7 @@ LEAKING = {
         linear_num_key_heads=2,
         linear_key_head_dim=8,
         linear_value_head_dim=8,
+        num_hidden_layers=2,
         layer_types=["linear_attention", "full_attention"],
     ),
 }
@@ -119,7 +123,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    rows = [{"text": f"a document, short {i}" + "." * i} for i in range(40)]
+    rows = [{"text": f"document {i}" + "." * (i % 9)} for i in range(40)]
     return write_rows(tmp_path_factory.mktemp("data") / "a.jsonl", rows)
 
 
