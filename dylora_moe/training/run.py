@@ -204,11 +204,9 @@ def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> Non
     for name, rows in blocks.evaluation.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
         if short not in skills.names:
-            some = rows[: min(4, len(rows))]
-            input_ids, mask = (
-                torch.tensor(some[key]) if key in some else None for key in ("input_ids", "attention_mask")
-            )
-            skills.add(short, NoveltyDetector.embed(model, input_ids.to(model.device), mask))
+            some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
+            embedding = NoveltyDetector.embed(model, some["input_ids"].to(model.device), some.get("attention_mask"))
+            skills.add(short, embedding)
 
 
 # ---- training ----
