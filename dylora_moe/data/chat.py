@@ -160,14 +160,15 @@ def _parsed(value: Any) -> Any:
 def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Return tool calls with arguments as objects, which chat templates expect: OpenAI writes them as JSON text."""
     calls = _parsed(value)
-    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UsageError(
-            f"{where}: tool_calls must be a list of {{function: {{name, arguments}}}}, found {value!r:.80}"
-        )
+    calls = calls if isinstance(calls, list) else [calls]
     read = []
     for call in calls:
-        function = call.get("function", call)
-        if isinstance(function, dict) and "arguments" in function:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise UsageError(
+                f"{where}: tool_calls must be a list of {{function: {{name, arguments}}}}, found {value!r:.80}"
+            )
+        if "arguments" in function:
             function = {**function, "arguments": _parsed(function["arguments"])}
         read.append({**call, "function": function} if "function" in call else function)
     return read

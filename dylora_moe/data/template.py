@@ -6,7 +6,9 @@ found by rendering the chat without it: if the text is the same, the template do
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import json
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from typing import Any
@@ -137,18 +139,42 @@ def _undated(template: str) -> str:
 
 
 def _accepted(messages: list[Message], tools: Tools, render: Render, where: str) -> tuple[list[Message], str]:
-    """Return the messages and their rendering; without a system role in the template, merged into the user's turn."""
-    try:
-        return messages, render(messages, tools)
-    except Exception as error:  # a template may raise anything
-        first, *rest = messages
-        if first.role == "system" and rest[0].role == "user":
-            merged = [rest[0].but(content=f"{first.content}\n\n{rest[0].content}"), *rest[1:]]
-            return _accepted(merged, tools, render, where)
-        raise UsageError(
-            f"{where}: the tokenizer's chat template refuses this chat (roles: "
-            f"{', '.join(m.role for m in messages[:8])}): {error}; mend or remove the row"
-        ) from error
+    """Return the messages in the first form that the template takes, and their rendering."""
+    errors: list[Exception] = []
+    for form in _forms(messages):
+        try:
+            return form, render(form, tools)
+        except Exception as error:  # a template may raise anything
+            errors.append(error)
+    raise UsageError(
+        f"{where}: the tokenizer's chat template refuses this chat (roles: "
+        f"{', '.join(m.role for m in messages[:8])}): {errors[0]}; mend or remove the row"
+    ) from errors[0]
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield a chat as it is, and for templates that do not take it, in other forms.
+
+    A few, such as that of DeepSeek-V3.1, want the arguments of tool calls as JSON text. Those that know no system role,
+    such as that of Gemma, get it at the beginning of the user's turn.
+    """
+    yield messages
+    if any("tool_calls" in message.fields for message in messages):
+        yield [_with_arguments_as_text(message) for message in messages]
+    first, *rest = messages
+    if first.role == "system" and rest[0].role == "user":
+        merged = rest[0].but(content=f"{first.content}\n\n{rest[0].content}")
+        yield from _forms([merged, *rest[1:]])
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    if "tool_calls" not in message.fields:
+        return message
+    calls = copy.deepcopy(message.fields["tool_calls"])
+    for function in (call.get("function", call) for call in calls):
+        if isinstance(function.get("arguments"), (dict, list)):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+    return message.but(tool_calls=calls)
 
 
 def _answer_span(render: Render, messages: list[Message], tools: Tools, i: int, full: str) -> tuple[int, int] | None:

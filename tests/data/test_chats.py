@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from dylora_moe.data.documents import read_documents
@@ -42,8 +43,9 @@ def called(arguments, name="look"):
 def documents(tmp_path, rows, template=TOOLS):
     """(text, learned text) of each row, and the documents."""
     tokenizer = chat_tokenizer(template) if template else byte_tokenizer()
-    path = write_rows(tmp_path / "a.jsonl", rows)
-    read = read_documents(read_rows(str(path)).dataset, tokenizer, str(path))
+    if isinstance(rows, list):
+        rows = read_rows(str(write_rows(tmp_path / "a.jsonl", rows))).dataset
+    read = read_documents(rows, tokenizer, "a.jsonl")
     return [(tokenizer.decode(d.ids), tokenizer.decode(d.ids[d.learned])) for d in read.items], read
 
 
@@ -51,13 +53,15 @@ def chat(*messages, **columns):
     return {"messages": list(messages), **columns}
 
 
-def test_the_whole_message_goes_to_the_template(tmp_path):
+@pytest.mark.parametrize("as_table", [False, True], ids=["json", "table"])
+def test_the_whole_message_goes_to_the_template(tmp_path, as_table):
+    """In a table, as in Parquet files, all messages have the keys that one of them has."""
     rows = [
         chat(user(), answer(reasoning_content="Be kind.")),
         chat(user("Where?"), called({"city": "Rome"}), {"role": "tool", "content": "42"}, answer("At 42.")),
         chat(user("When?"), called({"day": "2024-01-05"}), {"role": "tool", "content": "1"}, answer("Now.")),
     ]
-    (thought, first, second), read = documents(tmp_path, rows)
+    (thought, first, second), read = documents(tmp_path, datasets.Dataset.from_list(rows) if as_table else rows)
     assert thought[1] == "<think>Be kind.</think>Hello<|im_end|>"
     assert first[1] == '<call>look {"city": "Rome"}</call><|im_end|>At 42.<|im_end|>'
     assert "<|im_start|>tool\n42<|im_end|>" in first[0]
@@ -73,6 +77,14 @@ def test_tools_and_calls_as_openai_writes_them(tmp_path, given):
     assert "<|im_start|>tool\n2<|im_end|>" in text
     assert learned == '<call>look {"n": 1}</call><|im_end|>Hello<|im_end|>'
     assert (read.unread, read.unused_columns) == ([], [])
+
+
+def test_a_template_that_wants_the_arguments_of_calls_as_text(tmp_path):
+    joined = TOOLS.replace("{{ c.function.arguments | tojson }}", "{{ 'with ' + c.function.arguments }}")
+    for system in ([], [{"role": "system", "content": "Be"}]):
+        row = chat(*system, user(), called({"where": "Köln"}), {"role": "tool", "content": "2"}, answer())
+        ((_, learned), _), _ = documents(tmp_path, [row] * 2, joined)
+        assert learned == '<call>look with {"where": "Köln"}</call><|im_end|>Hello<|im_end|>'
 
 
 def test_tools_beside_a_prompt(tmp_path):
