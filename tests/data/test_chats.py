@@ -69,6 +69,13 @@ def test_the_whole_message_goes_to_the_template(tmp_path, as_table):
     assert (read.unread, read.unused_columns) == ([], [])
 
 
+def test_what_looks_like_times_all_over_a_chat(tmp_path):
+    rows = [chat(user("2024-01-01"), answer("2024-01-02", reasoning_content="2024-01-03"))] * 2
+    assert documents(tmp_path, rows)[0][0][1] == "<think>2024-01-03</think>2024-01-02<|im_end|>"
+    rows = [{"prompt": "When?", "completion": [called({"day": "2024-01-04"})]}] * 2
+    assert documents(tmp_path, rows)[0][0][1] == '<call>look {"day": "2024-01-04"}</call><|im_end|>'
+
+
 @pytest.mark.parametrize("given", [[SCHEMA], json.dumps([SCHEMA])], ids=["list", "text"])
 def test_tools_and_calls_as_openai_writes_them(tmp_path, given):
     rows = [chat(user(), called('{"n": 1}'), {"role": "function", "content": "2"}, answer(), tools=given)] * 2
