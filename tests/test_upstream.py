@@ -86,6 +86,11 @@ NAMES = {
         PreTrainedModel, "random norms and biases are those of the model", "PreTrainedModel.init_weights"
     ),
     "_name_or_path": Upstream(PreTrainedConfig, "a checkpoint names its base model", "PreTrainedConfig.name_or_path"),
+    "_attn_implementation": Upstream(
+        PreTrainedConfig,
+        "which attention packed documents are kept apart by",
+        "PreTrainedModel.set_attn_implementation",
+    ),
     # PEFT
     "_register_custom_module": Upstream(
         LoraConfig, "PEFT builds routed layers", "LoraModel._create_new_module, dispatch", ("mapping",)

@@ -10,8 +10,8 @@ has only one document (or copies of one), its last tokens are held out.
 **Mixing**: each block is drawn from a data set with a probability proportional to the weight of the data set, whatever
 its size, until every block of every data set has been drawn. Smaller data sets are repeated meanwhile.
 
-Packing is described in packing.py. How a model keeps the documents of a block apart is described in
-training/batches.py.
+Packing is described in packing.py; with `packed=False`, each document has a block of its own. How a model keeps the
+documents of a block apart is described in training/batches.py.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import numpy as np
 from datasets import Dataset, interleave_datasets
 
 from ..errors import UsageError
-from .documents import Document, Documents, read_documents
-from .packing import COLUMNS, Packed, as_dataset, pack
+from .documents import Document, Documents, check_vocabulary, read_documents
+from .packing import COLUMNS, PADDED_COLUMNS, Packed, as_dataset, pack
 from .sources import DataSpec, read_rows
 
 HASH_ROWS = 1024
@@ -42,6 +42,7 @@ class SourceStats:
     weight: float
     schema: str
     unused_columns: tuple[str, ...]
+    unread: tuple[str, ...]  # parts of chats that nothing reads: fields of messages, tools, messages of a role
     documents: int  # for training, held out and withheld
     skipped_rows: int  # without text, or without an answer to learn
     skipped_files: int  # of other splits, or of a kind that is not read
@@ -63,7 +64,7 @@ class TokenBlocks:
 
     Each row has `input_ids`, `labels` and `position_ids`, lists of `block_size` integers. A label is at the position of
     its own token, because the model shifts them. It is -100 where nothing is learned: in prompts, in padding, and at
-    the first token of each piece.
+    the first token of each piece. Blocks that are not packed have an `attention_mask` instead of `position_ids`.
     """
 
     train: Dataset
@@ -76,6 +77,12 @@ class TokenBlocks:
         """The tokens of all training documents, each document counted once."""
         return sum(source.tokens for source in self.sources)
 
+    @property
+    def padding_share(self) -> float:
+        """The part of all tokens of the training blocks that is padding, each block counted once."""
+        blocks = sum(source.blocks for source in self.sources)
+        return sum(source.padding_tokens for source in self.sources) / (blocks * self.block_size)
+
 
 def load_blocks(
     specs: Sequence[DataSpec],
@@ -85,6 +92,8 @@ def load_blocks(
     seed: int,
     eval_fraction: float = 0.05,
     max_eval_blocks: int = 64,
+    packed: bool = True,
+    vocabulary: int | None = None,
     token: str | None = None,
 ) -> TokenBlocks:
     """Read, split, pack and mix data sets. The same arguments and files give the same blocks.
@@ -94,6 +103,8 @@ def load_blocks(
         seed: of the split, the order of the blocks and the mixture.
         eval_fraction: the part of each data set's documents to hold out, at least one document.
         max_eval_blocks: the largest number of held-out blocks per data set. Further documents are trained on.
+        packed: whether documents share a block. A model that lets them see each other needs `packed=False`.
+        vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
 
     Raises:
@@ -102,14 +113,17 @@ def load_blocks(
     _check_arguments(specs, block_size, seed, eval_fraction, max_eval_blocks)
     names = _unique_names([spec.name for spec in specs])
     splits = [_read_split(spec, tokenizer, token, seed, eval_fraction, max_eval_blocks * block_size) for spec in specs]
+    if vocabulary is not None:
+        for split in splits:
+            check_vocabulary(split.read.items, tokenizer, vocabulary, split.spec.source)
     held_out = set().union(*(split.held_out for split in splits))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    parts = [_pack_split(split, held_out, block_size, pad, max_eval_blocks) for split in splits]
-    train = [as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
+    layout = _Layout(block_size, _padding(tokenizer, vocabulary), packed)
+    parts = [_pack_split(split, held_out, layout, max_eval_blocks) for split in splits]
+    train = [as_dataset(part.train.shuffled(seed), layout.columns, number) for number, part in enumerate(parts)]
     mixed, drawn = _mix(train, [spec.weight for spec in specs], seed)
     return TokenBlocks(
         train=mixed,
-        evaluation={name: as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)},
+        evaluation={name: as_dataset(part.evaluation, layout.columns) for name, part in zip(names, parts, strict=True)},
         sources=tuple(part.stats(name, count) for name, part, count in zip(names, parts, drawn, strict=True)),
         block_size=block_size,
     )
@@ -118,9 +132,10 @@ def load_blocks(
 def data_fingerprint(blocks: TokenBlocks) -> str:
     """Return a SHA-256 over the training blocks in their order, the same on every machine."""
     digest = hashlib.sha256(f"{blocks.block_size} {len(blocks.train)}".encode())
-    table = blocks.train.select_columns(list(COLUMNS)).with_format("arrow")
+    columns = COLUMNS if COLUMNS[-1] in blocks.train.column_names else PADDED_COLUMNS
+    table = blocks.train.select_columns(list(columns)).with_format("arrow")
     for rows in table.iter(HASH_ROWS):
-        for name in COLUMNS:
+        for name in columns:
             for chunk in rows[name].chunks:
                 digest.update(chunk.flatten().to_numpy().astype("<i4").tobytes())
             digest.update(name.encode())
@@ -140,6 +155,12 @@ def _check_arguments(
         raise UsageError(f"at least 1 held-out block per data set is needed, got {max_eval_blocks}")
     if seed < 0:
         raise UsageError(f"the seed must not be negative, got {seed}")
+
+
+def _padding(tokenizer: Any, vocabulary: int | None) -> int:
+    """Return the id of padding: one that the model knows. It is never learned, so that any will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and (vocabulary is None or i < vocabulary))
 
 
 def _check_enough(source: str, documents: list[Document], before: int, block_size: int) -> None:
@@ -257,6 +278,7 @@ class _Part:
             weight=split.spec.weight,
             schema=read.schema,
             unused_columns=tuple(read.unused_columns),
+            unread=tuple(read.unread),
             documents=len(read.items),
             skipped_rows=read.skipped_rows,
             skipped_files=split.skipped_files,
@@ -273,17 +295,34 @@ class _Part:
         )
 
 
-def _pack_split(split: _Split, held_out: set[bytes], block_size: int, pad: int, max_eval_blocks: int) -> _Part:
+@dataclass(frozen=True)
+class _Layout:
+    """How blocks are made of documents."""
+
+    block_size: int
+    pad: int
+    packed: bool
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return COLUMNS if self.packed else PADDED_COLUMNS
+
+    def pack(self, documents: list[Document]) -> Packed:
+        return pack(documents, self.block_size, self.pad, alone=not self.packed)
+
+
+def _pack_split(split: _Split, held_out: set[bytes], layout: _Layout, max_eval_blocks: int) -> _Part:
     source = split.spec.source
     documents = [document for document in split.train if document.text_key not in held_out]
-    _check_enough(source, documents, len(split.train), block_size)
-    train = pack(documents, block_size, pad)
+    if layout.packed or not documents:
+        _check_enough(source, documents, len(split.train), layout.block_size)
+    train = layout.pack(documents)
     if not len(train.rows):
         raise UsageError(
-            f"{source}: no block of {block_size} tokens has anything to learn in it; give longer answers "
+            f"{source}: no block of {layout.block_size} tokens has anything to learn in it; give longer answers "
             "or a larger block size"
         )
-    return _Part(split, documents, train, pack(split.evaluation, block_size, pad).rows[:max_eval_blocks])
+    return _Part(split, documents, train, layout.pack(split.evaluation).rows[:max_eval_blocks])
 
 
 def _mix(parts: list[Dataset], weights: list[float], seed: int) -> tuple[Dataset, list[int]]:

@@ -34,7 +34,7 @@ from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
 from ..system import interrupts, machine
 from . import ranks, sharding, training_state
-from .batches import BlockCollator, check_documents_apart
+from .batches import BlockCollator, known_tokens, why_not_packed
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
 from .resume import Start, check, choose, compared_settings
@@ -210,20 +210,31 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
 
 
 def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Return the token blocks of --data, once it is sure that the model takes them."""
+    """Return the token blocks of --data. If they are not packed, the model gets a note that says why.
+
+    Raises:
+        UsageError: If the data cannot be read, or the model does not take it.
+    """
     most = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and settings.block_size > most:
         raise UsageError(
             f"--block-size {settings.block_size}: the base model has {most} positions; use at most that many"
         )
+    why_not = why_not_packed(model.base)
     blocks = load_blocks(
         [DataSpec.parse(text) for text in settings.data],
         tokenizer,
         block_size=settings.block_size,
         seed=settings.seed,
+        packed=why_not is None,
+        vocabulary=known_tokens(model.base),
         token=settings.hf_token,
     )
-    check_documents_apart(model.base)
+    if why_not is not None:
+        model.notes.append(
+            f"{why_not}: each document has a block of its own, and {100 * blocks.padding_share:.0f} % of the blocks is "
+            "padding"
+        )
     return blocks
 
 
@@ -232,8 +243,9 @@ def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> Non
     for name, rows in blocks.evaluation.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
         if short not in skills.names:
-            input_ids = torch.tensor(rows[: min(4, len(rows))]["input_ids"]).to(model.device)
-            skills.add(short, NoveltyDetector.embed(model, input_ids))
+            some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
+            embedding = NoveltyDetector.embed(model, some["input_ids"].to(model.device), some.get("attention_mask"))
+            skills.add(short, embedding)
 
 
 # ---- training ----

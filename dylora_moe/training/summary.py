@@ -76,12 +76,16 @@ def _not_learned(source: SourceStats) -> Iterator[str]:
     """Say which parts of a data set are not learned, where a user could think that they are."""
     if source.unused_columns:
         yield f"columns that are not used: {comma_separated(list(source.unused_columns))}"
+    if source.unread:
+        yield f"in its chats, nothing reads: {comma_separated(list(source.unread))}"
     if source.unlabelled_turns:
         yield (
             f"{source.unlabelled_turns:,} answers are not learned: the chat template writes them otherwise once the "
             "chat goes on"
         )
-    if source.dropped_tokens:
+    if source.dropped_tokens and source.schema == "text":
+        yield f"{source.dropped_tokens:,} of {source.tokens:,} tokens are left out: each is alone in its block"
+    elif source.dropped_tokens:
         yield (
             f"{source.dropped_tokens:,} of {source.tokens:,} tokens lie in blocks without an answer, and are left out; "
             "a larger --block-size cuts fewer prompts from their answers"

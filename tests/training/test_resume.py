@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import train
+from dylora_moe.base.preserve import seeded
+from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.checkpoint.write import save_checkpoint, write_files
 from dylora_moe.store.publish import seal
 from dylora_moe.training.run import load_model
@@ -110,6 +112,37 @@ def test_the_stop_checkpoint_is_that_of_the_run(monkeypatch, tmp_path):
     one, other = whole / "checkpoint-4", tmp_path / "run" / "checkpoint-4"
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "router.safetensors", "config.json"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_base_whose_documents_have_a_block_each(monkeypatch, tmp_path, capsys):
+    """Training, evaluation, the fingerprint of the data, and the resumption of a run that pads."""
+    tokenizer = byte_tokenizer()
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with seeded(0):
+        OPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ("--model", str(tmp_path / "base"), "--eval-steps", "4", "--block-size", "64", "--max-steps", "8")
+    assert train.main(arguments(tmp_path / "whole", *flags)) == 0
+    out = capsys.readouterr().out
+    said = (
+        "OPTForCausalLM (opt, attention sdpa) lets documents of one block see each other: each document has a block of "
+    )
+    assert re.search(re.escape(said) + r"its own, and \d+ % of the blocks is padding\n", out)
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_step_begin", 5)
+        assert train.main(arguments(tmp_path / "run", *flags)) == 143
+    assert train.main(arguments(tmp_path / "run", *flags, "--resume")) == 0
+    assert_same(newest(tmp_path / "whole"), newest(tmp_path / "run"))
+    with monkeypatch.context() as patch:  # as if a later version of Transformers kept them apart
+        patch.setattr("dylora_moe.training.run.why_not_packed", lambda model: None)
+        more = ("--resume", "--max-steps", "12")
+        assert train.main(arguments(tmp_path / "run", *flags, *more)) == 2
+    err = capsys.readouterr().err
+    assert "data: what " in err and "has changed" in err
 
 
 def test_ctrl_c_exits_130(monkeypatch, tmp_path, capsys):

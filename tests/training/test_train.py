@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import test_checkpoint_minimal
 import test_checkpoint_save_load
@@ -126,6 +127,18 @@ def test_bad_data(tmp_path, capsys, name, content, text):
     assert text in err
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_token_that_the_base_does_not_know(tmp_path, capsys):
+    """As after a chat token was added to a tokenizer, and the embedding was not resized."""
+    shutil.copytree(material() / "base", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert run(arguments(tmp_path / "run", "--model", str(tmp_path / "base"))) == 2
+    err = capsys.readouterr().err
+    assert "one.jsonl: the tokenizer makes 1 token(s), in 6 document(s), that the base model does not know" in err
+    assert "'<end>' (id 258)" in err and "resize_token_embeddings" in err and "Traceback" not in err
 
 
 @pytest.mark.parametrize(("flag", "text"), [("--output-dir", "--output-dir is needed"), ("--data", "--data is needed")])
@@ -409,11 +422,17 @@ def test_what_is_not_learned_is_said(tmp_path, capsys):
     first = words.index("--data") + 1
     rows = [{"prompt": f"{i} " * 90, "completion": "yes", "id": i} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words[first], words[first + 2] = str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}", "name": "x"}, {"role": "assistant", "content": "yes" * 9}]}
+        for i in range(30)
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    words[first], words[first + 2] = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     words[words.index("--output-dir") + 1] = str(tmp_path / "other")
     assert run([word for word in words if word not in ("--dtype", "float16")]) == 0
     out = capsys.readouterr().out
     assert "data: a: columns that are not used: id\n" in out
+    assert "data: b: in its chats, nothing reads: name\n" in out
     assert re.search(
         r"data: a: [\d,]+ of [\d,]+ tokens lie in blocks without an answer, and are left out; a larger", out
     )
