@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
-from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory
+from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory, printable
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 PASS_MARK, FAIL_MARK = "✓", "✗"
@@ -42,13 +42,25 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         args = sys.argv[1:] if args is None else args
-        return super().parse_known_args([_dashed(arg) for arg in args], namespace)
+        return super().parse_known_args([dashed(arg) for arg in args], namespace)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(_without_values(unknown))}")
+        return found
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(self.prog, message)
 
 
-def _dashed(argument: str) -> str:
+def _without_values(words: Sequence[str]) -> list[str]:
+    """Return the flags among words that no parser knows: the value of a misspelled --hf-token is a secret, too."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
+    return flags or list(words)
+
+
+def dashed(argument: str) -> str:
     """Turn --keep_checkpoint into --keep-checkpoint. A value after = is not changed."""
     if not argument.startswith("--"):
         return argument
@@ -96,6 +108,17 @@ def path(value: str) -> str:
     return os.path.expanduser(text(value))
 
 
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Print a text. All that is printed goes through here: no name in a file of others may act on a terminal or on CI."""
+    print(printable(text), file=sys.stdout if file is None else file, flush=True)
+
+
+def annotate(title: str, text: str, file: TextIO | None = None) -> None:
+    """Print a failure as an annotation of GitHub Actions, by its workflow command `error`."""
+    escaped = printable(text).replace("%", "%25").replace("\n", "%0A")
+    print(f"::error title={title}::{escaped}", file=sys.stdout if file is None else file, flush=True)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, prog: str = "") -> int:
     """Call `main`, and turn an exception into a message on standard error and an exit code."""
     prepare_streams()
@@ -109,10 +132,10 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         if message is None:
             raise
         named = not prog or isinstance(error, FlagError)  # a FlagError begins with the name of its program
-        print(message if named else f"{prog}: {message}", file=sys.stderr)
+        say(message if named else f"{prog}: {message}", sys.stderr)
         return code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted" if prog else "interrupted", file=sys.stderr)
+        say(f"{prog}: interrupted" if prog else "interrupted", sys.stderr)
         return INTERRUPTED
 
 
