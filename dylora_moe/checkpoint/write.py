@@ -32,6 +32,11 @@ from .verify import inspect_files
 from .verify_tensors import layout
 
 
+# What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
+ADAPTER_KEYS = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha")
+ADAPTER_KEYS += ("lora_dropout", "peft_type", "r", "revision", "target_modules", "task_type", "use_rslora")
+
+
 def save_checkpoint(
     target: str | Path,
     model: Mixture,
@@ -108,10 +113,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _adapter_json(model: Mixture, index: int) -> bytes:
-    return encode(
-        model.expert_configs[index].to_dict()
-        | {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
-    )
+    found = model.expert_configs[index].to_dict()
+    found |= {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
+    excluded = ("exclude_modules",) if found["exclude_modules"] else ()  # known to PEFT from 0.14 on
+    return encode({key: found[key] for key in (*ADAPTER_KEYS, *excluded)})
 
 
 def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:

@@ -1,9 +1,9 @@
 """The backward pass of frozen bfloat16 and float16 linear layers on CPUs that multiply such matrices slowly.
 
 The gradient of a linear layer's input is grad_output W. Without fast bfloat16 instructions, torch computes this product
-25 to 60 times more slowly in bfloat16 or float16 than in float32. `Float32Backward` computes it in float32, a few rows
-of W at a time, for every frozen linear layer that is called inside, whether experts are on it or not. The forward pass
-keeps its bits, and nothing of W's size is allocated.
+far more slowly in bfloat16 or float16 than in float32. `Float32Backward` computes it in float32, a few rows of W at a
+time, for every frozen linear layer that is called inside, whether experts are on it or not. The forward pass keeps its
+bits, and nothing of W's size is allocated.
 
 Shapes: S tokens, W (d_out, d_in).
 """

@@ -203,7 +203,7 @@ def test_optimizers_that_would_leave_a_part_as_it_is_are_refused(tmp_path):
 
     model.peft_model.set_adapter("expert_10")
     with model.peft_model.disable_adapter():
-        assert "expert_3 is frozen" in message_of(model, torch.optim.AdamW(model.parameters()))
+        assert "expert_3 is frozen" in message_of(model, torch.optim.AdamW(model.trained_parameters().values()))
     model.train_all_experts()
 
     model.export_expert(1, tmp_path / "one")
