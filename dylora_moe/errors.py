@@ -1,6 +1,6 @@
 """The errors that a user can fix. Messages say what is wrong and where, what was expected and found, and the remedy.
 
-Much of what a message names comes from files of others: names, tensors, columns. `printable` is what may be shown of it.
+Much of what a message names comes from files of others, such as names, tensors and columns. `printable` makes it safe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def shown(name: object, most: int | None = 200) -> str:
-    """Make a text fit for one line of any terminal: no control characters, no lone surrogates, at most `most` others."""
+    """Make a text fit for one line of any terminal: no control characters or lone surrogates, at most `most` others."""
     text = str(name)
     text = text if most is None or len(text) <= most else text[:most] + "..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)

@@ -31,10 +31,18 @@ from .tensors import dtype_name, expert_tensors, gate_tensors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
 
-
 # What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
-ADAPTER_KEYS = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights", "lora_alpha")
-ADAPTER_KEYS += ("lora_dropout", "peft_type", "r", "revision", "target_modules", "task_type", "use_rslora")
+ADAPTER_KEYS = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights")
+ADAPTER_KEYS += (
+    "lora_alpha",
+    "lora_dropout",
+    "peft_type",
+    "r",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+)
 
 
 def save_checkpoint(

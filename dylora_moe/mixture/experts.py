@@ -234,7 +234,7 @@ def checked_rows(experts: Sequence[int], batch: torch.Tensor | None, num_experts
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], model: nn.Module) -> None:
-    """Raise UsageError for trained parameters that are frozen or not in the optimizer, and for others that are in it."""
+    """Raise UsageError for trained parameters that are frozen or not in the optimizer, and for others that it holds."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     own = {id(p) for p in trained.values()}
     foreign = [name for name, p in model.named_parameters() if id(p) in known - own and name != GATE]

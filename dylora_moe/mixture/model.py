@@ -27,7 +27,7 @@ from .frozen_linear import float32_backward
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing
-from .targets import comma_separated, replace_config, resolve_targets
+from .targets import replace_config, resolve_targets
 
 
 @dataclass
@@ -174,7 +174,7 @@ class Mixture(nn.Module):
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
         cast(Any, self.peft_model.base_model).set_adapter([*active, expert_name(self.num_experts - 1)])
-        for name, parameter in self.base.named_parameters():  # layers that are wrapped now give base parameters new names
+        for name, parameter in self.base.named_parameters():  # in layers that are wrapped now, those of the base, too
             parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None and trainable.get(name, True))
         if self.num_experts == 2:
             self.router.gate.weight.requires_grad_(True)
@@ -249,10 +249,8 @@ class Mixture(nn.Module):
         self._states.add([layer.lora_B[name] for layer in self._injector.add(name, config)])
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
-        config, outside = resolve_targets(base, config)
-        note = f"left out of the targets, since outside the decoder layers: {comma_separated(outside)}"
-        if outside and note not in self.notes:
-            self.notes.append(note)
+        config, notes = resolve_targets(base, config)
+        self.notes += [note for note in notes if note not in self.notes]
         return config
 
     # ---- running it ----

@@ -125,7 +125,7 @@ class SkillLibrary:
             library.embeddings = embeddings.clone()  # `add` may change a bit by normalising them again
             return library
         except OSError as error:
-            raise CheckpointError(path, [f"cannot be read: {error.strerror or error}; check that it is there"]) from None
+            raise CheckpointError(path, [f"cannot be read ({error.strerror or error}); check its path"]) from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 path, [f"is not a skill library: {error}; save it again with SkillLibrary.save"]

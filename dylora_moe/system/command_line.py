@@ -109,7 +109,7 @@ def path(value: str) -> str:
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:
-    """Print a text. All that is printed goes through here: no name in a file of others may act on a terminal or on CI."""
+    """Print a text. All that is printed goes through here: no name in a file of others may act on a terminal or CI."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 

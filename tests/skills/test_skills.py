@@ -96,7 +96,7 @@ def test_a_file_that_is_something_else_is_an_error_that_names_it(tmp_path, conte
 
 
 def test_a_file_that_is_not_there_is_not_called_a_wrong_one(tmp_path):
-    with pytest.raises(CheckpointError, match=r"skills\.safetensors .*\n.*cannot be read: No such file"):
+    with pytest.raises(CheckpointError, match=r"skills\.safetensors .*\n.*cannot be read \(No such file"):
         SkillLibrary.load(tmp_path / "skills.safetensors")
 
 
