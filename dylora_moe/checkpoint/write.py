@@ -32,17 +32,8 @@ from .verify import inspect_files
 from .verify_tensors import layout
 
 # What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
-ADAPTER_KEYS = ("base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "init_lora_weights")
-ADAPTER_KEYS += (
-    "lora_alpha",
-    "lora_dropout",
-    "peft_type",
-    "r",
-    "revision",
-    "target_modules",
-    "task_type",
-    "use_rslora",
-)
+ADAPTER_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha")
+ADAPTER_KEYS += ("lora_dropout", "use_rslora", "target_modules", "bias", "fan_in_fan_out", "init_lora_weights")
 
 
 def save_checkpoint(

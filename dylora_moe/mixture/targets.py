@@ -39,8 +39,10 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     linear = linear_layers(base)
     inside = {name for layer in decoder_layers(base) for name in _names_of(base, layer) if name in linear}
     leaves = {name.rsplit(".", 1)[-1] for name in inside}
+    all_linear = _all_linear(base, leaves)
+    default = set(ATTENTION_TARGETS) if leaves.issuperset(ATTENTION_TARGETS) else all_linear  # their usual names
     known = f"the decoder layers have {', '.join(sorted(leaves))}"
-    wanted = _default(base, leaves) if config.target_modules is None else _wanted(config.target_modules, linear, leaves)
+    wanted = default if config.target_modules is None else _wanted(config.target_modules, linear, all_linear)
     unknown = sorted(str(target) for target in wanted if not _matching(linear, [target]))
     if unknown:
         raise UsageError(f"no linear layer of {type(base).__name__} is named {comma_separated(unknown)}; {known}")
@@ -75,10 +77,8 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     return resolved, notes
 
 
-def _default(base: PreTrainedModel, leaves: set[str]) -> set[str]:
-    """The projections of attention where they have their usual names, otherwise all linear layers that PEFT takes."""
-    if leaves.issuperset(ATTENTION_TARGETS):
-        return set(ATTENTION_TARGETS)
+def _all_linear(base: PreTrainedModel, leaves: set[str]) -> set[str]:
+    """The linear layers that an expert can go on."""
     leaves = leaves - CACHE_LEAVES
     stacked = {name.rsplit(".", 1)[-1] for name, parameter in base.named_parameters() if parameter.ndim == 3}
     return leaves - STACKED_LEAVES if "down_proj" in stacked else leaves
