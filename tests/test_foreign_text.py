@@ -42,14 +42,14 @@ def dirty(text: str) -> list[str]:
 
 
 def test_what_is_dirty_is_seen():
-    assert len(dirty(EVIL)) == 6
+    assert len(dirty(EVIL)) == 5
     assert dirty("::error title=minimal save::evil\n✓ PASS: save") == []
 
 
 def test_printable():
     assert printable("a b\n  - ä✓: 1::2") == "a b\n  - ä✓: 1::2"
     assert dirty(printable("x\n" + EVIL)) == ["✓ ALL TESTS PASSED"]  # a line break of ours is not told from others
-    assert dirty(shown(EVIL, most=None)) == []
+    assert dirty(printable(shown(EVIL, most=None))) == []
     assert printable(printable(EVIL)) == printable(EVIL)
     for error in (UsageError(EVIL), CheckpointError(EVIL, [EVIL])):
         assert dirty(str(error)) in ([], ["✓ ALL TESTS PASSED"])
@@ -62,6 +62,7 @@ def test_printable():
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
+    material()
     tiny_base("llama").save_pretrained(folder / "tiny")
     assert minimal.main(["--model", str(folder / "tiny"), "--output-dir", str(folder)]) == 0
     return folder / "checkpoint"
@@ -154,12 +155,12 @@ def test_foreign_text_is_shown_in_printable_form(source, saved, tmp_path, capfd,
     isolate(monkeypatch, tmp_path)
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
-    calls = source(saved, tmp_path)
-    told = 0
+    calls, told = source(saved, tmp_path), 0
+    capfd.readouterr()
     for number, call in enumerate(calls):
         call()
         said = "".join(capfd.readouterr())
-        told += "evil" in said
+        told += "evil" in said or "control characters" in said
         assert dirty(said) == [], (number, said)
     assert told, "the text was not shown at all: nothing was tested"
     if (tmp_path / "summary.md").exists():

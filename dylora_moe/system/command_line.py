@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NoReturn, TextIO
 
-from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory, printable
+from ..errors import CheckpointError, DyLoRAMoEError, UsageError, has_controls, is_out_of_memory, printable
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 PASS_MARK, FAIL_MARK = "✓", "✗"
@@ -42,6 +42,8 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         args = sys.argv[1:] if args is None else args
+        if any(has_controls(arg) for arg in args):
+            self.error("expected words without control characters or line breaks; rename the file or folder")
         return super().parse_known_args([dashed(arg) for arg in args], namespace)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
