@@ -23,7 +23,7 @@ from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
 from .expert_matrices import Watch, weight_of
 from .experts import EXPERT_PARAMETER, GATE, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
-from .frozen_linear import float32_backward
+from .frozen_linear import float32_products
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing
@@ -286,7 +286,7 @@ class Mixture(nn.Module):
             self._routing.wrap_checkpointing(decoder_layers(self.base))
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        linear = float32_backward(weight_of(self.get_input_embeddings()))
+        linear = float32_products(weight_of(self.get_input_embeddings()))
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         record = labels is not None and wanted and self.num_experts > 1
         with self._routing.run(expert, record=record, linear=linear) as state:
