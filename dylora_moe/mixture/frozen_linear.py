@@ -1,10 +1,10 @@
 """Training in bfloat16 and float16 on CPUs that multiply matrices of these dtypes slowly.
 
 Without instructions for bfloat16, torch multiplies such matrices several times more slowly than in float32, and far
-more slowly where the second one is not transposed, as in the gradient of a linear layer's input. `Float32Products`
-computes the products of a training step in float32 instead, and rounds the results: those of frozen linear layers,
+more slowly where the second one is not transposed, as in the gradient of a linear layer's input. Where a loss is to be
+computed, `Float32Products` computes them in float32 and rounds the results: the products of frozen linear layers,
 whether experts are on them or not, and those of attention. Weights are converted a few rows at a time, so that nothing
-of their size is allocated. Evaluation is left alone: it keeps the bits of the base model.
+of their size is allocated. Where only logits are asked for, the bits are those of the base model.
 
 Shapes: S tokens, W (d_out, d_in).
 """
@@ -31,14 +31,14 @@ CHUNK = 1 << 20  # numbers of W that are converted at a time
 MARGIN = 5.0
 
 
-def float32_products(weight: torch.Tensor) -> AbstractContextManager:
-    """Return a context in which a base with weights of this dtype is trained with products in float32.
+def float32_products(weight: torch.Tensor, for_loss: bool = False) -> AbstractContextManager:
+    """Return a context in which a base with weights of this dtype is trained, or its loss computed, in float32.
 
-    The context does nothing if there will be no backward pass, or if products in float32 would not be faster, which is
-    measured once per process.
+    The context does nothing if there is neither a loss nor a backward pass, or if products in float32 would not be
+    faster, which is measured once per process.
     """
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if transformed or not torch.is_grad_enabled() or weight.device.type != "cpu" or weight.dtype not in SLOW_DTYPES:
+    if transformed or not (for_loss or torch.is_grad_enabled()) or not _is_low(weight):
         return nullcontext()
     return Float32Products() if is_slow(weight.dtype) else nullcontext()
 
@@ -50,8 +50,6 @@ class Float32Products(TorchFunctionMode):
         self, func: Callable, types: Iterable[type], args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():
-            return func(*args, **kwargs)
         if func is F.linear and len(args) >= 2 and not kwargs and _are_frozen(*args[1:]):
             return _FrozenLinear.apply(*args)
         if func is torch.addmm and len(args) == 3 and not kwargs and _are_frozen(args[2], args[0]):  # Conv1D, of GPT-2
