@@ -32,8 +32,9 @@ from .verify import inspect_files
 from .verify_tensors import layout
 
 # What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
-ADAPTER_KEYS = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "r", "lora_alpha")
-ADAPTER_KEYS += ("lora_dropout", "use_rslora", "target_modules", "bias", "fan_in_fan_out", "init_lora_weights")
+ADAPTER_KEYS: tuple[str, ...] = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode")
+ADAPTER_KEYS += ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias", "fan_in_fan_out")
+ADAPTER_KEYS += ("init_lora_weights",)
 
 
 def save_checkpoint(

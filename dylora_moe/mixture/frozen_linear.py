@@ -52,7 +52,8 @@ class Float32Products(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear and len(args) >= 2 and not kwargs and _are_frozen(*args[1:]):
             return _FrozenLinear.apply(*args)
-        if func is torch.addmm and len(args) == 3 and not kwargs and _are_frozen(args[2], args[0]):  # Conv1D, of GPT-2
+        is_conv1d = func is torch.addmm and len(args) == 3 and not kwargs and args[0].dim() == 1
+        if is_conv1d and _are_frozen(args[2], args[0]):  # bias, x, W transposed
             return _FrozenLinear.apply(args[1], args[2].t(), args[0])
         if func in PRODUCTS and _is_low(args[0]):
             converted = func(*map(_in_float32, args), **{key: _in_float32(value) for key, value in kwargs.items()})
