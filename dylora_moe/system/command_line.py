@@ -44,25 +44,13 @@ class Parser(argparse.ArgumentParser):
         args = sys.argv[1:] if args is None else args
         if any(has_controls(arg) for arg in args):
             self.error("expected words without control characters or line breaks; rename the file or folder")
-        return super().parse_known_args([dashed(arg) for arg in args], namespace)
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        found, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unrecognized arguments: {' '.join(_without_values(unknown))}")
-        return found
+        return super().parse_known_args([_dashed(arg) for arg in args], namespace)
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(self.prog, message)
 
 
-def _without_values(words: Sequence[str]) -> list[str]:
-    """Return the flags among words that no parser knows: the value of a misspelled --hf-token is a secret, too."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]
-    return flags or list(words)
-
-
-def dashed(argument: str) -> str:
+def _dashed(argument: str) -> str:
     """Turn --keep_checkpoint into --keep-checkpoint. A value after = is not changed."""
     if not argument.startswith("--"):
         return argument

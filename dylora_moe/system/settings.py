@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from .command_line import FlagError, Parser, dashed
+from .command_line import FlagError, Parser
 
 
 def flag(default: Any, help: str, group: str | None = None, *, secret: bool = False, **options: Any) -> Any:
@@ -29,7 +29,7 @@ def flag(default: Any, help: str, group: str | None = None, *, secret: bool = Fa
     Args:
         default: The value of the field where nothing sets it. False makes the flag a switch.
         group: In the help, the title of the group of flags that begins with this one.
-        secret: Whether its value must not be shown, not in a command line or the settings' repr either.
+        secret: Whether its value must not be shown, in an error or in the settings' repr.
         options: Further arguments of `ArgumentParser.add_argument`.
     """
     if default is False:
@@ -59,19 +59,6 @@ def build_parser(
             help = (helps or {}).get(each.name, each.metadata["options"]["help"])
             place.add_argument(spelled(each.name), **each.metadata["options"] | {"help": help})
     return parser
-
-
-def without_secrets(settings: type, argv: Sequence[str]) -> list[str]:
-    """Return a command line as it may be shown: without the flags of a settings dataclass that are secret."""
-    secret = {spelled(each.name) for each in _flags(settings) if each.metadata["secret"]}
-    words, kept = iter(argv), []
-    for word in words:
-        name, equals, _ = dashed(word).partition("=")
-        if name not in secret:
-            kept.append(word)
-        elif not equals:
-            next(words, None)  # its value
-    return kept
 
 
 def spelled(name: str) -> str:

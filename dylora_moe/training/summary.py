@@ -15,7 +15,6 @@ from ..checkpoint.tensors import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated
-from ..system.settings import without_secrets
 from . import ranks
 from .resume import Start
 from .settings import TrainSettings
@@ -138,11 +137,11 @@ def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str
 
 
 def resume_command(argv: Sequence[str]) -> str:
-    """Return the command line that resumes a run: its own, with --resume and without the token.
+    """Return the command line that resumes a run: its own, with --resume.
 
     What launched several processes, torchrun or accelerate, cannot be told from inside them.
     """
-    words = [word for word in without_secrets(TrainSettings, argv) if not word.startswith("--resume=")]
+    words = [word for word in argv if not word.startswith("--resume=")]
     if "--resume" in words:
         at = words.index("--resume")
         has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
