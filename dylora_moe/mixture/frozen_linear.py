@@ -31,16 +31,15 @@ CHUNK = 1 << 20  # numbers of W that are converted at a time
 MARGIN = 5.0
 
 
-def float32_products(weight: torch.Tensor, for_loss: bool = False) -> AbstractContextManager:
-    """Return a context in which a base with weights of this dtype is trained, or its loss computed, in float32.
+def float32_products(weight: torch.Tensor) -> AbstractContextManager:
+    """Return a context in which the loss of a base with weights of this dtype is computed with products in float32.
 
-    The context does nothing if there is neither a loss nor a backward pass, or if products in float32 would not be
-    faster, which is measured once per process.
+    The context does nothing if that would not be faster, which is measured once per process.
     """
     transformed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if transformed or not (for_loss or torch.is_grad_enabled()) or not _is_low(weight):
+    if transformed or not _is_low(weight) or not is_slow(weight.dtype):
         return nullcontext()
-    return Float32Products() if is_slow(weight.dtype) else nullcontext()
+    return Float32Products()
 
 
 class Float32Products(TorchFunctionMode):

@@ -286,7 +286,8 @@ class Mixture(nn.Module):
             self._routing.wrap_checkpointing(decoder_layers(self.base))
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        linear = float32_products(weight_of(self.get_input_embeddings()), for_loss=labels is not None)
+        for_loss = labels is not None or (self.training and torch.is_grad_enabled())
+        linear = float32_products(weight_of(self.get_input_embeddings())) if for_loss else None
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         record = labels is not None and wanted and self.num_experts > 1
         with self._routing.run(expert, record=record, linear=linear) as state:

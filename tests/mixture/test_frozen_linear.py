@@ -99,9 +99,6 @@ def test_linear_layers_of_gpt2_are_covered(slow, monkeypatch):
 def test_where_it_would_not_be_faster_nothing_is_done(slow):
     weights = [torch.ones(2, 2, dtype=dtype) for dtype in (*LOW, torch.float32)]
     assert [type(float32_products(weight)) is Float32Products for weight in weights] == [slow, slow, False]
-    with torch.no_grad():
-        assert not any(type(float32_products(weight)) is Float32Products for weight in weights)
-        assert (type(float32_products(weights[0], for_loss=True)) is Float32Products) is slow
 
 
 def test_speed_is_measured_once():
@@ -129,3 +126,15 @@ def test_every_frozen_linear_layer_of_a_base_is_covered(slow, checkpointed, monk
     model(ids, labels=ids).loss.backward()
     for found, parameter in zip(gradients, model.trained_parameters().values(), strict=True):
         assert (found - parameter.grad).norm() <= 0.15 * parameter.grad.norm()  # bfloat16
+
+
+def test_logits_alone_have_the_bits_of_the_base(monkeypatch):
+    applied = []
+    monkeypatch.setattr(frozen_linear, "is_slow", lambda dtype: True)
+    monkeypatch.setattr(_FrozenLinear, "apply", lambda *args: applied.append(args[1]) or F.linear(*args))
+    model, ids = tiny_mixture(dtype=torch.bfloat16), random_ids(1, 5)
+    model(ids)
+    assert not applied
+    with torch.no_grad():
+        model(ids, labels=ids)  # a held-out loss may differ in the last bit
+    assert applied
