@@ -23,7 +23,7 @@ from .support.runs import arguments, material, signal_at
 from .support.scripts import ROOT, copy_of, full, minimal, rewrite_manifest
 from .support.tiny import tiny_base
 
-EVIL = "evil\x1b[31m\x07\r\n::error::spoofed\n  ::add-mask::x\n✓ ALL TESTS PASSED\n##[error]y\x9b\u202e\u2028"
+EVIL = "evil\x1b[31m\x07\r\n::error::spoofed\n  ::add-mask::x\n✓ SPOOFED\n##[error]y\x9b\u202e\u2028"
 TOKEN = "hf_SECRETsecretSECRETsecret"
 
 
@@ -37,7 +37,7 @@ def dirty(text: str) -> list[str]:
         if not line.isprintable()
         or "##[" in line
         or (line.lstrip().startswith("::") and not line.startswith(ours))
-        or line.strip() == "✓ ALL TESTS PASSED"
+        or line.strip() == "✓ SPOOFED"
     ]
 
 
@@ -48,11 +48,11 @@ def test_what_is_dirty_is_seen():
 
 def test_printable():
     assert printable("a b\n  - ä✓: 1::2") == "a b\n  - ä✓: 1::2"
-    assert dirty(printable("x\n" + EVIL)) == ["✓ ALL TESTS PASSED"]  # a line break of ours is not told from others
+    assert dirty(printable("x\n" + EVIL)) == ["✓ SPOOFED"]  # a line break of ours is not told from others
     assert dirty(printable(shown(EVIL, most=None))) == []
     assert printable(printable(EVIL)) == printable(EVIL)
     for error in (UsageError(EVIL), CheckpointError(EVIL, [EVIL])):
-        assert dirty(str(error)) in ([], ["✓ ALL TESTS PASSED"])
+        assert dirty(str(error)) in ([], ["✓ SPOOFED"])
     assert printable(f"Illegal header value b'Bearer {TOKEN} x' here") == "Illegal header value b'Bearer ***' here"
 
 
@@ -121,7 +121,7 @@ def architectures(saved, tmp_path):
 def tensor_of_a_base(saved, tmp_path):
     folder = tiny_folder(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    tensors[EVIL] = tensors.pop("model.norm.weight")
+    tensors[EVIL] = tensors["model.norm.weight"].clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return [lambda: full.main(["--model", str(folder)])]
 
