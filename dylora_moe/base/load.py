@@ -19,8 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ..errors import UsageError, listed
-from ..store.files import shown
+from ..errors import UsageError, listed, shown
 from ..system import machine
 from . import hub
 from .config import read_object

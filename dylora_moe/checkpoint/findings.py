@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..store.files import FileProblem, shown
+from ..errors import has_controls, shown
+from ..store.files import FileProblem
 from ..store.hub_cache import status
 from ..store.manifest import Identity, may_be_beside
 from .config import CheckpointConfig
@@ -180,11 +181,12 @@ def nothing_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def text(value: object) -> bool:
-    return isinstance(value, str)
+    """Whether it is a text without control characters, which could act on a terminal."""
+    return isinstance(value, str) and not has_controls(value)
 
 
 def texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
+    return isinstance(value, list) and bool(value) and all(text(v) and v for v in value)
 
 
 def short(value: object) -> str:

@@ -159,7 +159,8 @@ def load_into(
 
 def read_skills(checkpoint: SoundCheckpoint) -> SkillLibrary:
     """Return the skill library of a checkpoint."""
-    return SkillLibrary.load(checkpoint.folder / formats.SKILLS)
+    with checkpoint.held_still():
+        return SkillLibrary.load(checkpoint.folder / formats.SKILLS)
 
 
 # ---- building ----

@@ -16,9 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..constants import expert_name
-from ..errors import CheckpointError, UsageError, listed
+from ..errors import CheckpointError, UsageError, listed, shown
 from ..store import run_folder
-from ..store.files import shown
 from ..store.manifest import MANIFEST, Identity, file_digest, held_still, manifest_problems
 from . import formats
 from .config import CheckpointConfig

@@ -31,6 +31,11 @@ from .tensors import dtype_name, expert_tensors, gate_tensors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
 
+# What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
+ADAPTER_KEYS: tuple[str, ...] = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode")
+ADAPTER_KEYS += ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias", "fan_in_fan_out")
+ADAPTER_KEYS += ("init_lora_weights",)
+
 
 def save_checkpoint(
     target: str | Path,
@@ -108,10 +113,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _adapter_json(model: Mixture, index: int) -> bytes:
-    return encode(
-        model.expert_configs[index].to_dict()
-        | {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
-    )
+    found = model.expert_configs[index].to_dict()
+    found |= {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
+    excluded = ("exclude_modules",) if found["exclude_modules"] else ()  # known to PEFT from 0.14 on
+    return encode({key: found[key] for key in (*ADAPTER_KEYS, *excluded)})
 
 
 def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:

@@ -12,7 +12,7 @@ from ..checkpoint.findings import Contents
 from ..checkpoint.verify import inspect_checkpoint
 from ..constants import MIB
 from ..system import command_line
-from ..system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED
+from ..system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED, say
 from ..validation.report import JSON_HELP, report_file
 from .wording import count_of, experts_line, states_of
 
@@ -28,16 +28,13 @@ def run(args: Namespace) -> int:
     code = FAILED if contents.problems else PASSED
     lines = sys.stderr if args.json == "-" else sys.stdout
     for problem in contents.problems:
-        print(f"{FAIL_MARK} {problem}", file=lines)
+        say(f"{FAIL_MARK} {problem}", lines)
     if contents.problems:
-        print(
-            f"{FAIL_MARK} {folder}: not complete and sound, {count_of(contents.problems, 'problem')}",
-            file=lines,
-        )
+        say(f"{FAIL_MARK} {folder}: not complete and sound, {count_of(contents.problems, 'problem')}", lines)
     else:
-        print(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", file=lines)
+        say(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", lines)
     if contents.beside_line:
-        print(f"  {contents.beside_line}", file=lines)
+        say(f"  {contents.beside_line}", lines)
     if args.json:
         _write_json(args.json, folder, contents, code)
     return code

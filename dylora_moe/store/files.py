@@ -151,13 +151,6 @@ def kind(info: os.stat_result) -> str:
     return kinds.get(stat.S_IFMT(info.st_mode), "a special file")
 
 
-def shown(name: object, most: int = 200) -> str:
-    """Make a text fit for any terminal: no control characters, no lone surrogates, at most `most` characters."""
-    text = str(name)
-    text = text if len(text) <= most else text[:most] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def lstat(path: Path) -> os.stat_result | None:
     """Return the status of a path, or None if nothing is there. Other OSErrors pass, unlike in `os.path.lexists`."""
     try:

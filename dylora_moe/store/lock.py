@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError
-from .files import PLAIN, explained, lstat, shown
+from ..errors import UsageError, shown
+from .files import PLAIN, explained, lstat
 
 if sys.platform == "win32":
     import msvcrt

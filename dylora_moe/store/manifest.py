@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..errors import UsageError
-from .files import chunks, explained, is_hole, kind, parallel, read_json, shown
+from ..errors import UsageError, shown
+from .files import chunks, explained, is_hole, kind, parallel, read_json
 from .hub_cache import status
 
 MANIFEST = "manifest.json"

@@ -25,10 +25,10 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, shown
 from . import run_folder
 from .claim import claimed
-from .files import explained, fsync, kind, lstat, parallel, remove, shown, write_new
+from .files import explained, fsync, kind, lstat, parallel, remove, write_new
 from .lock import guard, private_name
 from .manifest import MANIFEST, Digests, encode, file_digest, list_entries, parents, survey
 

@@ -19,8 +19,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import UsageError, listed
-from .files import explained, fsync, kind, lstat, native_errors, remove, shown, write_new
+from ..errors import UsageError, listed, shown
+from .files import explained, fsync, kind, lstat, native_errors, remove, write_new
 from .lock import guard, private_name, writer_lock
 from .manifest import file_digest, list_entries
 

@@ -23,18 +23,19 @@ from ..errors import UsageError
 from .command_line import FlagError, Parser
 
 
-def flag(default: Any, help: str, group: str | None = None, **options: Any) -> Any:
+def flag(default: Any, help: str, group: str | None = None, *, secret: bool = False, **options: Any) -> Any:
     """A field of a settings dataclass that is also a flag.
 
     Args:
         default: The value of the field where nothing sets it. False makes the flag a switch.
         group: In the help, the title of the group of flags that begins with this one.
+        secret: Whether its value must not be shown, in an error or in the settings' repr.
         options: Further arguments of `ArgumentParser.add_argument`.
     """
     if default is False:
         options["action"] = "store_true"
-    metadata = {"group": group, "options": {"help": help, **options}}
-    return field(default=default, metadata=metadata)
+    metadata = {"group": group, "secret": secret, "options": {"help": help, **options}}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def build_parser(
@@ -94,7 +95,8 @@ def read_config(settings: type, parser: Parser, path: str) -> dict[str, Any]:
         options = known[name].metadata["options"]
         takes_list = options.get("action") == "append" or options.get("nargs") == "+"
         if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
-            raise UsageError(f"--config {path}: {key}: expected a value, got {value!r}")
+            got = type(value).__name__ if known[name].metadata["secret"] else repr(value)
+            raise UsageError(f"--config {path}: {key}: expected a value, got {got}")
         try:
             found[name] = given(parser, _as_words(name, options, value))[name]
         except FlagError as error:
@@ -127,7 +129,15 @@ def _load(path: str) -> dict[str, Any]:
     try:
         settings = load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: is not valid {kind}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {path}: is not valid {kind}: {_problem(error)}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: expected settings by name, found {type(settings).__name__}")
     return settings
+
+
+def _problem(error: Exception) -> str:
+    """Say what a parser found and where, without the line itself, which may hold a token."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split()) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+    return f"{getattr(error, 'problem', None)} (line {mark.line + 1}, column {mark.column + 1})"

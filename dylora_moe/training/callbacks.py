@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from ..errors import printable
+from ..system.command_line import say
 from ..system.interrupts import Interrupted
 from . import ranks
 
@@ -30,14 +32,14 @@ class ProgressLines(TrainerCallback):
             self.show(line)
 
     def show(self, line: str) -> None:
-        print(line, flush=True)
+        say(line)
 
 
 class ProgressBar(ProgressLines, ProgressCallback):
     """Prints the lines of `ProgressLines` above a progress bar, below which an evaluation has one of its own."""
 
     def show(self, line: str) -> None:
-        tqdm.write(line)
+        tqdm.write(printable(line))
 
     def on_prediction_step(
         self, args: Any, state: TrainerState, control: Any, eval_dataloader: Any = None, **kwargs: Any

@@ -36,7 +36,9 @@ class TrainSettings:
     weights: str = flag(
         "pretrained", "weights of the base model (default: pretrained)", choices=("auto", "pretrained", "random")
     )
-    hf_token: str | None = flag(None, "token for gated models and data (default: HF_TOKEN, or the stored login)")
+    hf_token: str | None = flag(
+        None, "token for gated models and data (default: HF_TOKEN, or the stored login)", secret=True
+    )
     dtype: str | None = flag(
         None, "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)"
     )

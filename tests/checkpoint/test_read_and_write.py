@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -93,6 +93,7 @@ def test_adapters_are_those_that_peft_writes_and_reads(kind, tmp_path):
     save_checkpoint(tmp_path / "ours", model)
     model.peft_model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ids = random_ids(1, 9)
+    plain = LoraConfig().to_dict()
     for index, name in enumerate(("expert_0", "expert_1")):
         ours, theirs = tmp_path / "ours" / formats.expert_folder(name), tmp_path / "theirs" / name
         found, expected = load_file(ours / formats.ADAPTER_WEIGHTS), load_file(theirs / formats.ADAPTER_WEIGHTS)
@@ -100,9 +101,12 @@ def test_adapters_are_those_that_peft_writes_and_reads(kind, tmp_path):
         assert all(found[key].dtype == expected[key].dtype == torch.float32 for key in expected)
         assert (ours / formats.ADAPTER_WEIGHTS).read_bytes() == (theirs / formats.ADAPTER_WEIGHTS).read_bytes()
         config, stock = (json.loads((f / formats.ADAPTER_CONFIG).read_text()) for f in (ours, theirs))
+        left_out = plain.keys() - config.keys() - {"peft_version"}
+        assert {name: stock[name] for name in left_out} == {name: plain[name] for name in left_out}
+        shared = {name: stock[name] for name in config}
         assert {**config, "target_modules": set(config["target_modules"])} == {
-            **stock,
-            "target_modules": set(stock["target_modules"]),
+            **shared,
+            "target_modules": set(shared["target_modules"]),
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)

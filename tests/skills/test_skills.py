@@ -87,13 +87,17 @@ def test_skills_that_make_no_sense_are_refused(name, embedding, expert):
     assert skills.names == ["python", "prose"]
 
 
-@pytest.mark.parametrize("content", [b"", b"not a tensor file", None])
+@pytest.mark.parametrize("content", [b"", b"not a tensor file"])
 def test_a_file_that_is_something_else_is_an_error_that_names_it(tmp_path, content):
     path = tmp_path / "skills.safetensors"
-    if content is not None:
-        path.write_bytes(content)
+    path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"skills\.safetensors .*\n.*is not a skill library"):
         SkillLibrary.load(path)
+
+
+def test_a_file_that_is_not_there_is_not_called_a_wrong_one(tmp_path):
+    with pytest.raises(CheckpointError, match=r"skills\.safetensors .*\n.*cannot be read \(No such file"):
+        SkillLibrary.load(tmp_path / "skills.safetensors")
 
 
 def test_novelty():
