@@ -41,6 +41,11 @@ def printable(text: object) -> str:
     return "\n".join(f"\\{line}" if line.lstrip().startswith("::") else line for line in lines)
 
 
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun, as in "1 document" or "2,000 documents"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def listed(items: list[str], limit: int = MAX_LISTED) -> str:
     """Format at most `limit` items, each on its own line, and the number of the others."""
     lines = [f"  - {shown(item, most=None)}" for item in items[:limit]]

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
 from ..errors import CheckpointError, DyLoRAMoEError, UsageError, has_controls, is_out_of_memory, printable
@@ -46,6 +48,17 @@ class Parser(argparse.ArgumentParser):
             self.error("expected words without control characters or line breaks; rename the file or folder")
         return super().parse_known_args([_dashed(arg) for arg in args], namespace)
 
+    def parse_args(  # type: ignore[override]  # as above
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # Without the values, since one may be a secret.
+            words = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
+            hint = did_you_mean(words[0], re.findall(r"--[a-z][a-z0-9-]*", self.format_usage()))
+            self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         raise FlagError(self.prog, message)
 
@@ -56,6 +69,12 @@ def _dashed(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the known word that is most like a misspelled one; "" if none is."""
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def number(

@@ -20,6 +20,7 @@ from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
 from ..store import run_folder
 from . import ranks, training_state
+from .arguments import check_arguments
 from .resume import ARGUMENTS, STOCK_TRAINER, check_unused
 
 
@@ -67,12 +68,10 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         """Refuse to start where a save would fail or meet other checkpoints, or where the optimizer lacks a part."""
         model: Mixture = kwargs["model"]
         with ranks.together():
-            if self.trainer_saves and args.save_strategy != "no":
-                raise UsageError(
-                    "this Trainer would write the merged model into every checkpoint: use "
-                    'dylora_moe.MoETrainer, or save_strategy="no", with which this callback saves by itself '
-                    "every save_steps steps"
-                )
+            if self.trainer_saves:
+                check_arguments(args, stock=True)
+            if not isinstance(model, Mixture):
+                raise UsageError(f"PeftCheckpointCallback saves a DyLoRAMoE, the Trainer has a {type(model).__name__}")
             model.check_optimizer(kwargs["optimizer"])
             if args.should_save:
                 words = STOCK_TRAINER if self.trainer_saves else ARGUMENTS
@@ -115,7 +114,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
                 model,
                 step=state.global_step,
                 skills=self.skills,
-                training_files=training_files if kwargs.get("optimizer") is not None else None,
+                training_files=None if kwargs.get("optimizer") is None or args.save_only_model else training_files,
                 outputs=outputs,
             )
             if args.save_total_limit:
@@ -133,7 +132,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave a save that is due to the beginning of the next step: this one is yet to be evaluated and logged."""
-        self._due = self.trainer_saves and args.save_steps >= 1 and state.global_step % args.save_steps == 0
+        self._due = self.trainer_saves and state.save_steps >= 1 and state.global_step % state.save_steps == 0
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer_saves:

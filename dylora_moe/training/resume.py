@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,7 +29,11 @@ FREE_SETTINGS = (
 # These a checkpoint fixes, besides the number of experts: the key of each in the entry of an expert in config.json.
 FIXED_BY_CHECKPOINT = {"lora_r": "r", "lora_alpha": "lora_alpha", "targets": "target_modules"}
 # What these settings name is compared by its content, so that a file or a folder may have been renamed.
-BY_CONTENT = {"data": "data_fingerprint", "model": "base_weights", "weights": "base_weights"}
+BY_CONTENT = {
+    "data": "data_fingerprint", "eval_blocks": "data_fingerprint", "eval_data": "data_fingerprint",
+    "eval_fraction": "data_fingerprint", "mixing": "data_fingerprint",
+    "model": "base_weights", "weights": "base_weights",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,13 @@ def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBloc
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
-    """Return a line for each setting in which two runs differ, by its name."""
+    """Return a line for each setting in which two runs differ, by its name.
+
+    A run of an earlier version had the default of a setting that it did not know.
+    """
+    if there:
+        defaults = {each.name: each.default for each in fields(TrainSettings) if each.name in here}
+        there = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | there
     lines = {}
     if same_weights(str(there.get("base_weights")), str(here.get("base_weights"))):
         there = there | {"base_weights": here.get("base_weights")}
@@ -166,7 +176,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
             continue
         if name == "held_out":
             if _contents(there.get(name)) != _contents(here.get(name)):  # the data sets may have been renamed
-                lines[name] = "data: other documents are held out"
+                lines[name] = "data: other documents are held out or evaluated"
         elif name in BY_CONTENT.values():
             names = [key for key, by in BY_CONTENT.items() if by == name]
             if all(there.get(key) == here.get(key) for key in names):

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..base.find import find_base
-from ..base.load import load_base, load_tokenizer, resolve_device
+from ..base.load import load_base, load_tokenizer
 from ..base.preserve import seeded
 from ..base.tiny import write_tiny_base
 from ..checkpoint.read import load_into, read_skills
@@ -34,12 +33,13 @@ from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
 from ..system import interrupts, machine
 from . import ranks, sharding, training_state
+from .arguments import training_arguments
 from .batches import BlockCollator, known_tokens, why_not_packed
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
 from .resume import Start, check, choose, compared_settings
 from .settings import TrainSettings
-from .summary import RunResult, describe_run, held_out_results, resuming_line
+from .summary import RunResult, check_results, describe_run, held_out_results, resuming_line, save_results
 from .trainer import MoETrainer
 
 
@@ -56,14 +56,17 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
     with sharding.requested() as how:
         arguments = training_arguments(settings)
         _ = arguments.world_size  # joins the processes of torchrun
+        settings = resuming_after_restart(settings, say)
         run_dir = Path(settings.output_dir)
         with claimed(run_dir) as claim:
             start = ranks.on_first(lambda: choose(run_dir, settings.resume, settings.resume_weights_only))
+            ranks.on_first(lambda: check_results(run_dir))
             for line in start.lines:
                 say(line)
             if settings.demo:
                 ranks.on_first(lambda: claim.made.extend(write_demo(settings)))
                 settings = with_demo(settings)
+            say(f"loading {settings.base_model}")
             with ranks.together():
                 # A base that is to be sharded is read into the memory of the CPU first.
                 model, tokenizer = load_model(settings, torch.device("cpu") if how else arguments.device)
@@ -79,15 +82,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             stop = StopSignals(warn, early)
             saver = PeftCheckpointCallback(skills, compared, interrupted=stop.ended_early)
             arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
-            trainer = MoETrainer(
-                model=model,
-                args=arguments,
-                train_dataset=blocks.train,
-                eval_dataset=blocks.evaluation,
-                data_collator=BlockCollator(),
-                callbacks=[callback for callback in (early, saver, stop) if callback is not None],
-                start_step=start.step,
-            )
+            trainer = make_trainer(model, arguments, blocks, [early, saver, stop], start.step)
             if start.folder and ended:
                 state = training_state.read_trainer_state(start.folder)
                 trainer.state.global_step = state["global_step"]
@@ -101,7 +96,25 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             newest = run_folder.latest(run_dir)
             saved = newest.path if newest else start.folder
             held_out = [] if stop.received else held_out_results(trainer)
-            return RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
+            result = RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
+            ranks.on_first(lambda: save_results(run_dir, result, model, blocks))
+            return result
+
+
+# ---- a restart ----
+
+
+def resuming_after_restart(settings: TrainSettings, say: Callable[[str], None]) -> TrainSettings:
+    """Return the settings, with --resume if torchrun has restarted the processes because one of them had failed.
+
+    What the first start was to resume from is left alone until the run has saved a checkpoint of its own.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run_dir = Path(settings.output_dir)
+    if restarts == "0" or (settings.resume is not None and not run_folder.checkpoints(str(run_dir))):
+        return settings
+    say(f"restarted by torchrun (restart {restarts}): resuming from the newest checkpoint of {run_dir}")
+    return replace(settings, resume="auto")
 
 
 # ---- the run folder ----
@@ -228,6 +241,10 @@ def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedToke
         seed=settings.seed,
         packed=why_not is None,
         vocabulary=known_tokens(model.base),
+        mixing=settings.mixing,
+        eval_specs=[DataSpec.parse(text) for text in settings.eval_data],
+        eval_fraction=settings.eval_fraction,
+        max_eval_blocks=settings.eval_blocks,
         token=settings.hf_token,
     )
     if why_not is not None:
@@ -240,7 +257,7 @@ def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedToke
 
 def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> None:
     """Add a skill for each data set that has none yet: where the base model embeds its text."""
-    for name, rows in blocks.evaluation.items():
+    for name, rows in blocks.examples.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
         if short not in skills.names:
             some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
@@ -251,41 +268,22 @@ def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> Non
 # ---- training ----
 
 
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """Return the settings as the Trainer takes them."""
-    device = training_device(settings)
-    on_cpu = device.type == "cpu"
-    evaluates = settings.eval_steps > 0
-    arguments = TrainingArguments(
-        output_dir=settings.output_dir, seed=settings.seed, data_seed=settings.seed,
-        max_steps=settings.max_steps or -1, num_train_epochs=settings.epochs or 1,
-        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum, remove_unused_columns=False, label_names=["labels"],
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
-        lr_scheduler_type=settings.lr_schedule,
-        warmup_steps=settings.warmup if settings.warmup < 1 else int(settings.warmup),
-        eval_strategy="steps" if evaluates else "no", eval_steps=settings.eval_steps or None,
-        metric_for_best_model="loss" if evaluates else None, greater_is_better=False if evaluates else None,
-        save_strategy="steps", save_steps=settings.save_steps or sys.maxsize,
-        save_total_limit=settings.save_total_limit,
-        logging_steps=settings.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        report_to=settings.report_to, disable_tqdm=not sys.stderr.isatty(), log_level="error",
-        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
-        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
-    )  # fmt: skip
-    if arguments.n_gpu > 1:  # one process uses one GPU: no DataParallel
-        arguments._n_gpu = 1
-    return arguments
-
-
-def training_device(settings: TrainSettings) -> torch.device:
-    """Return the device of --device; with several processes, each uses the GPU of its local rank."""
-    device = resolve_device(settings.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and device.index:
-        raise UsageError(f"--device {device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} --device cuda")
-    return device
+def make_trainer(
+    model: Mixture,
+    arguments: TrainingArguments,
+    blocks: TokenBlocks,
+    callbacks: Sequence[TrainerCallback | None],
+    start_step: int,
+) -> MoETrainer:
+    return MoETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks.train,
+        eval_dataset=blocks.evaluation,
+        data_collator=BlockCollator(),
+        callbacks=[callback for callback in callbacks if callback is not None],
+        start_step=start_step,
+    )
 
 
 def take_over(

@@ -35,6 +35,7 @@ from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.router import Usage
 from . import ranks, sharding, training_state
+from .arguments import check_trainer
 from .callbacks import EvaluationStopped, ProgressBar, ProgressLines
 from .checkpoint_callback import best_step
 from .resume import ARGUMENTS, choose
@@ -55,17 +56,10 @@ class MoETrainer(Trainer):
         eval_dataset: A dict of data sets. The loss of each is `eval_<name>_loss`, their mean is `eval_loss`.
         start_step: The step at which schedule and data begin, where optimizer and generators are fresh.
 
-    Raises:
-        UsageError: If Accelerate is to shard the model.
     """
 
     def __init__(self, *args: Any, start_step: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or sharding.is_requested():
-            raise UsageError(
-                "Accelerate would shard the experts with the base: leave TrainingArguments(fsdp=...) and "
-                f"{sharding.WANTED} out, and shard the mixture with dylora_moe.training.sharding.shard before"
-            )
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
         self._resumed: SavedState | None = None  # what goes on in this run
@@ -88,9 +82,11 @@ class MoETrainer(Trainer):
             resume_from_checkpoint: A checkpoint, or True for the newest complete one of the run folder.
 
         Raises:
-            UsageError: If the run folder holds checkpoints that this run would meet, or none to go on from.
+            UsageError: If the run folder holds checkpoints that this run would meet, or none to go on from; or for
+                settings that cannot be honoured.
             CheckpointError: If the checkpoint is not sound. Nothing of the model has changed then.
         """
+        check_trainer(self)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "trainer_saves"):
                 callback.trainer_saves = False

@@ -80,8 +80,10 @@ def test_help_lists_the_flags(capsys):
         (["--lr-schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--weights", "none"], "invalid choice: 'none'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--exp", "3"], "unrecognized arguments: --exp 3"),
+        (["--exp", "3"], "unrecognized arguments: --exp (did you mean --experts?)"),
         (["--epochs", "2"], "--max-steps and --epochs contradict each other"),
+        (["--targets", ","], "--targets: expected names of linear layers, got none"),
+        (["--eval-data", "x", "--eval-fraction", "0.5"], "--eval-data and --eval-fraction contradict each other"),
         (["--top-k", "3"], "--top-k 3 and --experts 2 contradict each other"),
         (["--warmup", "2.5"], "--warmup 2.5: expected a whole number of steps, or a fraction below 1"),
         (["--early-stopping", "2"], "--early-stopping needs --eval-steps"),
@@ -350,7 +352,10 @@ def test_folders_below_the_home_folder(tmp_path, monkeypatch):
         ("targets: {q_proj: 1}", "targets: expected a value, got {'q_proj': 1}"),
         ("max_steps: 2\nmax-steps: 3", "max_steps is there twice"),
         ("output_dir: ''", "--output-dir: expected a value, got an empty one"),
-        ("expertz: 2", "there is no setting 'expertz'"),
+        ("expertz: 2", "there is no setting 'expertz' (did you mean experts?)"),
+        ("lora: {r: 8}", "there is no setting 'lora'"),
+        ("data: [{a: b}]", "data: expected a value, got [{'a': 'b'}]"),
+        ("experts: " + "[" * 2000 + "]" * 2000, "is nested too deeply; expected one value for each setting"),
         ("- experts", "expected settings by name, found list"),
         ("experts: [", "is not valid YAML"),
         ("config: other.yaml", "there is no setting 'config'"),
@@ -365,6 +370,11 @@ def test_a_bad_settings_file(tmp_path, capsys, content, text):
     assert line.startswith("train.py: --config ") and text in line
     assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "nothing.json"))) == 2
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"], ["q_proj, v_proj"]])
+def test_targets_with_and_without_commas(words):
+    assert parse(["--demo", "--targets", *words]).targets == ("q_proj", "v_proj")
 
 
 def test_the_demo_yields_to_flags_and_file(tmp_path):
@@ -518,8 +528,9 @@ def test_what_a_run_says(tmp_path, capsys):
     assert run(arguments(tmp_path / "run", "--eval-steps", "6")) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
-    assert lines[1].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,160 parameters trained")
+    assert lines[0] == f"loading {material() / 'base'}"
+    assert lines[1] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
+    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,160 parameters trained")
     assert sum(line.startswith("data: ") for line in lines) == 2
     assert any(line.startswith("step  5/12  loss ") and "balance " in line and "usage " in line for line in lines)
     assert any(line.startswith("step  6/12  held out: one ") for line in lines)
@@ -539,7 +550,7 @@ def test_the_library_returns_how_the_run_ended_and_prints_the_progress_only(tmp_
     for found in result.held_out:
         assert found.before > 0 < found.after
         assert len(found.shares) == 2 and sum(found.shares) == pytest.approx(1)
-    assert said[0].startswith("base: ")
+    assert said[0].startswith("loading ")
     out, err = capsys.readouterr()
     assert [line for line in out.splitlines() if not line.startswith("step ")] == []
     assert err == ""
@@ -589,17 +600,6 @@ def test_a_run_folder_with_its_base_in_it_can_be_moved(tmp_path, capsys):
         DyLoRAMoE.from_checkpoint(newest(moved))
     found = DyLoRAMoE.from_checkpoint(newest(moved), base=str(tmp_path / "base"))
     assert found.base.config._name_or_path == str(tmp_path / "base")
-
-
-def test_the_command_to_go_on_with():
-    from dylora_moe.training.summary import resume_command
-
-    line = "python train.py --data 'a b=2' --output-dir x --resume"
-    for words in ([], ["--resume"], ["--resume=auto"], ["--resume", "x/checkpoint-4", "--resume_weights_only"]):
-        at = 2 if len(words) < 2 else 4
-        assert resume_command([*["--data", "a b=2", "--output-dir", "x"][:at], *words]) == (
-            line if at == 4 else "python train.py --data 'a b=2' --resume"
-        )
 
 
 # ---- never a merged model ----
