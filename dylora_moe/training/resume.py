@@ -16,10 +16,10 @@ from ..errors import CheckpointError, UsageError, listed
 from ..mixture.model import Mixture
 from ..store import run_folder
 from . import ranks, training_state
+from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from ..data.blocks import TokenBlocks
-    from .settings import TrainSettings
 
 # These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = (

@@ -134,13 +134,15 @@ def test_a_run_of_an_earlier_version_had_the_defaults_of_new_settings():
     from dylora_moe.training.resume import differences
 
     here = {"mixing": "equal", "eval_data": [], "seed": 3, "data_fingerprint": "a"}
-    assert differences({"seed": 3, "data_fingerprint": "b"}, here) == ["data: what None holds has changed"]
-    assert differences({"seed": 3, "data_fingerprint": "b"}, here | {"mixing": "proportional"}) == [
+    assert list(differences({"seed": 3, "data_fingerprint": "b"}, here).values()) == [
+        "data: what None holds has changed"
+    ]
+    assert list(differences({"seed": 3, "data_fingerprint": "b"}, here | {"mixing": "proportional"}).values()) == [
         "mixing: 'equal' there, 'proportional' here"
     ]
     before, after = here | {"held_out": {"a": "1"}}, here | {"held_out": {"b": "2"}, "eval_data": ["b"]}
-    assert differences(before, after) == ["data: other documents are held out or evaluated"]
-    assert differences(before, after | {"data_fingerprint": "b"}) == [
+    assert list(differences(before, after).values()) == ["data: other documents are held out or evaluated"]
+    assert list(differences(before, after | {"data_fingerprint": "b"}).values()) == [
         "eval_data: [] there, ['b'] here",
         "data: other documents are held out or evaluated",
     ]
