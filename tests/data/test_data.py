@@ -250,7 +250,7 @@ BAD_FILES = {
     "latin-1 text": ("a.txt", b"caf\xe9", r"a\.txt: is not UTF-8 text"),
     "no kind of file": ("a.xyz", b"x\0", r"a\.xyz: is not UTF-8 text; .*Other files that are read end in \.jsonl"),
     "blank texts": ("a.jsonl", b'{"text": " "}\n{"text": null}\n', r"a\.jsonl: all 2 row\(s\) are without text"),
-    "one short": ("a.txt", b"short", r"a\.txt: has \d+ token\(s\) to train on in 1 document\(s\), one block needs 64"),
+    "one short": ("a.txt", b"short", r"a\.txt: has \d+ tokens to train on in 1 document, one block needs 64"),
     "git lfs": ("a.jsonl", LFS, r"a\.jsonl: is a Git LFS pointer, .*git lfs pull"),
     "git lfs text": ("a.md", LFS, r"a\.md: is a Git LFS pointer"),
     "git lfs gzip": ("a.csv.gz", LFS, r"a\.csv\.gz: is a Git LFS pointer"),
@@ -376,7 +376,7 @@ def test_weights_that_are_too_far_apart(tmp_path):
         ({"block_size": 1}, "block size must be at least 2"),
         ({"eval_fraction": 0.0}, "fraction must be above 0"),
         ({"eval_fraction": 1.0}, "fraction must be above 0"),
-        ({"max_eval_blocks": 0}, "at least 1 held-out block"),
+        ({"max_eval_blocks": 0}, "at least 1 evaluation block"),
         ({"seed": -1}, "seed must not be negative"),
     ],
 )
