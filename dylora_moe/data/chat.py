@@ -14,6 +14,8 @@ ROLES = {
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"},
     **{"function": "tool", "observation": "tool"},
 }
+# Fields beside the content that may be all of an answer.
+ANSWER_FIELDS = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,11 @@ class Message:
     def extras(self) -> set[str]:
         """The names of all fields but role and content."""
         return set(self.fields) - {"role", "content"}
+
+    @property
+    def answer_fields(self) -> set[str]:
+        """The names of the fields that answer something; empty if nothing does."""
+        return (self.extras & ANSWER_FIELDS) | ({"content"} if self.content.strip() else set())
 
     def but(self, **fields: Any) -> Message:
         """Return this message with other values of some fields."""

@@ -151,7 +151,7 @@ def _render(row: dict[str, Any], schema: str, renderer: ChatRenderer, where: str
         messages = pair_messages(row, where)
     while messages and not messages[-1].learned:
         messages.pop()  # nothing is learned of a turn that no answer follows
-    if not any(message.learned and (message.content.strip() or message.extras) for message in messages):
+    if not any(message.learned and message.answer_fields for message in messages):
         return None
     return renderer.render(messages, read_tools(row.get(TOOLS_COLUMN), where), where)
 

@@ -58,9 +58,10 @@ class ChatRenderer:
         return render_plainly(messages)
 
     def _by_template(self, messages: list[Message], tools: Tools, where: str) -> Rendered:
-        """An answer lies between the rendering of the messages before it and the rendering that includes it.
+        """Render a chat by the template, and find its answers.
 
-        Both must be prefixes of the whole chat; otherwise the answer is not learned.
+        An answer lies between the rendering of the messages before it and the rendering that includes it. Both must be
+        prefixes of the whole chat; otherwise the answer is not learned.
         """
         template = _undated(self._tokenizer.get_chat_template(tools=tools))
         if "developer" not in template:
@@ -122,10 +123,10 @@ def _rendered_as(chat: tuple[list[Message], Tools], render: Render, text: str) -
 def _check_answers(messages: list[Message], unread: set[str], where: str) -> None:
     """Refuse answers of which nothing is rendered: an empty answer would be learned."""
     for message in messages:
-        if message.learned and message.extras and not message.content.strip() and message.extras <= unread:
+        if message.learned and message.answer_fields and message.answer_fields <= unread:
             raise UsageError(
-                f"{where}: an answer has no content but {', '.join(sorted(message.extras))}, which the tokenizer's "
-                "chat template does not write; use a tokenizer whose template writes it, or write it into content"
+                f"{where}: an answer has no content but {', '.join(sorted(message.answer_fields))}, which the chat "
+                "template of the tokenizer does not write; use one that writes it, or write it into content"
             )
 
 

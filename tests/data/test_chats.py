@@ -127,6 +127,8 @@ def test_an_answer_of_which_nothing_is_rendered_is_refused(tmp_path, template):
         UsageError, match=r"a\.jsonl, row 2: an answer has no content but tool_calls, which .* does not"
     ):
         documents(tmp_path, [chat(user(), answer()), chat(user(), called({}), answer())], template)
+    blank = chat(user(), answer("", id=7), user(), answer())
+    assert len(documents(tmp_path, [chat(user(), answer()), blank], template)[0]) == 2, "its id is no answer"
 
 
 @pytest.mark.parametrize("template", [TOOLS, None], ids=["template", "none"])
