@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import quantization_config
 
 from ..errors import UsageError, listed, shown
 from ..system import machine
@@ -144,6 +145,8 @@ def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> tuple[P
     if base.kind == "gguf":
         need_gguf(base.name)
         folder, extra["gguf_file"] = base.path.parent, base.path.name
+        if hasattr(quantization_config, "GgufConfig"):  # Transformers from 5.23 on may leave weights quantized
+            extra["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
     else:
         folder = _weights_folder(base)
         _check_weight_files(folder)

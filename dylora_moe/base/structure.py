@@ -82,9 +82,11 @@ def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
     if not config:
         return None
     found = config if isinstance(config, dict) else config.to_diff_dict()
+    method = getattr(found.get("quant_method"), "value", found.get("quant_method"))
+    if method == "gguf":  # Transformers says so of a GGUF file that it has unpacked, too; `check_base` sees the others
+        return None
     if not (found.get("load_in_4bit") or found.get("load_in_8bit")):
-        method = found.get("quant_method")
-        raise _cannot_be_loaded_again(f"quantization_config, {getattr(method, 'value', method)}")
+        raise _cannot_be_loaded_again(f"quantization_config, {method}")
     return {key: value for key, value in found.items() if key.startswith(BITSANDBYTES)}
 
 

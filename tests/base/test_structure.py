@@ -65,6 +65,17 @@ def test_a_quantized_base_is_refused_before_anything_is_trained(how, named):
     DyLoRAMoE(AutoModelForCausalLM.from_config(FAMILIES["llama"]), 2)
 
 
+def test_a_gguf_file_that_was_unpacked_is_not_quantized():
+    """Transformers keeps the config of the file on both, so that the tensors decide."""
+    for how in ("float", "int8"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"])) if how == "float" else quantized(how)
+        model.config.quantization_config = {"quant_method": "gguf"}
+        if how == "float":
+            DyLoRAMoE(model, 2)
+        else:
+            assert "torch.int8" in error_of(DyLoRAMoE, model, 2)
+
+
 def test_mask_buffers_that_would_exhaust_the_machine(tmp_path):
     config = {"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["global"], 2]]}
     folder = config_only(tmp_path / "base", {**config, "max_position_embeddings": 1 << 20})
