@@ -1,6 +1,7 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
 # make test-all  run the slow tests too
+# make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
 # make bench     measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: check test test-all lint bench clean
+.PHONY: check test test-all docs-check lint bench clean
 
 check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
@@ -21,6 +22,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m ""
+
+docs-check: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/test_readme.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from dylora_moe.errors import CheckpointError, UsageError
+from dylora_moe.errors import CheckpointError, UsageError, shown
+from dylora_moe.system import command_line
 from dylora_moe.system.command_line import PASSED, run
 from dylora_moe.system.interrupts import Interrupted, handled
 from dylora_moe.training import ranks
@@ -40,7 +41,7 @@ def _main(argv: Sequence[str] | None) -> int:
             for line in closing_lines(settings, result, sys.argv[1:] if argv is None else argv):
                 say(line)
     except Interrupted as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        command_line.say(f"train.py: {error}", sys.stderr)
         return error.exit_code
     except CheckpointError as error:  # a run that cannot start: 2, as for all that a user can mend
         raise UsageError(str(error)) from error
@@ -49,12 +50,12 @@ def _main(argv: Sequence[str] | None) -> int:
 
 def say(line: str) -> None:
     if ranks.is_first():
-        print(line, flush=True)
+        command_line.say(shown(line, most=None))
 
 
 def warn(line: str) -> None:
     if ranks.is_first():
-        print(line, file=sys.stderr, flush=True)
+        command_line.say(shown(line, most=None), sys.stderr)
 
 
 if __name__ == "__main__":

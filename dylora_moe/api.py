@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +58,13 @@ class DyLoRAMoE(Mixture):
         return mixture
 
     @classmethod
-    def from_checkpoint(cls, folder: str | Path, base: PreTrainedModel | None = None, **options: Any) -> DyLoRAMoE:
-        """Read a checkpoint into a fresh mixture, on `base` or on the base model which the checkpoint names.
+    def from_checkpoint(
+        cls, folder: str | Path, base: PreTrainedModel | str | os.PathLike | None = None, **options: Any
+    ) -> DyLoRAMoE:
+        """Read a checkpoint into a fresh mixture.
 
         Args:
+            base: the base model, or the name of one to load; by default the one that the checkpoint names is loaded.
             options: those of `checkpoint.read.load_mixture`.
 
         Raises:
@@ -70,19 +73,14 @@ class DyLoRAMoE(Mixture):
         """
         return load_mixture(folder, base, kind=cls, **options)
 
-    def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> bool:
-        """Publish a checkpoint at `folder`, whole or not at all.
-
-        Returns:
-            False, with a warning, if there is a checkpoint already, which is left as it is.
+    def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> Path:
+        """Publish a checkpoint at `folder`, whole or not at all, and return its path.
 
         Raises:
-            UsageError: if it cannot be written; nothing is left behind.
+            UsageError: if there is a checkpoint already, which is left as it is, or if it cannot be written; nothing
+                is left behind.
         """
-        saved = save_checkpoint(folder, self, step=step, skills=skills)
-        if not saved:
-            warnings.warn(f"nothing was saved: {folder} is a checkpoint already, and is left as it is", stacklevel=2)
-        return saved
+        return save_checkpoint(folder, self, step=step, skills=skills)
 
     def export_expert(self, expert: int, folder: str | Path) -> None:
         """Write one expert to a new folder as a plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.

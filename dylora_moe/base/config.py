@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, shown
 from .quiet import quiet, refused
 
 MAX_CONFIG_BYTES = 16 << 20
@@ -98,7 +98,7 @@ def _impossible_sizes(raw: dict[str, Any], prefix: str = "") -> Iterator[str]:
 def _check_causal(config: PreTrainedConfig, architectures: Any, where: str) -> None:
     kind = config.model_type
     encoder = kind in MASKED and not getattr(config, "is_decoder", False)
-    named = [name for name in architectures or [] if str(name).endswith(NOT_CAUSAL)]
+    named = [shown(name) for name in architectures or [] if str(name).endswith(NOT_CAUSAL)]
     if kind not in CAUSAL or encoder or getattr(config, "is_encoder_decoder", False) or named:
         found = ", ".join(named) or f"model_type {kind}"
         raise UsageError(

@@ -22,7 +22,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import PreTrainedConfig
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from ..errors import UsageError
+from ..errors import UsageError, has_controls
 from . import hub
 from .config import checked_config, folder_config
 from .quiet import quiet, refused
@@ -65,6 +65,8 @@ def find_base(
             "DyLoRAMoE(model, experts) takes one that is loaded."
         )
     name = os.fspath(name)
+    if has_controls(name):
+        raise UsageError(f"A base model's name has no control characters or line breaks, got {name!r}: rename it.")
     path = Path(os.path.expanduser(name))
     if name and path.is_dir():
         return _local(_folder_base(name, path), weights)

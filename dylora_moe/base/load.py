@@ -5,24 +5,33 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import quantization_config
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, shown
 from ..system import machine
 from . import hub
 from .config import read_object
 from .quiet import quiet, refused
 from .random_weights import random_model, shared_bytes
-from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, need_gguf
+from .source import INDEX_FILES, SINGLE_FILES, WEIGHT_FILES, Base, has_weights, need_gguf, need_package
 from .structure import skeleton
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 DTYPES |= {name: name for name in DTYPES.values()}
+SHOWN_NAMES = 3  # of tensors, in a line
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKENIZER_PATTERNS = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_PATTERNS += ["spiece.model", "tekken.json", "chat_template*", "config.json"]
@@ -47,9 +56,17 @@ def load_base(
         seed: of random weights.
         compact: whether random weights are stored compactly, see `random_weights.random_model`.
 
+    Returns:
+        The model. Its attribute `notes` has lines for the user, which a mixture takes over.
+
     Raises:
         UsageError: if the model cannot be loaded. Missing weights are never initialised.
     """
+    notes: list[str] = []
+    if base.quantization and weights != "pretrained":
+        raise UsageError(
+            f"{base.name} is to be quantized with bitsandbytes: {weights} weights cannot be, real ones can."
+        )
     dtype = resolve_dtype(dtype, base.config)
     device = resolve_device(device)
     if weights == "none":
@@ -57,11 +74,12 @@ def load_base(
     elif weights == "random":
         model = random_model(base.config, dtype, device, seed, compact=compact)
     elif weights == "pretrained":
-        model = _pretrained(base, dtype, device)
+        model, notes = _pretrained(base, dtype, device)
     else:
         raise UsageError(f"Unknown weights {weights!r}: expected pretrained, random or none.")
     # A checkpoint takes the name of its base from here, and must find it from any working directory.
     model.config._name_or_path = str(base.path.resolve()) if base.kind in ("folder", "gguf") else base.name
+    cast(Any, model).notes = notes
     model.requires_grad_(False)
     return model.eval()
 
@@ -121,14 +139,20 @@ def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> tuple[PreTrainedModel, list[str]]:
+    """Return the model, and what to tell the user about its files."""
     extra: dict[str, Any] = {}
     if base.kind == "gguf":
         need_gguf(base.name)
         folder, extra["gguf_file"] = base.path.parent, base.path.name
+        if hasattr(quantization_config, "GgufConfig"):  # Transformers from 5.23 on may leave weights quantized
+            extra["quantization_config"] = quantization_config.GgufConfig(dequantize=True)
     else:
         folder = _weights_folder(base)
         _check_weight_files(folder)
+    if base.quantization:
+        need_package("bitsandbytes", f"Quantizing {base.name}")
+        extra["quantization_config"] = BitsAndBytesConfig(**base.quantization)
     if device.type != "cpu":
         extra["device_map"] = {"": device}
     with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):
@@ -144,7 +168,7 @@ def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> PreTrai
         )
     model, info = loaded
     _check_complete(info, folder)
-    return model
+    return model, _surplus(info, folder)
 
 
 def _weights_folder(base: Base) -> Path:
@@ -204,7 +228,6 @@ def _check_weight_files(folder: Path) -> None:
 
 def _check_complete(info: dict[str, Any], source: Path) -> None:
     problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"unexpected: {name}" for name in sorted(info["unexpected_keys"])]
     for name, found, expected in sorted(info["mismatched_keys"]):
         problems.append(f"of another shape: {name}: expected {list(expected)}, found {list(found)}")
     if problems:
@@ -212,6 +235,16 @@ def _check_complete(info: dict[str, Any], source: Path) -> None:
             f"The weights in {source} are not those of its config.json:\n{listed(problems)}\n"
             "Missing weights are never made up; restore the files, or use --weights random."
         )
+
+
+def _surplus(info: dict[str, Any], source: Path) -> list[str]:
+    """Name, in at most one line, the tensors in the files that the model does not have: masks, other heads, vision."""
+    names = sorted(info["unexpected_keys"])
+    if not names:
+        return []
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    shown_names = ", ".join(shown(name) for name in names[:SHOWN_NAMES])
+    return [f"{source} holds tensors that this architecture does not have; they are not used: {shown_names}{more}"]
 
 
 def parameter_bytes(config: PreTrainedConfig, dtype: str | torch.dtype | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -26,6 +27,7 @@ class Base:
     config: PreTrainedConfig  # checked
     has_weights: bool  # whether its weights can be loaded
     note: str | None = None  # one line for the user if "auto" had to choose random weights
+    quantization: dict[str, Any] | None = None  # arguments of BitsAndBytesConfig with which its weights are loaded
     token: str | None = field(default=None, repr=False, compare=False)  # of the hub, for the download; never shown
 
     @property
@@ -45,7 +47,10 @@ def has_weights(folder: Path) -> bool:
 
 def need_gguf(name: str) -> None:
     """Raise UsageError unless the package that reads the GGUF file `name` is installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise UsageError(
-            f"Reading the GGUF file {name} needs the package gguf, which is not installed:\n    pip install gguf"
-        )
+    need_package("gguf", f"Reading the GGUF file {name}")
+
+
+def need_package(package: str, what: str) -> None:
+    """Raise UsageError unless an optional package is installed, which `what` needs."""
+    if importlib.util.find_spec(package) is None:
+        raise UsageError(f"{what} needs the package {package}, which is not installed:\n    pip install {package}")

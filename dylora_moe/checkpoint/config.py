@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from reprlib import repr  # of bounded length
 from typing import Any
 
 from . import formats
 
+BESIDE = "../"  # begins the name of a base model in the run folder, so that the run folder can be moved
+VERSION = "transformers_version"  # of the library whose config has the settings
+FLOAT32 = 1e-6  # GGUF files hold numbers in float32, so that 1e-05 is 9.99999974e-06 there
+
 
 @dataclass(frozen=True)
 class ArchitectureEntry:
-    """What tells one base model from another: its sizes, and a SHA-256 over the names and shapes of its parameters."""
+    """What tells one base model from another: sizes, a SHA-256 over names and shapes of parameters, and settings.
+
+    The settings are the values of the base's config that change what it computes; format version 1 has none.
+    """
 
     model_type: str
     hidden_size: int | None
@@ -21,22 +32,42 @@ class ArchitectureEntry:
     intermediate_size: int | list[int] | None
     vocab_size: int | None
     fingerprint: str
+    settings: dict[str, Any] | None = None
 
-    def differences(self, here: Mapping[str, object]) -> list[str]:
-        """Describe each size in which another architecture, as of `base.structure.architecture`, differs."""
+    def differences(self, here: Mapping[str, Any]) -> list[str]:
+        """Describe all in which another architecture, as of `base.fingerprint.architecture`, differs; [] if in nothing.
+
+        Settings that only one of both has are left out: Transformers adds some from version to version, and other
+        tools leave notes of their own in a config.
+        """
         there = asdict(self)
-        keys = sorted(there.keys() - {"fingerprint"})
-        return [f"{key}: {there[key]} there, {here.get(key)} here" for key in keys if there[key] != here.get(key)]
+        sizes = sorted(there.keys() - {"fingerprint", "settings"})
+        found = [f"{key}: {there[key]} there, {here[key]} here" for key in sizes if there[key] != here[key]]
+        if not found and self.fingerprint != here["fingerprint"]:
+            found = ["parameters of other names or shapes"]
+        if found or self.settings is None:
+            return found
+        same_version = self.settings.get(VERSION) == here["settings"].get(VERSION)
+        keys = sorted(self.settings.keys() & here["settings"].keys() - {VERSION})
+        pairs = ((key, self.settings[key], here["settings"][key]) for key in keys)
+        return [line for pair in pairs for line in _unlike(*pair, whole=same_version)]
 
 
 @dataclass(frozen=True)
 class BaseModelEntry:
     """The base model that the experts were trained on."""
 
-    name: str | None  # hub id or folder
+    name: str | None  # hub id, absolute path, or ../NAME for what is in the run folder, seen from the checkpoint
     revision: str | None
     dtype: str  # such as "bfloat16"
     architecture: ArchitectureEntry
+    quantization: dict[str, Any] | None = None  # with which it was loaded: arguments of BitsAndBytesConfig
+
+    def located(self, checkpoint: Path) -> str | None:
+        """Return the hub id, or the absolute path, of the base model that a checkpoint folder names."""
+        if self.name is None or not self.name.startswith(BESIDE):
+            return self.name
+        return os.path.normpath(checkpoint.resolve() / self.name)
 
 
 @dataclass(frozen=True)
@@ -103,6 +134,22 @@ class CheckpointConfig:
             probe=found["probe"],
             versions=found["versions"],
         )
+
+
+def _unlike(path: str, there: Any, here: Any, *, whole: bool) -> Iterator[str]:
+    """Describe in what two values of a config differ.
+
+    Args:
+        whole: whether what only one of two objects has counts as well.
+    """
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = there.keys() | here.keys() if whole else there.keys() & here.keys()
+        for key in sorted(keys):
+            yield from _unlike(f"{path}.{key}", there.get(key), here.get(key), whole=whole)
+        return
+    numbers = [value for value in (there, here) if isinstance(value, (int, float))]
+    if there != here and not (len(numbers) == 2 and math.isclose(*numbers, rel_tol=FLOAT32)):
+        yield f"{path}: {repr(there)} there, {repr(here)} here"
 
 
 def encode(value: dict[str, Any]) -> bytes:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..store.files import FileProblem, shown
-from ..store.manifest import Identity
+from ..errors import has_controls, shown
+from ..store.files import FileProblem
+from ..store.hub_cache import status
+from ..store.manifest import Identity, may_be_beside
 from .config import CheckpointConfig
 from .safetensors_file import Scan, read_json, scan_file
 
@@ -38,6 +40,7 @@ class Contents:
 
     folder: Path
     files: dict[str, os.stat_result] = field(default_factory=dict)
+    beside: list[str] = field(default_factory=list)  # files that may be in the folder, and are not read
     config: CheckpointConfig | None = None  # None if it is missing or wrong
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
@@ -47,6 +50,15 @@ class Contents:
     @property
     def total_bytes(self) -> int:
         return sum(info.st_size for info in self.files.values())
+
+    @property
+    def beside_line(self) -> str | None:
+        """A line that names the files beside those of the checkpoint, or None if there are none."""
+        if not self.beside:
+            return None
+        names = ", ".join(shown(name) for name in self.beside[:MAX_LISTED])
+        more = f" and {len(self.beside) - MAX_LISTED} more" if len(self.beside) > MAX_LISTED else ""
+        return f"beside the checkpoint's files, not read: {names}{more}"
 
     def report(self, name: str, text: str, remedy: str = SAVE_AGAIN) -> None:
         """Add a problem of a file."""
@@ -120,7 +132,7 @@ class Contents:
         return right
 
     def walk(self) -> None:
-        """Find all files. Links are not followed, and whatever is neither a file nor a folder is reported."""
+        """Find all files. Whatever is neither a file nor a folder, as far as links are followed, is reported."""
         pending = deque([""])
         seen = 0
         while pending:
@@ -137,13 +149,15 @@ class Contents:
                 self.report(prefix or ".", f"expected to list it, found: {error.strerror or error}")
 
     def _see(self, name: str, entry: os.DirEntry[str], pending: deque[str]) -> None:
-        mode = entry.stat(follow_symlinks=False).st_mode
-        if stat.S_ISDIR(mode):
+        found = status(Path(entry.path))
+        if stat.S_ISDIR(found.st_mode):
             pending.append(f"{name}/")
-        elif stat.S_ISREG(mode):
-            self.files[name] = entry.stat(follow_symlinks=False)
+        elif may_be_beside(name, found):
+            self.beside.append(name)
+        elif stat.S_ISREG(found.st_mode):
+            self.files[name] = found
         elif not self.is_known(name):
-            kind = "a symbolic link" if stat.S_ISLNK(mode) else "something else"
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "something else"
             self.report(name, f"expected a regular file, found {kind}")
 
 
@@ -167,11 +181,12 @@ def nothing_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 def text(value: object) -> bool:
-    return isinstance(value, str)
+    """Whether it is a text without control characters, which could act on a terminal."""
+    return isinstance(value, str) and not has_controls(value)
 
 
 def texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, str) and v for v in value)
+    return isinstance(value, list) and bool(value) and all(text(v) and v for v in value)
 
 
 def short(value: object) -> str:

@@ -1,11 +1,12 @@
-"""The names of a checkpoint's files, and its version. Standard library only."""
+"""The names of a checkpoint's files, and its versions. Standard library only."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Container
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of what is written
+FORMAT_VERSIONS = (1, 2)  # that can be read; in version 1, config.json has no settings of the base model
 MODEL_TYPE = "dylora-moe"
 
 CHECKPOINT = "checkpoint"  # what a script names the one that it writes

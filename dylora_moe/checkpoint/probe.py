@@ -14,9 +14,9 @@ import transformers
 from safetensors import safe_open
 
 from .. import __version__
+from ..base.fingerprint import same_weights, weights_fingerprint
 from ..base.hankel import HankelMatrix
 from ..base.preserve import untouched
-from ..base.structure import weights_fingerprint
 from ..constants import expert_name
 from ..errors import CheckpointError
 from ..mixture.model import Mixture
@@ -106,7 +106,7 @@ def saved_on(facts: Mapping[str, str], model: Mixture) -> bool:
     return (
         not model.has_base_weights
         or facts.get("dtype") != dtype_name(model)
-        or facts.get("base_weights") == weights_fingerprint(model.base)
+        or same_weights(facts["base_weights"], weights_fingerprint(model.base))
     )
 
 

@@ -9,8 +9,10 @@ checkpoint-836/
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +22,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from ..base.find import find_base
+from ..base.fingerprint import architecture
 from ..base.load import load_base
 from ..base.preserve import as_found_on_error
-from ..base.structure import architecture, check_base
+from ..base.structure import check_base, quantization
 from ..errors import CheckpointError, UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
 from ..mixture.model import Mixture
@@ -46,7 +49,7 @@ _REMEDY = "the file belongs to another model or was changed; restore it from a c
 
 def load_mixture(
     folder: str | Path,
-    base: PreTrainedModel | None = None,
+    base: PreTrainedModel | str | os.PathLike | None = None,
     *,
     kind: type[M] = Mixture,  # type: ignore[assignment]  # mypy knows no defaults of type variables
     **options: Any,
@@ -54,7 +57,7 @@ def load_mixture(
     """Verify a checkpoint and read it into a fresh mixture.
 
     Args:
-        base: the base model; without it, the one that the checkpoint names is loaded.
+        base: the base model, or the name of one to load; by default the one that the checkpoint names is loaded.
         kind: the class to build.
         options: `weights` ("pretrained", or "random" if others will do), `dtype`, `device`, `token` and `revision` of
             that base model, and `label_smoothing`.
@@ -66,20 +69,15 @@ def load_mixture(
         CheckpointError: with every problem, before anything is built.
         UsageError: if the base model is not available, or the folder is moved away meanwhile.
     """
-    needless = sorted(options.keys() - {"label_smoothing", "revision"}) if base is not None else []
+    needless = sorted(options.keys() - {"label_smoothing", "revision"}) if isinstance(base, PreTrainedModel) else []
     if needless:
         raise UsageError(f"{', '.join(needless)}: of a base model that is to be loaded, but base= gives one; leave out")
     checkpoint = open_checkpoint(folder)
-    trained_on = checkpoint.config.base_model
     smoothing = options.pop("label_smoothing", 0.0)
-    revision = options.pop("revision", None) or trained_on.revision
-    if base is None:
-        if not trained_on.name:
-            raise UsageError(f"{folder}/{formats.CONFIG} names no base model; pass base=")
-        options.setdefault("dtype", trained_on.dtype)
-        weights, token = options.pop("weights", "pretrained"), options.pop("token", None)
-        source, weights = find_base(trained_on.name, weights=weights, token=token, revision=revision)
-        base = load_base(source, weights, **options)
+    if base is None or isinstance(base, (str, os.PathLike)):
+        base, revision = _load_base(checkpoint, base, **options)
+    else:
+        revision = options.pop("revision", None) or checkpoint.config.base_model.revision
     with as_found_on_error(base), checkpoint.held_still():
         model = _build(checkpoint, base, kind, smoothing)
         model.base_revision = revision
@@ -87,11 +85,41 @@ def load_mixture(
         probe = read_probe(checkpoint)
     if probe is not None and not saved_on(probe[1], model):
         warnings.warn(
-            f"{folder} was saved on other weights of its base model ({trained_on.name}) than it is loaded on: its "
-            "experts were not trained for these",
+            f"{folder} was saved on other weights of its base model ({checkpoint.config.base_model.name}) than it is "
+            "loaded on: its experts were not trained for these",
             stacklevel=3,
         )
     return model
+
+
+def _load_base(
+    checkpoint: SoundCheckpoint, name: str | os.PathLike | None, *, weights: str = "pretrained", **options: Any
+) -> tuple[PreTrainedModel, str | None]:
+    """Load the base model of this name, or the one that a checkpoint names. Returns its revision, too."""
+    trained_on = checkpoint.config.base_model
+    revision = options.pop("revision", None) or (None if name else trained_on.revision)
+    name = name or named_base(checkpoint, "base=")
+    source, weights = find_base(name, weights=weights, token=options.pop("token", None), revision=revision)
+    source = replace(source, quantization=trained_on.quantization)
+    return load_base(source, weights, **{"dtype": trained_on.dtype} | options), source.revision or revision
+
+
+def named_base(checkpoint: SoundCheckpoint, argument: str) -> str:
+    """Return the hub id or the path of the base model that a checkpoint names.
+
+    Raises:
+        UsageError: if it names none, or a path at which nothing is any more; the message asks for `argument`.
+    """
+    where = checkpoint.folder / formats.CONFIG
+    name = checkpoint.config.base_model.located(checkpoint.folder)
+    if not name:
+        raise UsageError(f"{where} names no base model: say with {argument} which it is")
+    if os.path.isabs(name) and not os.path.exists(name):
+        raise UsageError(
+            f"There is no file or folder {name!r}, which {where} names as the base model: restore it, or say with "
+            f"{argument} where that model is now"
+        )
+    return name
 
 
 def build_mixture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> Mixture:
@@ -131,18 +159,19 @@ def load_into(
 
 def read_skills(checkpoint: SoundCheckpoint) -> SkillLibrary:
     """Return the skill library of a checkpoint."""
-    return SkillLibrary.load(checkpoint.folder / formats.SKILLS)
+    with checkpoint.held_still():
+        return SkillLibrary.load(checkpoint.folder / formats.SKILLS)
 
 
 # ---- building ----
 
 
 def _build(checkpoint: SoundCheckpoint, base: PreTrainedModel, kind: type[M], label_smoothing: float = 0.0) -> M:
+    check_base(base)  # a mistake of the caller, not of the checkpoint
+    if not 0 <= label_smoothing < 1:  # likewise
+        raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
     _check_architecture(checkpoint, base)
     experts = [_adapter_config(checkpoint, index) for index in range(checkpoint.config.num_experts)]
-    if not 0 <= label_smoothing < 1:  # a mistake of the caller, not of the checkpoint
-        raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
-    check_base(base)  # likewise
     try:
         return kind(base, experts, router=_router_config(checkpoint.config.router), label_smoothing=label_smoothing)
     except ValueError as error:
@@ -151,9 +180,7 @@ def _build(checkpoint: SoundCheckpoint, base: PreTrainedModel, kind: type[M], la
 
 
 def _router_config(router: RouterEntry) -> RouterConfig:
-    return RouterConfig(
-        router.temperature, router.top_k, router.balance_coefficient, router.decay, router.prior_tokens
-    )
+    return RouterConfig(router.temperature, router.top_k, router.balance_coefficient, router.decay, router.prior_tokens)
 
 
 def _adapter_config(checkpoint: SoundCheckpoint, index: int) -> MoELoraConfig:
@@ -167,12 +194,14 @@ def _adapter_config(checkpoint: SoundCheckpoint, index: int) -> MoELoraConfig:
 
 
 def _check_architecture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> None:
-    trained_on, here = checkpoint.config.base_model, architecture(base)
-    if trained_on.architecture.fingerprint == here["fingerprint"]:
-        return
-    text = "; ".join(trained_on.architecture.differences(here)) or "parameters of other names or shapes"
-    problem = f"was saved on another base model, {trained_on.name} ({text}); load it on that one"
-    raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}"])
+    trained_on = checkpoint.config.base_model
+    found = trained_on.architecture.differences(architecture(base))
+    there, here = trained_on.quantization, quantization(base)
+    if there != here and trained_on.architecture.settings is not None:  # version 1 does not say
+        found.append(f"quantization: {there} there, {here} here")
+    if found:
+        problem = f"was saved on another base model, {trained_on.name} ({'; '.join(found)}); load it on that one"
+        raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}"])
 
 
 def _check_same_mixture(checkpoint: SoundCheckpoint, model: Mixture) -> None:

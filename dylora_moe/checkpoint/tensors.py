@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import save, save_file
 
 from ..constants import expert_name
 from ..errors import UsageError
 from ..mixture.model import Mixture
-from ..store.files import explained
+from ..store.files import explained, native_errors
 from .safetensors_file import Scan, scan_file
 
 PLAIN_METADATA = {"format": "pt"}  # what PEFT and Transformers write
@@ -83,18 +80,3 @@ def _as_saved(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.float64:
         raise UsageError(f"{name} is in float64, experts and router are saved in float32: cast the mixture to it first")
     return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype)
-
-
-@contextmanager
-def native_errors() -> Iterator[None]:
-    """Raise the OSError that native code reports as a RuntimeError or SafetensorError when it cannot write."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        text = str(error)
-        words = ("PytorchStream", "inline_container", "os error", "open file failed")
-        if not any(word in text for word in words):
-            raise
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
-        code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
-        raise OSError(code, os.strerror(code) if code else text.splitlines()[0][:200]) from error

@@ -8,6 +8,7 @@ manifest is compared with the files (store/manifest.py), then config.json (verif
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,13 +16,12 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 from ..constants import expert_name
-from ..errors import CheckpointError, UsageError, listed
+from ..errors import CheckpointError, UsageError, listed, shown
 from ..store import run_folder
-from ..store.files import shown
 from ..store.manifest import MANIFEST, Identity, file_digest, held_still, manifest_problems
 from . import formats
 from .config import CheckpointConfig
-from .findings import SAVE_AGAIN, Contents, Rules, natural, nothing_or, text
+from .findings import SAVE_AGAIN, Contents, Rules, natural, nothing_or, number, text
 from .safetensors_file import MAX_JSON_BYTES, Scan, scan_file
 from .torch_file import check_torch_file
 from .verify_config import check_config
@@ -136,6 +136,7 @@ def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents
     _guarded(contents, check_skills)
     _guarded(contents, lambda c: _check_training(c, values))
     contents.problems = sorted(set(contents.problems))
+    contents.beside.sort()
     return contents
 
 
@@ -156,7 +157,7 @@ def _guarded(contents: Contents, check: Callable[..., T], *args: object) -> T | 
 
 
 def _check_pollution(contents: Contents) -> None:
-    for name in contents.files:
+    for name in [*contents.files, *contents.beside]:
         if formats.is_merged_model(PurePosixPath(name).name):
             contents.problems = [p for p in contents.problems if not p.startswith(f"{shown(name)}: ")]
             why = "expected experts and router only; delete it, and save without the base model's weights"
@@ -207,26 +208,47 @@ def _check_training(contents: Contents, values: bool) -> None:
     state = contents.read_object(name)
     if state is None:
         return
-    contents.follow(name, state, _TRAINER_RULES)
+    contents.follow(name, state, TRAINER_RULES)
     step = state.get("global_step")
     if contents.config and natural(step) and step != contents.config.step:
         contents.expect(name, "global_step", f"{contents.config.step} as in {formats.CONFIG}", step)
 
 
-def _callbacks(value: object) -> bool:
+def _is_log(value: object) -> bool:
+    entries = value if isinstance(value, list) else [None]
+    return all(isinstance(e, dict) and natural(e.get("step")) and all(map(_is_logged, e, e.values())) for e in entries)
+
+
+def _is_logged(name: str, value: object) -> bool:
+    """Whether it is a number, if it is a held-out loss, by which the best checkpoint is chosen."""
+    return number(value) or not re.fullmatch("eval_(.+_)?loss", name)
+
+
+def _is_callbacks(value: object) -> bool:
     """Whether these are states of callbacks as Transformers writes them: objects with attributes, or lists of such."""
     if not isinstance(value, dict):
         return False
     states = [state for each in value.values() for state in (each if isinstance(each, list) else [each])]
-    return all(isinstance(s, dict) and isinstance(s.get("attributes", {}), dict) for s in states)
+    return all(isinstance(s, dict) and isinstance(s.get(part, {}), dict) for s in states for part in _PARTS) and all(
+        natural(s.get("attributes", {}).get("early_stopping_patience_counter", 0)) for s in states
+    )
 
 
-_TRAINER_RULES: Rules = (
+_PARTS = ("args", "attributes")  # of the state of a callback
+_COUNT, _NUMBER, _SWITCH = nothing_or(natural), nothing_or(number), nothing_or(lambda v: isinstance(v, bool))
+TRAINER_RULES: Rules = (  # for every field of a TrainerState
     ("global_step", "a whole number", natural),
-    ("log_history", "a list", nothing_or(lambda v: isinstance(v, list))),
-    ("best_model_checkpoint", "a text or null", nothing_or(text)),
-    ("best_global_step", "a whole number or null", nothing_or(natural)),
-    ("stateful_callbacks", "an object of objects", nothing_or(_callbacks)),
+    ("log_history", "a list of objects with their steps, and numbers as held-out losses", nothing_or(_is_log)),
+    ("best_model_checkpoint", "null, since no file decides what is loaded or deleted", lambda v: v is None),
+    ("stateful_callbacks", "an object of the states of callbacks", nothing_or(_is_callbacks)),
+    ("train_batch_size", "a whole number above 0", lambda v: natural(v, 1)),
+    *((key, "a whole number or null", _COUNT) for key in ("best_global_step", "num_input_tokens_seen", "max_steps")),
+    *((key, "a number or null", _NUMBER) for key in ("epoch", "best_metric", "num_train_epochs", "total_flos")),
+    *((key, "a number or null", _NUMBER) for key in ("logging_steps", "eval_steps", "save_steps")),
+    *((f"is_{key}", "true or false", _SWITCH) for key in ("local_process_zero", "world_process_zero")),
+    ("is_hyper_param_search", "true or false", _SWITCH),
+    ("trial_name", "a text or null", nothing_or(text)),
+    ("trial_params", "an object or null", nothing_or(lambda v: isinstance(v, dict))),
 )
 
 

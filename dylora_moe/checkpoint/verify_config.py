@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ..constants import MAX_EXPERTS, STATES, expert_name
+from ..constants import BITSANDBYTES, MAX_EXPERTS, STATES, expert_name
 from . import formats
 from .config import CheckpointConfig
 from .findings import Contents, Rules, get, natural, nothing_or, number, short, text, texts
@@ -24,8 +24,15 @@ def check_config(contents: Contents) -> CheckpointConfig | None:
     found = contents.read_object(name)
     if found is None:
         return None
-    right = _only_keys(contents, "", found, _CONFIG_RULES)
-    right &= contents.follow(name, found, _CONFIG_RULES)
+    version = found.get("format_version")
+    if natural(version) and version not in formats.FORMAT_VERSIONS:
+        known = " or ".join(map(str, formats.FORMAT_VERSIONS))
+        text = f"format_version: expected {known}, found {short(version)}"
+        contents.report(name, text, "a later version of this package has written it: update, or restore it from a copy")
+        return None
+    rules = tuple(rule for rule in _CONFIG_RULES if version != 1 or rule[0] not in _SINCE_VERSION_2)
+    right = _only_keys(contents, "", found, rules)
+    right &= contents.follow(name, found, rules)
     if not right:
         return None
     experts = found["experts"]
@@ -72,13 +79,17 @@ def _sizes(value: object) -> bool:
     return value is None or _size(value) or (isinstance(value, list) and all(map(_size, value)))
 
 
+def _quantization(value: object) -> bool:
+    return isinstance(value, dict) and bool(value) and all(key.startswith(BITSANDBYTES) for key in value)
+
+
 def _sha256(value: object) -> bool:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 _CONFIG_RULES: Rules = (
     ("model_type", repr(formats.MODEL_TYPE), lambda v: v == formats.MODEL_TYPE),
-    ("format_version", str(formats.FORMAT_VERSION), lambda v: natural(v) and v == formats.FORMAT_VERSION),
+    ("format_version", "a version that can be read", lambda v: natural(v) and v in formats.FORMAT_VERSIONS),
     ("num_experts", f"1 to {MAX_EXPERTS}", lambda v: natural(v, 1, MAX_EXPERTS)),
     ("experts", "a list", lambda v: isinstance(v, list)),
     ("step", "a whole number", natural),
@@ -87,6 +98,7 @@ _CONFIG_RULES: Rules = (
     ("base_model.name", "a text or null", nothing_or(text)),
     ("base_model.revision", "a text or null", nothing_or(text)),
     ("base_model.dtype", "float32, float64, bfloat16 or float16", lambda v: v in DTYPES),
+    ("base_model.quantization", "arguments of BitsAndBytesConfig or null", nothing_or(_quantization)),
     ("base_model.architecture.model_type", "a text", text),
     ("base_model.architecture.hidden_size", "a positive whole number or null", nothing_or(_size)),
     ("base_model.architecture.num_hidden_layers", "a positive whole number or null", nothing_or(_size)),
@@ -94,6 +106,7 @@ _CONFIG_RULES: Rules = (
     ("base_model.architecture.intermediate_size", "positive whole numbers or null", _sizes),
     ("base_model.architecture.vocab_size", "a positive whole number or null", nothing_or(_size)),
     ("base_model.architecture.fingerprint", "a SHA-256", _sha256),
+    ("base_model.architecture.settings", "an object", lambda v: isinstance(v, dict)),
     ("router.width", "a positive whole number", _size),
     ("router.temperature", "a positive number", lambda v: number(v) and v > 0),
     ("router.top_k", "null or a positive whole number", nothing_or(_size)),
@@ -101,6 +114,7 @@ _CONFIG_RULES: Rules = (
     ("router.decay", "a number above 0 and at most 1", lambda v: number(v) and 0 < v <= 1),
     ("router.prior_tokens", "a positive number", lambda v: number(v) and v > 0),
 )
+_SINCE_VERSION_2 = ("base_model.architecture.settings", "base_model.quantization")
 _EXPERT_RULES: Rules = (
     ("r", "a positive whole number", _size),
     ("lora_alpha", "a positive number", lambda v: number(v) and v > 0),

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable
 from functools import partial
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from ..constants import NEW, NO_EXPERT
 from ..store.files import FileProblem, parse_json
 from . import formats
-from .config import CheckpointConfig, ExpertEntry
+from .config import BESIDE, CheckpointConfig, ExpertEntry
 from .findings import Contents, Rules, nothing_or, number, short, texts
 from .safetensors_file import Scan, TensorInfo, read_array
 
@@ -66,7 +67,7 @@ def _check_adapter_config(
     """Check an adapter_config.json, `there` with its name. Returns the targets that PEFT would leave out."""
     name, found = there
     expected: dict[str, object] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "bias": "none"}
-    expected |= {"revision": config.base_model.revision, "base_model_name_or_path": config.base_model.name}
+    expected |= {"revision": config.base_model.revision, "base_model_name_or_path": _stock_name(config, found)}
     expected |= {"r": expert.r, "lora_alpha": expert.lora_alpha, "use_rslora": expert.use_rslora}
     for key, value in expected.items():
         given, kind = found.get(key), int if key == "r" else bool  # PEFT takes no rank of 16.0, and 1 is not true
@@ -88,6 +89,19 @@ def _check_adapter_config(
             contents.expect(name, "lora_dropout", f"{rate} as of {other}", found["lora_dropout"])
         return set(found.get("exclude_modules") or ())
     return set()
+
+
+def _stock_name(config: CheckpointConfig, found: dict[str, Any]) -> object:
+    """Return the name of the base model that an adapter_config.json should have, given the one that it has.
+
+    Stock PEFT knows no path that is relative to the checkpoint. It gets the absolute one, which grows old if the run
+    folder is moved, but goes on ending as the relative one does.
+    """
+    name, given = config.base_model.name, found.get("base_model_name_or_path")
+    if name is None or not name.startswith(BESIDE):
+        return name
+    inside, parts = PurePath(name).parts[1:], PurePath(given).parts if isinstance(given, str) else ()
+    return given if parts and parts[len(parts) - len(inside) :] == inside else name
 
 
 _ADAPTER_RULES: Rules = (

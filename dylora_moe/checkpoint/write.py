@@ -6,29 +6,35 @@ import importlib.metadata
 import json
 import operator
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 from .. import __version__
-from ..base.structure import architecture
+from ..base.fingerprint import architecture
+from ..base.structure import quantization
 from ..constants import expert_name
 from ..errors import UsageError, listed
 from ..mixture.config import MoELoraConfig
 from ..mixture.experts import check_expert
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
-from ..store.files import explained, parallel
+from ..store.files import explained, fsync, native_errors, parallel, remove
 from ..store.publish import staged
+from ..store.whole_files import flush
 from . import formats
-from .config import ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
+from .config import BESIDE, ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
 from .safetensors_file import Scan
-from .tensors import dtype_name, expert_tensors, router_tensors, native_errors, write_tensors
+from .tensors import dtype_name, expert_tensors, router_tensors, write_tensors
 from .verify import inspect_files
 from .verify_tensors import layout
+
+# What a plain LoRA needs: an older PEFT refuses a file with keys that it does not know.
+ADAPTER_KEYS: tuple[str, ...] = ("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode")
+ADAPTER_KEYS += ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "bias", "fan_in_fan_out")
+ADAPTER_KEYS += ("init_lora_weights",)
 
 
 def save_checkpoint(
@@ -39,24 +45,25 @@ def save_checkpoint(
     skills: SkillLibrary | None = None,
     training_files: Callable[[Path], None] | None = None,
     outputs: Outputs | None = None,
-) -> bool:
-    """Publish a checkpoint at `target`, whole or not at all.
+) -> Path:
+    """Publish a checkpoint at `target`, whole or not at all, and return its path.
 
     Args:
         training_files: writes what training needs to resume into the folder it is given.
         outputs: what `probe_outputs` has returned on every rank, if the base is sharded: the one rank that saves could
             not compute it alone.
 
-    Returns:
-        False if there is a complete checkpoint already, which is left as it is.
-
     Raises:
-        UsageError: if it cannot be written, or would not be sound; nothing is left behind.
+        UsageError: if there is a complete checkpoint already, which is left as it is; or if it cannot be written, or
+            would not be sound. Nothing is left behind.
     """
     step = operator.index(step)
     with staged(target) as folder:
         if folder is None:
-            return False
+            raise UsageError(
+                f"nothing was saved: {target} is a checkpoint already, and a checkpoint is never replaced; choose "
+                "another folder, or move that one away"
+            )
         with explained("write the checkpoint", target):
             scans = write_files(folder, model, step=step, skills=skills or SkillLibrary(), outputs=outputs)
             if training_files is not None:
@@ -65,7 +72,7 @@ def save_checkpoint(
         problems = inspect_files(folder, scans).problems
         if problems:
             raise UsageError(f"cannot save {target}: what would be published is not sound:\n{listed(problems)}")
-    return True
+    return Path(target)
 
 
 def write_files(
@@ -87,7 +94,7 @@ def write_files(
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
         scans[formats.PROBE] = write_tensors(folder / formats.PROBE, tensors, metadata)
-    config = describe_mixture(model, step=step, has_probe=probe is not None)
+    config = describe_mixture(model, step=step, has_probe=probe is not None, run_dir=folder.parent)
     _write_bytes(folder / formats.CONFIG, config.to_json())
     return scans
 
@@ -106,10 +113,10 @@ def _write_bytes(path: Path, data: bytes) -> None:
 
 
 def _adapter_json(model: Mixture, index: int) -> bytes:
-    return encode(
-        model.expert_configs[index].to_dict()
-        | {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
-    )
+    found = model.expert_configs[index].to_dict()
+    found |= {"inference_mode": True, "base_model_name_or_path": base_name(model), "revision": model.base_revision}
+    excluded = ("exclude_modules",) if found["exclude_modules"] else ()  # known to PEFT from 0.14 on
+    return encode({key: found[key] for key in (*ADAPTER_KEYS, *excluded)})
 
 
 def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
@@ -125,28 +132,34 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     folder = Path(folder)
     if os.path.lexists(folder):
         raise UsageError(f"{folder} exists already; an expert is exported into a new folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    try:
-        with explained("export to", folder):
-            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial)
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    partial = folder.with_name(f".{folder.name}.partial-{os.urandom(8).hex()}")
+    with explained("export to", folder):
+        partial.mkdir(parents=True)
+        try:
+            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial / "adapter")
+            flush(partial)
+            (partial / "adapter").rename(folder)
+            fsync(folder.parent, folder=True)
+        finally:
+            remove(partial)
     return folder
 
 
-def describe_mixture(model: Mixture, *, step: int = 0, has_probe: bool = False) -> CheckpointConfig:
-    """Return the content of a mixture's config.json."""
+def describe_mixture(
+    model: Mixture, *, step: int = 0, has_probe: bool = False, run_dir: Path | None = None
+) -> CheckpointConfig:
+    """Return the content of a mixture's config.json, for a checkpoint in `run_dir`."""
     names = map(expert_name, range(model.num_experts))
     parts = zip(names, model.expert_configs, model.expert_states, expert_tensors(model), strict=True)
     router = model.router.config
     libraries = ("peft", "safetensors", "torch", "transformers")
     return CheckpointConfig(
         base_model=BaseModelEntry(
-            name=base_name(model),
+            name=base_name(model, run_dir),
             revision=model.base_revision,
             dtype=dtype_name(model),
             architecture=ArchitectureEntry(**architecture(model.base)),
+            quantization=quantization(model.base),
         ),
         experts=[_describe_expert(*each) for each in parts],
         router=RouterEntry(
@@ -177,6 +190,12 @@ def _describe_expert(name: str, config: MoELoraConfig, state: str, tensors: dict
     )
 
 
-def base_name(model: Mixture) -> str | None:
-    """Return the hub id or the folder that the base model came from."""
-    return model.base.config._name_or_path or None
+def base_name(model: Mixture, run_dir: Path | None = None) -> str | None:
+    """Return the hub id or the absolute path that the base model came from, or ../NAME for what is in `run_dir`."""
+    name = model.base.config._name_or_path
+    if not name or not (name.startswith((".", "~")) or os.path.exists(name)):
+        return name or None
+    path = Path(name).expanduser().resolve()
+    if run_dir is not None and path.is_relative_to(run_dir.resolve()):
+        return BESIDE + path.relative_to(run_dir.resolve()).as_posix()
+    return str(path)

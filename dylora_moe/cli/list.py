@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -36,15 +35,14 @@ def run(args: Namespace) -> int:
     complete: list[tuple[Path, str | None]] = [(found.path, None) for found in run_folder.checkpoints(folder)]
     found = sorted([*complete, *run_folder.incomplete(folder)], key=lambda item: int(item[0].name.rpartition("-")[2]))
     if not found:
-        print(f"{folder}: no checkpoints")
+        command_line.say(f"{folder}: no checkpoints")
     width = max((len(path.name) for path, _ in found), default=0)
     for path, reason in found:
         try:
             size, experts = sum(run_folder.file_sizes(path).values()), experts_line(inspect_config(path))
         except (FileNotFoundError, FolderGone):  # training has rotated it away meanwhile
             continue
-        print(f"{path.name:{width}}  {size / MIB:8.1f} MB  {experts}  {_verdict(reason)}")
-    sys.stdout.flush()
+        command_line.say(f"{path.name:{width}}  {size / MIB:8.1f} MB  {experts}  {_verdict(reason)}")
     return PASSED
 
 

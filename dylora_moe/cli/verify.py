@@ -11,10 +11,11 @@ from pathlib import Path
 from ..checkpoint.findings import Contents
 from ..checkpoint.verify import inspect_checkpoint
 from ..constants import MIB
+from ..errors import counted
 from ..system import command_line
-from ..system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED
+from ..system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED, say
 from ..validation.report import JSON_HELP, report_file
-from .wording import count_of, experts_line, states_of
+from .wording import experts_line, states_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +29,13 @@ def run(args: Namespace) -> int:
     code = FAILED if contents.problems else PASSED
     lines = sys.stderr if args.json == "-" else sys.stdout
     for problem in contents.problems:
-        print(f"{FAIL_MARK} {problem}", file=lines)
+        say(f"{FAIL_MARK} {problem}", lines)
     if contents.problems:
-        print(
-            f"{FAIL_MARK} {folder}: not complete and sound, {count_of(contents.problems, 'problem')}",
-            file=lines,
-        )
+        say(f"{FAIL_MARK} {folder}: not complete and sound, {counted(len(contents.problems), 'problem')}", lines)
     else:
-        print(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", file=lines)
+        say(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", lines)
+    if contents.beside_line:
+        say(f"  {contents.beside_line}", lines)
     if args.json:
         _write_json(args.json, folder, contents, code)
     return code
@@ -48,6 +48,7 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
         "exit_code": code,
         "problems": contents.problems,
         "files": len(contents.files),
+        "beside": contents.beside,
         "total_bytes": contents.total_bytes,
         "step": contents.config and contents.config.step,
         "experts": contents.config and contents.config.num_experts,
@@ -63,5 +64,5 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
 
 def _summary(contents: Contents) -> str:
     step = contents.config and contents.config.step
-    files, experts = count_of(contents.files, "file"), experts_line(contents.config)
+    files, experts = counted(len(contents.files), "file"), experts_line(contents.config)
     return f"step {step}, {contents.total_bytes / MIB:.1f} MB in {files}, {experts}"

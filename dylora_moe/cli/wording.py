@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
-
 from ..checkpoint.config import CheckpointConfig
+from ..errors import counted
 
 
 def experts_line(config: CheckpointConfig | None) -> str:
@@ -16,14 +15,9 @@ def experts_line(config: CheckpointConfig | None) -> str:
         counts = states[0]
     else:
         counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states), key=states.index))
-    return f"{count_of(states, 'expert')} ({counts})"
+    return f"{counted(len(states), 'expert')} ({counts})"
 
 
 def states_of(config: CheckpointConfig | None) -> list[str]:
     """Return the state of each expert; an empty list if there is no config to tell them."""
     return [] if config is None else config.states
-
-
-def count_of(items: Sized, what: str) -> str:
-    """Count items, as in "1 file" or "2 files"."""
-    return f"{len(items)} {what}{'' if len(items) == 1 else 's'}"

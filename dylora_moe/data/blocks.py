@@ -5,30 +5,37 @@
 
 **Holding out**: of each data set, the documents whose hash with the seed is smallest are held out for evaluation. This
 does not depend on the other data sets, and no data set trains on a document that another one holds out. If a data set
-has only one document (or copies of one), its last tokens are held out.
+has only one document (or copies of one), its last tokens are held out. With evaluation data of its own, nothing is held
+out, and no data set trains on a document of it.
 
-**Mixing**: each block is drawn from a data set with a probability proportional to the weight of the data set, whatever
-its size, until every block of every data set has been drawn. Smaller data sets are repeated meanwhile.
+**Mixing**: "equal": each block is drawn from a data set with a probability proportional to the weight of the data set,
+whatever its size, until every block of every data set has been drawn. Smaller data sets are repeated meanwhile.
+"proportional": each block once, and those of a data set of twice the smallest weight twice.
 
-Packing is described in packing.py. How a model keeps the documents of a block apart is described in
-training/batches.py.
+Packing is described in packing.py; with `packed=False`, each document has a block of its own. How a model keeps the
+documents of a block apart is described in training/batches.py.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, interleave_datasets
+from datasets import Dataset, concatenate_datasets, interleave_datasets
 
-from ..errors import UsageError
-from .documents import Document, Documents, read_documents
-from .packing import COLUMNS, Packed, as_dataset, pack
+from ..errors import UsageError, counted
+from .documents import Document, Documents, check_vocabulary, read_documents
+from .packing import COLUMNS, PADDED_COLUMNS, Packed, as_dataset, pack
 from .sources import DataSpec, read_rows
 
+EVAL_FRACTION = 0.05
+HELD_OUT_BLOCKS = 64  # the most per data set
+EXAMPLES = 4  # of the training blocks of a data set
 HASH_ROWS = 1024
 MOST_REPETITIONS = 1000  # of a block, on average, until every block has been drawn
 
@@ -42,6 +49,7 @@ class SourceStats:
     weight: float
     schema: str
     unused_columns: tuple[str, ...]
+    unread: tuple[str, ...]  # parts of chats that nothing reads: fields of messages, tools, messages of a role
     documents: int  # for training, held out and withheld
     skipped_rows: int  # without text, or without an answer to learn
     skipped_files: int  # of other splits, or of a kind that is not read
@@ -59,15 +67,16 @@ class SourceStats:
 
 @dataclass(frozen=True)
 class TokenBlocks:
-    """Training blocks, and the held-out blocks of each data set.
+    """Training blocks, and the held-out blocks of each data set or those of the evaluation data.
 
     Each row has `input_ids`, `labels` and `position_ids`, lists of `block_size` integers. A label is at the position of
     its own token, because the model shifts them. It is -100 where nothing is learned: in prompts, in padding, and at
-    the first token of each piece.
+    the first token of each piece. Blocks that are not packed have an `attention_mask` instead of `position_ids`.
     """
 
     train: Dataset
     evaluation: dict[str, Dataset]
+    examples: dict[str, Dataset]  # some blocks of each data set that is trained on; held-out ones, if there are any
     sources: tuple[SourceStats, ...]
     block_size: int
 
@@ -76,6 +85,12 @@ class TokenBlocks:
         """The tokens of all training documents, each document counted once."""
         return sum(source.tokens for source in self.sources)
 
+    @property
+    def padding_share(self) -> float:
+        """The part of all tokens of the training blocks that is padding, each block counted once."""
+        blocks = sum(source.blocks for source in self.sources)
+        return sum(source.padding_tokens for source in self.sources) / (blocks * self.block_size)
+
 
 def load_blocks(
     specs: Sequence[DataSpec],
@@ -83,8 +98,12 @@ def load_blocks(
     *,
     block_size: int,
     seed: int,
-    eval_fraction: float = 0.05,
-    max_eval_blocks: int = 64,
+    mixing: str = "equal",
+    eval_specs: Sequence[DataSpec] = (),
+    eval_fraction: float = EVAL_FRACTION,
+    max_eval_blocks: int | None = None,
+    packed: bool = True,
+    vocabulary: int | None = None,
     token: str | None = None,
 ) -> TokenBlocks:
     """Read, split, pack and mix data sets. The same arguments and files give the same blocks.
@@ -92,24 +111,43 @@ def load_blocks(
     Args:
         block_size: the number of tokens of a block.
         seed: of the split, the order of the blocks and the mixture.
+        mixing: "equal" or "proportional", see above.
+        eval_specs: evaluation data. If there is any, nothing is held out.
         eval_fraction: the part of each data set's documents to hold out, at least one document.
-        max_eval_blocks: the largest number of held-out blocks per data set. Further documents are trained on.
+        max_eval_blocks: the largest number of evaluation blocks per data set; by default 64 held-out ones, and all of
+            the evaluation data. Further documents of a data set that is trained on are trained on.
+        packed: whether documents share a block. A model that lets them see each other needs `packed=False`.
+        vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
 
     Raises:
         UsageError: if an argument, a source or its content is unusable.
     """
     _check_arguments(specs, block_size, seed, eval_fraction, max_eval_blocks)
-    names = _unique_names([spec.name for spec in specs])
-    splits = [_read_split(spec, tokenizer, token, seed, eval_fraction, max_eval_blocks * block_size) for spec in specs]
-    held_out = set().union(*(split.held_out for split in splits))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    parts = [_pack_split(split, held_out, block_size, pad, max_eval_blocks) for split in splits]
-    train = [as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
-    mixed, drawn = _mix(train, [spec.weight for spec in specs], seed)
+    names, eval_names = (_unique_names([spec.name for spec in some]) for some in (specs, eval_specs))
+    fraction = 0.0 if eval_specs else eval_fraction
+    most = max_eval_blocks or (None if eval_specs else HELD_OUT_BLOCKS)
+    most_tokens = math.inf if most is None else most * block_size
+    splits = [_read_split(spec, tokenizer, token, seed, fraction, most_tokens) for spec in specs]
+    tests = [_read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
+    if vocabulary is not None:
+        for split in [*splits, *tests]:
+            check_vocabulary(split.read.items, tokenizer, vocabulary, split.spec.source)
+    held_out = set().union(*(split.held_out for split in [*splits, *tests]))
+    layout = _Layout(block_size, _padding(tokenizer, vocabulary), packed)
+    parts = [_pack_split(split, held_out, layout, most) for split in splits]
+    train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
+    mixed, drawn = _mix(train, [spec.weight for spec in specs], seed, mixing)
+    evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
+    examples = evaluation
+    if eval_specs:
+        examples = {n: layout.as_dataset(part.train.rows[:EXAMPLES]) for n, part in zip(names, parts, strict=True)}
+        rows = [layout.pack(split.evaluation).rows[:most] for split in tests]
+        evaluation = {name: layout.as_dataset(some) for name, some in zip(eval_names, rows, strict=True)}
     return TokenBlocks(
         train=mixed,
-        evaluation={name: as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)},
+        evaluation=evaluation,
+        examples=examples,
         sources=tuple(part.stats(name, count) for name, part, count in zip(names, parts, drawn, strict=True)),
         block_size=block_size,
     )
@@ -118,9 +156,10 @@ def load_blocks(
 def data_fingerprint(blocks: TokenBlocks) -> str:
     """Return a SHA-256 over the training blocks in their order, the same on every machine."""
     digest = hashlib.sha256(f"{blocks.block_size} {len(blocks.train)}".encode())
-    table = blocks.train.select_columns(list(COLUMNS)).with_format("arrow")
+    columns = COLUMNS if COLUMNS[-1] in blocks.train.column_names else PADDED_COLUMNS
+    table = blocks.train.select_columns(list(columns)).with_format("arrow")
     for rows in table.iter(HASH_ROWS):
-        for name in COLUMNS:
+        for name in columns:
             for chunk in rows[name].chunks:
                 digest.update(chunk.flatten().to_numpy().astype("<i4").tobytes())
             digest.update(name.encode())
@@ -128,7 +167,7 @@ def data_fingerprint(blocks: TokenBlocks) -> str:
 
 
 def _check_arguments(
-    specs: Sequence[DataSpec], block_size: int, seed: int, eval_fraction: float, max_eval_blocks: int
+    specs: Sequence[DataSpec], block_size: int, seed: int, eval_fraction: float, max_eval_blocks: int | None
 ) -> None:
     if not specs:
         raise UsageError("no data: expected at least one data set; give --data NAME_OR_PATH")
@@ -136,23 +175,29 @@ def _check_arguments(
         raise UsageError(f"the block size must be at least 2 tokens, got {block_size}: a token needs one before it")
     if not 0 < eval_fraction < 1:
         raise UsageError(f"the held-out fraction must be above 0 and below 1, got {eval_fraction:g}; 0.05 is usual")
-    if max_eval_blocks < 1:
-        raise UsageError(f"at least 1 held-out block per data set is needed, got {max_eval_blocks}")
+    if max_eval_blocks is not None and max_eval_blocks < 1:
+        raise UsageError(f"at least 1 evaluation block per data set is needed, got {max_eval_blocks}")
     if seed < 0:
         raise UsageError(f"the seed must not be negative, got {seed}")
+
+
+def _padding(tokenizer: Any, vocabulary: int | None) -> int:
+    """Return the id of padding: one that the model knows. It is never learned, so that any will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and (vocabulary is None or i < vocabulary))
 
 
 def _check_enough(source: str, documents: list[Document], before: int, block_size: int) -> None:
     if not documents:
         raise UsageError(
-            f"{source}: all of its {before} training document(s) are held out by another data set; "
-            "leave one of the two out"
+            f"{source}: another data set holds out all of its documents to train on ({before:,}); leave one of the two "
+            "out"
         )
     tokens = sum(len(document) for document in documents)
     if tokens < block_size:
         raise UsageError(
-            f"{source}: has {tokens} token(s) to train on in {len(documents)} document(s), one block needs "
-            f"{block_size}; give more data or a smaller block size"
+            f"{source}: has {counted(tokens, 'token')} to train on in {counted(len(documents), 'document')}, one block "
+            f"needs {block_size}; give more data or a smaller block size"
         )
 
 
@@ -182,10 +227,12 @@ class _Split:
 
 
 def _read_split(
-    spec: DataSpec, tokenizer: Any, token: str | None, seed: int, fraction: float, max_tokens: int
+    spec: DataSpec, tokenizer: Any, token: str | None, seed: int, fraction: float, max_tokens: float
 ) -> _Split:
     rows = read_rows(spec.source, token)
     read = read_documents(rows.dataset, tokenizer, spec.source)
+    if not fraction:
+        return _Split(spec, read, rows.skipped_files, read.items, [], held_out=set(), by_tokens=False)
     by_key = {document.key: document for document in read.items}
     by_tokens = len(by_key) == 1
     if by_tokens:
@@ -204,33 +251,48 @@ def _read_split(
     )
 
 
-def _split_documents(
-    documents: list[Document], by_key: dict[bytes, Document], seed: int, fraction: float, max_tokens: int
-) -> tuple[list[Document], list[Document]]:
-    """Return the documents to train on and those held out. Copies are held out once, and then not trained on.
+def _read_evaluation(spec: DataSpec, tokenizer: Any, token: str | None, seed: int, max_tokens: float) -> _Split:
+    """Read evaluation data. No data set trains on a document of it, not even on one that `max_tokens` leaves out."""
+    rows = read_rows(spec.source, token)
+    read = read_documents(rows.dataset, tokenizer, spec.source)
+    by_key = {document.key: document for document in read.items}
+    chosen = [by_key[key] for key in _drawn(by_key, seed, len(by_key), max_tokens)]
+    held_out = {document.text_key for document in read.items}
+    return _Split(spec, read, rows.skipped_files, [], chosen, held_out, by_tokens=False)
 
-    A document of more than `max_tokens` is held out only if all are so long, because most of it would not be used.
-    """
-    ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
-    wanted = min(max(1, round(fraction * len(ranked))), len(ranked) - 1)
-    fitting = (key for key in ranked if len(by_key[key]) <= max_tokens)
-    first = next(fitting, None) or min(ranked, key=lambda key: len(by_key[key]))
-    held, tokens = [first], len(by_key[first])
-    for key in [key for key in ranked if key != first][: wanted - 1]:
-        tokens += len(by_key[key])
-        if tokens > max_tokens:
-            break
-        held.append(key)
+
+def _split_documents(
+    documents: list[Document], by_key: dict[bytes, Document], seed: int, fraction: float, max_tokens: float
+) -> tuple[list[Document], list[Document]]:
+    """Return the documents to train on and those held out. Copies are held out once, and then not trained on."""
+    held = _drawn(by_key, seed, min(max(1, round(fraction * len(by_key))), len(by_key) - 1), max_tokens)
     chosen = set(held)
     return [document for document in documents if document.key not in chosen], [by_key[key] for key in held]
 
 
+def _drawn(by_key: dict[bytes, Document], seed: int, wanted: int, max_tokens: float) -> list[bytes]:
+    """Return the keys of `wanted` documents, or of fewer that have at most `max_tokens` together.
+
+    A longer document is drawn only if all are so long, because most of it would not be used.
+    """
+    ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
+    fitting = (key for key in ranked if len(by_key[key]) <= max_tokens)
+    first = next(fitting, None) or min(ranked, key=lambda key: len(by_key[key]))
+    drawn, tokens = [first], len(by_key[first])
+    for key in [key for key in ranked if key != first][: wanted - 1]:
+        tokens += len(by_key[key])
+        if tokens > max_tokens:
+            break
+        drawn.append(key)
+    return drawn
+
+
 def _split_tokens(
-    source: str, documents: list[Document], fraction: float, max_tokens: int
+    source: str, documents: list[Document], fraction: float, max_tokens: float
 ) -> tuple[list[Document], list[Document]]:
     """Return the first tokens of each copy of the only document to train on, and its last tokens held out."""
     one = documents[0]
-    cut = max(0, len(one) - min(max(2, round(fraction * len(one))), max_tokens))
+    cut = max(0, len(one) - int(min(max(2, round(fraction * len(one))), max_tokens)))
     parts = Document(one.ids[:cut], one.learned[:cut]), Document(one.ids[cut:], one.learned[cut:])
     if not all(part.learned[1:].any() for part in parts):
         raise UsageError(
@@ -257,6 +319,7 @@ class _Part:
             weight=split.spec.weight,
             schema=read.schema,
             unused_columns=tuple(read.unused_columns),
+            unread=tuple(read.unread),
             documents=len(read.items),
             skipped_rows=read.skipped_rows,
             skipped_files=split.skipped_files,
@@ -273,31 +336,60 @@ class _Part:
         )
 
 
-def _pack_split(split: _Split, held_out: set[bytes], block_size: int, pad: int, max_eval_blocks: int) -> _Part:
+@dataclass(frozen=True)
+class _Layout:
+    """How blocks are made of documents."""
+
+    block_size: int
+    pad: int
+    packed: bool
+
+    def as_dataset(self, rows: np.ndarray, source: int | None = None) -> Dataset:
+        return as_dataset(rows, COLUMNS if self.packed else PADDED_COLUMNS, source)
+
+    def pack(self, documents: list[Document]) -> Packed:
+        return pack(documents, self.block_size, self.pad, alone=not self.packed)
+
+
+def _pack_split(split: _Split, held_out: set[bytes], layout: _Layout, most: int | None) -> _Part:
     source = split.spec.source
     documents = [document for document in split.train if document.text_key not in held_out]
-    _check_enough(source, documents, len(split.train), block_size)
-    train = pack(documents, block_size, pad)
+    if layout.packed or not documents:
+        _check_enough(source, documents, len(split.train), layout.block_size)
+    train = layout.pack(documents)
     if not len(train.rows):
         raise UsageError(
-            f"{source}: no block of {block_size} tokens has anything to learn in it; give longer answers "
+            f"{source}: no block of {layout.block_size} tokens has anything to learn in it; give longer answers "
             "or a larger block size"
         )
-    return _Part(split, documents, train, pack(split.evaluation, block_size, pad).rows[:max_eval_blocks])
+    return _Part(split, documents, train, layout.pack(split.evaluation).rows[:most])
 
 
-def _mix(parts: list[Dataset], weights: list[float], seed: int) -> tuple[Dataset, list[int]]:
+def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> tuple[Dataset, list[int]]:
     """Return the mixture, and the number of blocks that were drawn from each part."""
-    mixed = parts[0]
-    if len(parts) > 1:
+    sizes, least = np.array([len(part) for part in parts]), min(weights)
+    if mixing == "equal":
+        needed = max(size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True))
+    else:
+        needed = sum(size * weight / least for size, weight in zip(sizes, weights, strict=True))
+    if needed > MOST_REPETITIONS * sum(sizes):
+        raise UsageError(
+            f"--data: the weights {', '.join(f'{weight:g}' for weight in weights)} are too far apart: until all "
+            f"{sum(sizes):,} blocks have been seen, {needed:,.0f} would be drawn; give less different ones"
+        )
+    if len(parts) == 1:
+        mixed = parts[0]
+    elif mixing == "equal":
         shares = [weight / sum(weights) for weight in weights]
-        needed = max(len(part) / share for part, share in zip(parts, shares, strict=True))
-        if needed > MOST_REPETITIONS * sum(map(len, parts)):
-            raise UsageError(
-                f"--data: the weights {', '.join(f'{weight:g}' for weight in weights)} are too far apart: until all "
-                f"{sum(map(len, parts)):,} blocks have been seen, {needed:,.0f} would be drawn; "
-                "give less different ones"
-            )
         mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    else:
+        times = [weight / least for weight in weights]
+        repeated = [
+            part.select(np.arange(round(n * len(part))) % len(part)) for part, n in zip(parts, times, strict=True)
+        ]
+        mixed = concatenate_datasets(repeated)
+        order = list(range(len(mixed)))
+        random.Random(seed).shuffle(order)
+        mixed = mixed.select(order)
     drawn = np.bincount(np.asarray(mixed["source"]), minlength=len(parts)).tolist()
     return mixed.remove_columns("source"), drawn

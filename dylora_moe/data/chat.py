@@ -1,24 +1,61 @@
-"""Chats to text, with or without a chat template of the tokenizer, and which characters of it are learned."""
+"""Rows to chats, and chats to text where there is no chat template. What a template renders is in template.py."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 from ..errors import UsageError
 from .schemas import INPUT_COLUMNS, SYSTEM_COLUMNS
 
 ROLES = {
-    **{role: role for role in ("system", "user", "assistant", "tool")},
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"},
+    **{"function": "tool", "observation": "tool"},
 }
-DATE_CODES = ("%Y", "%y", "%m", "%B", "%b", "%d", "%A", "%a", "%j", "%H", "%I", "%M", "%S", "%p")
+# Fields beside the content that may be all of an answer.
+ANSWER_FIELDS = {"tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"}
 
-TEMPLATE_DATE = datetime(2024, 7, 26)  # for templates that write the date: otherwise tokens would change every day
 
-Message = dict[str, str]  # "role" and "content"
+@dataclass(frozen=True)
+class Message:
+    """A message of a chat.
+
+    Args:
+        fields: what a chat template is given: `role` (a value of `ROLES`), `content` (a text), and all else that the
+            row says of the message, such as `reasoning_content` or `tool_calls`.
+        learned: whether it is an answer to learn.
+    """
+
+    fields: dict[str, Any]
+    learned: bool = False
+
+    @property
+    def role(self) -> str:
+        return self.fields["role"]
+
+    @property
+    def content(self) -> str:
+        return self.fields["content"]
+
+    @property
+    def extras(self) -> set[str]:
+        """The names of all fields but role and content."""
+        return set(self.fields) - {"role", "content"}
+
+    @property
+    def answer_fields(self) -> set[str]:
+        """The names of the fields that answer something; empty if nothing does."""
+        return (self.extras & ANSWER_FIELDS) | ({"content"} if self.content.strip() else set())
+
+    def but(self, **fields: Any) -> Message:
+        """Return this message with other values of some fields."""
+        return Message({**self.fields, **fields}, self.learned)
+
+    def without(self, name: str) -> Message:
+        """Return this message without a field."""
+        return Message({key: value for key, value in self.fields.items() if key != name}, self.learned)
 
 
 @dataclass(frozen=True)
@@ -51,7 +88,7 @@ def as_text(value: Any, where: str, column: str) -> str:
 
 
 def read_messages(value: Any, where: str) -> list[Message]:
-    """Return the messages of a chat with the roles system, user, assistant and tool. Raises UsageError."""
+    """Return the messages of a chat, in either form: {role, content} or {from, value}. Raises UsageError."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -59,21 +96,89 @@ def read_messages(value: Any, where: str) -> list[Message]:
     return [_message(one, f"{where}, message {number}") for number, one in enumerate(value, 1)]
 
 
+def read_tools(value: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return the tools that a chat may call, given as a list or as JSON text; None for none. Raises UsageError."""
+    tools = _without_none(_parsed(value))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UsageError(f"{where}: tools must be a list of JSON schemas, found {type(tools).__name__}")
+    return tools
+
+
 def _message(value: Any, where: str) -> Message:
     if not isinstance(value, dict):
         raise UsageError(
             f"{where}: a message must be {{role, content}} or {{from, value}}, found {type(value).__name__}"
         )
-    role, content = value.get("role", value.get("from")), value.get("content", value.get("value"))
-    if role not in ROLES:
-        raise UsageError(f"{where}: the role must be one of {', '.join(sorted(ROLES))}, found {role!r}; rename it")
-    if value.get("tool_calls"):
-        raise UsageError(f"{where}: has tool_calls, which cannot be learned; write the call as text in content")
+    fields = _without_none(value)
+    given = fields.pop("role", None) or fields.pop("from", None)
+    role = ROLES.get(given.strip().lower()) if isinstance(given, str) else None
+    if role is None:
+        raise UsageError(f"{where}: the role must be one of {', '.join(sorted(ROLES))}, found {given!r}; rename it")
+    content = fields.pop("content", None)
+    content = fields.pop("value", None) if content is None else content
     if isinstance(content, list):
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise UsageError(f"{where}: content has a part that is not text; only text can be learned")
         content = "".join(part["text"] for part in content)
-    return {"role": ROLES[role], "content": as_text(content, where, "content")}
+    learned = _is_learned(fields, role, where)
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _tool_calls(fields["tool_calls"], where)
+        if not fields["tool_calls"]:
+            del fields["tool_calls"]
+    return Message({"role": role, "content": as_text(content, where, "content"), **fields}, learned)
+
+
+def _without_none(value: Any) -> Any:
+    """Leave out keys whose value is None, at any depth: `datasets` gives all rows the keys that one of them has."""
+    if isinstance(value, dict):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_learned(fields: dict[str, Any], role: str, where: str) -> bool:
+    """Take out of a message what says whether it is learned: `weight` as OpenAI has it, `train` as Axolotl has it."""
+    weight = fields.pop("weight", 1)
+    if weight not in (0, 1):
+        raise UsageError(f"{where}: the weight must be 0 (not learned) or 1, found {weight!r}; round it or remove it")
+    learned = role == "assistant" and bool(weight)
+    for name in ("train", "training"):
+        value = fields.pop(name, role == "assistant")
+        if value not in (False, True):
+            raise UsageError(f"{where}: {name} must be true or false, found {value!r}")
+        if value and role != "assistant":
+            raise UsageError(f"{where}: has {name}: true, but only answers are learned, and its role is {role}")
+        learned = learned and bool(value)
+    return learned
+
+
+def _parsed(value: Any) -> Any:
+    """Return what a JSON text holds if it is an object or a list; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json.loads(value)
+    except ValueError:
+        return value
+    return found if isinstance(found, (dict, list)) else value
+
+
+def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return tool calls with arguments as objects, which chat templates expect: OpenAI writes them as JSON text."""
+    calls = _parsed(value)
+    calls = calls if isinstance(calls, list) else [calls]
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict):
+            raise UsageError(
+                f"{where}: tool_calls must be a list of {{function: {{name, arguments}}}}, found {value!r:.80}"
+            )
+        if "arguments" in function:
+            function = {**function, "arguments": _parsed(function["arguments"])}
+        read.append({**call, "function": function} if "function" in call else function)
+    return read
 
 
 def pair_messages(row: dict[str, Any], where: str) -> list[Message]:
@@ -83,17 +188,17 @@ def pair_messages(row: dict[str, Any], where: str) -> list[Message]:
     extra = [name for name in more if name in INPUT_COLUMNS]
     messages = []
     if system and (text := as_text(row[system[0]], where, system[0])).strip():
-        messages.append({"role": "system", "content": text})
+        messages.append(Message({"role": "system", "content": text}))
     if isinstance(row[prompt], list):
         messages += read_messages(row[prompt], where)
     else:
         text = as_text(row[prompt], where, prompt)
         if extra and (more_text := as_text(row[extra[0]], where, extra[0])).strip():
             text += f"\n\n{more_text}"
-        messages.append({"role": "user", "content": text})
+        messages.append(Message({"role": "user", "content": text}))
     if isinstance(row[answer], list):
         return messages + read_messages(row[answer], where)
-    return [*messages, {"role": "assistant", "content": as_text(row[answer], where, answer)}]
+    return [*messages, Message({"role": "assistant", "content": as_text(row[answer], where, answer)}, learned=True)]
 
 
 def render_joined(row: dict[str, Any], where: str) -> Rendered | None:
@@ -107,79 +212,11 @@ def render_plainly(messages: list[Message]) -> Rendered:
     """Render a chat without a template, one part per answer."""
     parts, text = [], ""
     for message in messages:
-        text += f"### {message['role'].capitalize()}:\n"
+        text += f"### {message.role.capitalize()}:\n"
         start = len(text)
-        text += message["content"]
-        if message["role"] == "assistant":
-            parts.append(Part(text, [(start, len(text))]))
+        text += message.content
+        if message.role == "assistant":
+            parts.append(Part(text, [(start, len(text))] if message.learned else []))
             text = ""
         text += "\n\n"
     return Rendered(parts)
-
-
-def render_by_template(messages: list[Message], tokenizer: Any, where: str) -> Rendered:
-    """Render a chat by the tokenizer's template and find the characters that are answers.
-
-    An answer lies between the rendering of the messages before it and the rendering that includes it. Both must be
-    prefixes of the whole chat; otherwise the answer is not learned.
-
-    Raises:
-        UsageError: if the template refuses the chat, or no answer can be found.
-    """
-    template = _undated(tokenizer.get_chat_template())
-
-    def render(some: list[Message], generation: bool = False) -> str:
-        return tokenizer.apply_chat_template(
-            some, chat_template=template, tokenize=False, add_generation_prompt=generation
-        )
-
-    messages, full = _accepted(messages, render, where)
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    spans = [_answer_span(render, messages, i, full) for i in answers]
-    found = [span for span in spans if span is not None]
-    if not found:
-        raise UsageError(
-            f"{where}: the answer cannot be found in what the tokenizer's chat template renders, so that it is not "
-            "known what to learn; expected a template that writes a chat from left to right. Give data with a text "
-            "column, or another template"
-        )
-    return Rendered([Part(full, found)], from_template=True, unlabelled_turns=len(spans) - len(found))
-
-
-def _undated(template: str) -> str:
-    """Fix the date of a template by a macro, as transformers 5.23 lets no functions into templates any more."""
-    if "strftime_now" not in template:
-        return template
-    stopped = "".join(f" | replace({code!r}, {TEMPLATE_DATE.strftime(code)!r})" for code in DATE_CODES)
-    return f"{{%- macro strftime_now(format) -%}}{{{{ format{stopped} }}}}{{%- endmacro +%}}{template}"
-
-
-def _accepted(messages: list[Message], render: Callable[..., str], where: str) -> tuple[list[Message], str]:
-    """Return the messages and their rendering; without a system role in the template, merged into the user's turn."""
-    try:
-        return messages, render(messages).rstrip()
-    except Exception as error:  # a template may raise anything
-        first, *rest = messages
-        if first["role"] == "system" and rest[0]["role"] == "user":
-            merged = [{"role": "user", "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
-            return _accepted(merged, render, where)
-        raise UsageError(
-            f"{where}: the tokenizer's chat template refuses this chat (roles: "
-            f"{', '.join(m['role'] for m in messages[:8])}): {error}; mend or remove the row"
-        ) from error
-
-
-def _answer_span(render: Callable[..., str], messages: list[Message], i: int, full: str) -> tuple[int, int] | None:
-    """Return where answer `i` is, from the end of the prompt to the end of its end token; None if it is not found."""
-    content = messages[i]["content"].strip()
-    through = render(messages[: i + 1]).rstrip()
-    if not full.startswith(through):
-        return None
-    before = render(messages[:i]) if i else ""
-    prompt = render(messages[:i], generation=True) if i else ""
-    if len(prompt) > len(before) and through.startswith(prompt) and content in through[len(prompt) :]:
-        return len(prompt), len(through)
-    # There is no generation prompt, or none that precedes the answer: the content itself must occur exactly once.
-    if not content or not through.startswith(before) or through.count(content, len(before)) != 1:
-        return None
-    return through.index(content, len(before)), len(through)

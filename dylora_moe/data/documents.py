@@ -5,8 +5,9 @@ Where the tokenizer has a chat template, it renders all schemas but plain text. 
 
     ### System:\n...\n\n### User:\n...\n\n### Assistant:\nthe answer<EOS>\n\n### User:\n...
 
-Every document ends with one EOS, which is learned. A document begins with a BOS if the tokenizer adds one to plain
-text. What a chat template renders gets no BOS, because the model is given it as it is when it is used.
+Every document ends with one EOS, which is learned if the token before it is. A document begins with a BOS if the
+tokenizer adds one to plain text. What a chat template renders gets no BOS, because the model is given it as it is when
+it is used.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from ..errors import UsageError
-from .chat import (
-    Part,
-    Rendered,
-    as_text,
-    pair_messages,
-    read_messages,
-    render_by_template,
-    render_joined,
-    render_plainly,
+from ..errors import UsageError, listed
+from .chat import Part, Rendered, as_text, pair_messages, read_messages, read_tools, render_joined
+from .schemas import (
+    ANSWER_COLUMNS,
+    CHAT_COLUMNS,
+    SYSTEM_COLUMNS,
+    TEXT_COLUMNS,
+    TOOLS_COLUMN,
+    detect_schema,
+    renamed_columns,
 )
-from .schemas import ANSWER_COLUMNS, CHAT_COLUMNS, TEXT_COLUMNS, detect_schema
+from .template import ChatRenderer
 
 BATCH_ROWS = 1000
 
@@ -63,6 +64,7 @@ class Documents:
     items: list[Document]
     schema: str
     unused_columns: list[str]
+    unread: list[str]  # parts of the chats that nothing reads: see ChatRenderer.unread
     skipped_rows: int  # without text, or without an answer
     unlabelled_turns: int  # answers that are not learned: the chat template changes them once the chat goes on
 
@@ -77,16 +79,20 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
         raise UsageError(
             f"{where}: the tokenizer has no end-of-sequence token to end the documents with; set its eos_token"
         )
+    rows = rows.rename_columns(renamed_columns(rows.column_names))
     schema, columns = detect_schema(rows.column_names, where)
+    if not tokenizer.chat_template:
+        columns = [name for name in columns if name != TOOLS_COLUMN]
     _check_one_schema(rows, columns, where)
     unused = [name for name in rows.column_names if name not in columns]
+    renderer = ChatRenderer(tokenizer)
     items: list[Document] = []
     number = skipped = unlabelled = 0
     for batch in _batches(rows, columns, where):
         rendered = []
         for row in batch:
             number += 1
-            rendered.append(_render(row, schema, tokenizer, f"{where}, row {number}"))
+            rendered.append(_render(row, schema, renderer, f"{where}, row {number}"))
         kept = [one for one in rendered if one is not None]
         skipped += len(rendered) - len(kept)
         unlabelled += sum(one.unlabelled_turns for one in kept)
@@ -96,7 +102,7 @@ def read_documents(rows: Dataset, tokenizer: Any, where: str) -> Documents:
             f"{where}: all {len(rows)} row(s) are without text or without an answer to learn (columns "
             f"{', '.join(columns)}); give documents that have some"
         )
-    return Documents(items, schema, unused, skipped, unlabelled)
+    return Documents(items, schema, unused, renderer.unread, skipped, unlabelled)
 
 
 def _batches(rows: Dataset, columns: list[str], where: str) -> Iterator[list[dict[str, Any]]]:
@@ -131,7 +137,7 @@ def _check_one_schema(rows: Dataset, columns: list[str], where: str) -> None:
                 )
 
 
-def _render(row: dict[str, Any], schema: str, tokenizer: Any, where: str) -> Rendered | None:
+def _render(row: dict[str, Any], schema: str, renderer: ChatRenderer, where: str) -> Rendered | None:
     """Render a row as text; None if it has nothing to learn."""
     if schema == "text":
         text = as_text(next(iter(row.values())), where, next(iter(row)))
@@ -139,15 +145,15 @@ def _render(row: dict[str, Any], schema: str, tokenizer: Any, where: str) -> Ren
     if schema == "chat":
         messages = read_messages(next(iter(row.values())), where)
     else:
-        joined = schema == "prompt + completion" and not tokenizer.chat_template
+        joined = schema == "prompt + completion" and not renderer.has_template and row.keys().isdisjoint(SYSTEM_COLUMNS)
         if joined and not isinstance(row["completion"], list):
             return render_joined(row, where)
         messages = pair_messages(row, where)
-    while messages and messages[-1]["role"] != "assistant":
+    while messages and not messages[-1].learned:
         messages.pop()  # nothing is learned of a turn that no answer follows
-    if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+    if not any(message.learned and message.answer_fields for message in messages):
         return None
-    return render_by_template(messages, tokenizer, where) if tokenizer.chat_template else render_plainly(messages)
+    return renderer.render(messages, read_tools(row.get(TOOLS_COLUMN), where), where)
 
 
 def _tokenize(rendered: list[Rendered], tokenizer: Any, where: str) -> list[Document]:
@@ -205,7 +211,25 @@ def _document(parts: list[Document], starts: list[int], eos: int) -> Document:
         learned.append(part.learned)
         if part.ids[-1:].tolist() != [eos]:
             ids.append(np.asarray([eos], dtype=np.int32))
-            learned.append(np.ones(1, dtype=bool))
+            learned.append(part.learned[-1:] if len(part) else np.ones(1, dtype=bool))
     all_learned = np.concatenate(learned)
     all_learned[0] = False  # no token before the first could predict it
     return Document(np.concatenate(ids), all_learned)
+
+
+def check_vocabulary(documents: list[Document], tokenizer: Any, size: int, where: str) -> None:
+    """Check that a base model with a vocabulary of `size` knows every token of the documents.
+
+    Raises:
+        UsageError: naming the tokens that it does not know, as if tokens were added without resizing its embedding.
+    """
+    found = [set(document.ids[document.ids >= size].tolist()) for document in documents]
+    beyond = sorted(set().union(*found))
+    if beyond:
+        tokens = [f"{tokenizer.convert_ids_to_tokens(one)!r} (id {one})" for one in beyond]
+        raise UsageError(
+            f"{where}: the tokenizer makes {len(beyond)} token(s), in {sum(map(bool, found)):,} document(s), that the "
+            f"base model does not know, because its vocabulary ends at id {size - 1}:\n{listed(tokens)}\nUse the "
+            "tokenizer of the base model, or add the tokens to it: model.resize_token_embeddings(len(tokenizer)), then "
+            "save both with save_pretrained"
+        )

@@ -1,17 +1,68 @@
-"""Finding the text files of a folder and reading them."""
+"""Finding the files of a folder, and reading those that hold text, compressed by gzip or not."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UsageError
 
+COMPRESSED = ".gz"
+# What `git clone` leaves in the place of a file if Git LFS is not installed.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def ending(path: Path) -> str:
+    """Return the ending that says what a file holds, in lower case; of `a.jsonl.gz` it is `.jsonl`."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix == COMPRESSED else suffix
+
+
+def stem(path: Path) -> str:
+    """Return the name of a file without its ending; of `a.jsonl.gz` it is `a`."""
+    return Path(path.stem).stem if path.suffix.lower() == COMPRESSED else path.stem
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a file into a UsageError."""
+    try:
+        yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UsageError(f"{path}: is not a whole gzip file ({error}); restore it from its source") from error
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise UsageError if a file cannot be read, is empty, or is a Git LFS pointer."""
+    with _readable(path), path.open("rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if not start:
+        raise UsageError(f"{path}: is empty (0 bytes); expected documents")
+    _check_no_pointer(path, start)
+
+
+def _check_no_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER):
+        raise UsageError(f"{path}: is a Git LFS pointer, not the file itself; fetch the files with git lfs pull")
+
+
+def content_of(path: Path) -> bytes:
+    """Return the content of a file, decompressed. Raises UsageError."""
+    with _readable(path):
+        content = path.read_bytes()
+        _check_no_pointer(path, content)
+        return gzip.decompress(content) if path.suffix.lower() == COMPRESSED else content
+
 
 def text_of(path: Path) -> str | None:
-    """Return the text of a file, without a byte order mark; None if it is not UTF-8 text."""
-    content = path.read_bytes()
+    """Return the text of a file, without a byte order mark; None if it is not UTF-8 text. Raises UsageError."""
+    content = content_of(path)
     if b"\0" in content:
         return None
     try:

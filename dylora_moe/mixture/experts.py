@@ -21,6 +21,7 @@ from .expert_matrices import Unchanged, Watch, weight_of
 from .forward_pass import Participants
 from .routed_linear import RoutedLinear
 
+ROUTER = "router."  # begins the names of its parameters in a mixture
 EXPERT_PARAMETER = re.compile(rf"\.lora_[AB]\.({EXPERT_PREFIX}\d+)\.weight$")
 
 
@@ -34,6 +35,7 @@ class Injector:
     def __init__(self, base: PreTrainedModel):
         self._base = base
         self._layers: dict[str, list[RoutedLinear]] = {}  # by the expert that is on them
+        self._places: list[tuple[nn.Module, str, RoutedLinear]] = []  # each of them, in its parent by its name there
         self.peft_model: Any = None  # a PeftModelForCausalLM from the first expert on
 
     def add(self, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
@@ -47,7 +49,41 @@ class Injector:
                 linear.weight = nn.Parameter(torch.empty(weight_of(linear).shape, dtype=torch.float32, device=device))
             layer.reset_lora_parameters(name, config.init_lora_weights)
         self._layers[name] = layers
+        if twin is None:
+            self._places = [
+                (parent, leaf, layer)
+                for parent in self._base.modules()
+                for leaf, layer in parent.named_children()
+                if isinstance(layer, RoutedLinear)
+            ]
         return layers
+
+    def check(self, training: bool = False) -> None:
+        """Check that the PEFT model is as the mixture has made it. This costs as much as a few small operations.
+
+        Args:
+            training: whether the experts are to be trained; PEFT's `disable_adapter` may be in use otherwise.
+
+        Raises:
+            UsageError: if it was changed otherwise than through the mixture, in a way that changes what is computed or
+                saved.
+        """
+        if torch.compiler.is_compiling():
+            return
+        there, known = self.peft_model.peft_config.keys(), self._layers.keys()
+        problems = []
+        if there - known:
+            problems.append(f"it has other adapters ({', '.join(sorted(there - known))}): delete_adapter removes them")
+        if known - there:
+            problems.append(f"experts were deleted from it ({', '.join(sorted(known - there))}): load them again")
+        if any(parent._modules.get(leaf) is not layer for parent, leaf, layer in self._places):
+            problems.append("experts were unloaded from it, or merged into the base model: load both again")
+        if any(layer.merged_adapters for _, _, layer in self._places):
+            problems.append("experts are merged into the base model: unmerge_adapter() takes them out again")
+        if training and any(layer._disable_adapters for _, _, layer in self._places):
+            problems.append("its adapters are disabled: enable_adapter_layers() enables them")
+        if problems:
+            raise UsageError(f"the PEFT model of this mixture was changed behind it:\n{listed(problems)}")
 
     def _inject(self, name: str, config: MoELoraConfig) -> list[RoutedLinear]:
         """Let PEFT find the layers for the config's targets and put an expert on them."""
@@ -197,11 +233,18 @@ def checked_rows(experts: Sequence[int], batch: torch.Tensor | None, num_experts
     return tuple(experts)
 
 
-def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise UsageError for those of the parameters that are frozen, or that the optimizer does not hold."""
+def check_optimizer(optimizer: torch.optim.Optimizer, trained: dict[str, nn.Parameter], model: nn.Module) -> None:
+    """Raise UsageError for trained parameters that are frozen or not in the optimizer, and for others that it holds."""
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    own = {id(p) for p in trained.values()}
+    foreign = [name for name, p in model.named_parameters() if id(p) in known - own and not name.startswith(ROUTER)]
+    if foreign:
+        raise UsageError(
+            f"this training would change the base model, which is frozen; the optimizer holds:\n{listed(foreign)}\n"
+            "Build it from trained_parameters().values()."
+        )
     problems = {}  # in the order of the experts, the router last
-    for name, parameter in parameters.items():
+    for name, parameter in trained.items():
         expert = EXPERT_PARAMETER.search(name)
         owner = (0, int(expert[1].removeprefix(EXPERT_PREFIX)), expert[1]) if expert else (1, 0, "router")
         if not parameter.requires_grad:
@@ -212,5 +255,5 @@ def check_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.P
         texts = [problems[owner] for owner in sorted(problems)]
         raise UsageError(
             f"this training would not move every part of the mixture:\n{listed(texts)}\n"
-            "Call train_all_experts(), and then build the optimizer from all parameters that require a gradient."
+            "Call train_all_experts(), and then build the optimizer from trained_parameters().values()."
         )

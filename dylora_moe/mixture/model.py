@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base
 from ..base.structure import check_base, decoder_layers
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
@@ -21,12 +22,12 @@ from ..errors import UsageError
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
 from .expert_matrices import Watch, weight_of
-from .experts import EXPERT_PARAMETER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
-from .frozen_linear import float32_backward
+from .experts import EXPERT_PARAMETER, ROUTER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
+from .frozen_linear import float32_products
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing
-from .targets import comma_separated, replace_config, resolve_targets
+from .targets import replace_config, resolve_targets
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Mixture(nn.Module):
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
             raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
-        self.notes: list[str] = []  # lines that a user should see
+        self.notes: list[str] = [*getattr(base, "notes", ())]  # lines that a user should see
         resolved = {id(config): self._with_targets(base, config) for config in configs}
         configs = [replace_config(resolved[id(config)]) for config in configs]
         self._watch = Watch()
@@ -125,6 +126,7 @@ class Mixture(nn.Module):
 
     @property
     def expert_configs(self) -> list[MoELoraConfig]:
+        self._injector.check()
         return [cast(MoELoraConfig, self.peft_model.peft_config[expert_name(i)]) for i in range(self.num_experts)]
 
     @property
@@ -133,6 +135,7 @@ class Mixture(nn.Module):
 
     def routed_layers(self) -> Iterator[tuple[str, RoutedLinear]]:
         """(name in the base model, layer) of every routed layer, in the model's order."""
+        self._injector.check()
         for name, module in self.base.named_modules():
             if isinstance(module, RoutedLinear):
                 yield name, module
@@ -164,14 +167,14 @@ class Mixture(nn.Module):
             raise UsageError(f"a mixture has at most {MAX_EXPERTS} experts, this one has {self.num_experts}")
         check_configs([*self.expert_configs, *([] if config is None else [config])])
         config = self._with_targets(self.base, config or replace_config(self.expert_configs[0]))
-        trainable = {name: p.requires_grad for name, p in self.named_parameters()}
+        trainable = {name: p.requires_grad for name, p in self.base.named_parameters()}
         active = self.peft_model.active_adapters
         self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
         cast(Any, self.peft_model.base_model).set_adapter([*active, expert_name(self.num_experts - 1)])
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(trainable.get(name, True))
+        for name, parameter in self.base.named_parameters():  # in layers that are wrapped now, those of the base, too
+            parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None and trainable.get(name, True))
         if self.num_experts == 2:
             self.router.requires_grad_(True)
         if self._usage is not None:
@@ -191,19 +194,19 @@ class Mixture(nn.Module):
         self.router.requires_grad_(self.num_experts > 1)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Refuse an optimizer that would not train every expert and the router.
+        """Refuse an optimizer that would not train every expert and the router, and nothing else.
 
         Raises:
-            UsageError: with every part that is frozen or that the optimizer does not hold.
+            UsageError: with what else the optimizer holds, or every part that is frozen or that it does not hold.
         """
-        check_optimizer(optimizer, self.trained_parameters())
+        check_optimizer(optimizer, self.trained_parameters(), self)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters to train by name: those of all experts, and of the router if there are several."""
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if EXPERT_PARAMETER.search(name) or (name.startswith("router.") and self.num_experts > 1)
+            if EXPERT_PARAMETER.search(name) or (name.startswith(ROUTER) and self.num_experts > 1)
         }
 
     @property
@@ -245,10 +248,8 @@ class Mixture(nn.Module):
         self._states.add([layer.lora_B[name] for layer in self._injector.add(name, config)])
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
-        config, outside = resolve_targets(base, config)
-        note = f"left out of the targets, since outside the decoder layers: {comma_separated(outside)}"
-        if outside and note not in self.notes:
-            self.notes.append(note)
+        config, notes = resolve_targets(base, config)
+        self.notes += [note for note in notes if note not in self.notes]
         return config
 
     # ---- running it ----
@@ -277,13 +278,15 @@ class Mixture(nn.Module):
             expert = checked_rows(expert, batch, self.num_experts)
         else:
             check_expert(expert, self.num_experts)
+        self._injector.check(training=self.training and torch.is_grad_enabled())
         if labels is not None:
             kwargs.setdefault("use_cache", False)
         if self.training:
             self._routing.wrap_checkpointing([self.base.get_decoder(), *decoder_layers(self.base)])
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
-        linear = float32_backward(weight_of(self.get_input_embeddings()))
+        for_loss = labels is not None or (self.training and torch.is_grad_enabled())
+        linear = float32_products(weight_of(self.get_input_embeddings())) if for_loss else None
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
         record = labels is not None and wanted and self.num_experts > 1
         with self._routing.run(expert, record=record, linear=linear) as state:
@@ -324,6 +327,7 @@ class Mixture(nn.Module):
 
     def generate(self, *args: Any, expert: int | None = None, **kwargs: Any) -> Any:
         """Call the base model's `generate`; every token is routed, or goes to `expert`."""
+        self._injector.check()
         check_expert(expert, self.num_experts)
         with torch.no_grad(), self._routing.run(expert):
             return cast(Any, self.base).generate(*args, **kwargs)
@@ -382,12 +386,8 @@ class Mixture(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
-        self.activation_checkpointing_disable()
-
-    @property
-    def is_gradient_checkpointing(self) -> bool:
-        return self.is_activation_checkpointing
+    gradient_checkpointing_disable = activation_checkpointing_disable
+    is_gradient_checkpointing = is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()
@@ -395,5 +395,5 @@ class Mixture(nn.Module):
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of "base", "experts" (all) and "router"."""
         experts = sum(p.numel() for name, p in self.base.named_parameters() if EXPERT_PARAMETER.search(name))
-        base = sum(p.numel() for p in self.base.parameters()) - experts
-        return {"base": base, "experts": experts, "router": sum(p.numel() for p in self.router.parameters())}
+        router = sum(p.numel() for p in self.router.parameters())
+        return {"base": parameter_count(self.base), "experts": experts, "router": router}

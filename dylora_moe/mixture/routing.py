@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -171,7 +171,7 @@ class Routing:
         """Return what a cache keeps of each token, and the router's sums of the trained and of the new experts."""
         embeddings = arguments.get("inputs_embeds")
         if embeddings is None:
-            embeddings = decoder.get_input_embeddings()(arguments["input_ids"])  # (B, T, D)
+            embeddings = cast(Any, decoder).get_input_embeddings()(arguments["input_ids"])  # (B, T, D)
         groups = [group for group in (participants.trained, participants.new) if group]
         before = _before(arguments, sum(map(len, groups)))
         if before is None:

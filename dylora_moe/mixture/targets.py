@@ -20,7 +20,9 @@ from .expert_matrices import weight_of
 
 ATTENTION_TARGETS = ("k_proj", "o_proj", "q_proj", "v_proj")
 ALL_LINEAR = "all-linear"
-MAMBA, MAMBA_LEAVES = ("mamba", "mamba2", "falcon_mamba"), {"out_proj"}  # which PEFT refuses there
+# What tells a Mamba layer. Its kernels read the weights of its linear layers, all but that of in_proj, without calling
+# the layers: experts on them would have no effect, and get no gradient.
+STATE_SPACE, CALLED_LEAVES = ("A_log", "D"), {"in_proj"}
 CACHE_LEAVES = {"kv_b_proj"}  # it reads all tokens of the cache, of which the router sees the newest
 STACKED_LEAVES = {"gate_proj", "up_proj", "down_proj"}  # by which PEFT means a base's own experts where it has some
 
@@ -29,7 +31,7 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     """A copy of the config whose targets are names of linear layers inside the decoder layers.
 
     Returns:
-        The config, and the layers outside that the targets matched and that were left out.
+        The config, and lines for the user about what was left out.
 
     Raises:
         UsageError: for targets that are not there.
@@ -37,14 +39,25 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
     linear = linear_layers(base)
     inside = {name for layer in decoder_layers(base) for name in _names_of(base, layer) if name in linear}
     leaves = {name.rsplit(".", 1)[-1] for name in inside}
+    all_linear = _all_linear(base, leaves)
+    default = set(ATTENTION_TARGETS) if leaves.issuperset(ATTENTION_TARGETS) else all_linear  # their usual names
     known = f"the decoder layers have {', '.join(sorted(leaves))}"
-    wanted = _default(base, leaves) if config.target_modules is None else _wanted(config.target_modules, linear, leaves)
+    wanted = default if config.target_modules is None else _wanted(config.target_modules, linear, all_linear)
     unknown = sorted(str(target) for target in wanted if not _matching(linear, [target]))
     if unknown:
         raise UsageError(f"no linear layer of {type(base).__name__} is named {comma_separated(unknown)}; {known}")
     unwanted = _matching(linear, _wanted(config.exclude_modules or (), linear, leaves))
+    notes = []
+    bypassed = _matching(_bypassed(base, linear) - unwanted, wanted)
+    if bypassed and config.target_modules in (None, ALL_LINEAR):
+        unwanted |= bypassed
+        notes.append(f"left out of the targets, since {_bypass(bypassed)}")
+    elif bypassed:
+        notes.append(f"experts may have no effect on some of the targets, since {_bypass(bypassed)}")
     matched = _matching(linear, wanted) - unwanted
     outside = sorted(matched - inside)
+    if outside:
+        notes.append(f"left out of the targets, since outside the decoder layers: {comma_separated(outside)}")
     targets = {target for target in wanted if _matching(matched & inside, [target])}
     if not targets:
         reason = (
@@ -61,15 +74,11 @@ def resolve_targets(base: PreTrainedModel, config: MoELoraConfig) -> tuple[MoELo
         fan_in_fan_out=any(isinstance(linear[name], Conv1D) for name in matched & inside),
         base_model_name_or_path=base.config._name_or_path or None,
     )
-    return resolved, outside
+    return resolved, notes
 
 
-def _default(base: PreTrainedModel, leaves: set[str]) -> set[str]:
-    """The projections of attention where they have their usual names, otherwise all linear layers that PEFT takes."""
-    if leaves.issuperset(ATTENTION_TARGETS):
-        return set(ATTENTION_TARGETS)
-    if base.config.model_type in MAMBA:
-        return leaves - MAMBA_LEAVES
+def _all_linear(base: PreTrainedModel, leaves: set[str]) -> set[str]:
+    """The linear layers that an expert can go on."""
     leaves = leaves - CACHE_LEAVES
     stacked = {name.rsplit(".", 1)[-1] for name, parameter in base.named_parameters() if parameter.ndim == 3}
     return leaves - STACKED_LEAVES if "down_proj" in stacked else leaves
@@ -85,6 +94,18 @@ def _wanted(targets: str | Iterable[str], linear: Iterable[str], leaves: set[str
         return {name for name in linear if re.fullmatch(targets, name)} or {targets}
     except re.error as error:
         raise UsageError(f"targets {targets!r} is neither a name nor a regular expression ({error})") from None
+
+
+def _bypassed(base: PreTrainedModel, linear: Iterable[str]) -> set[str]:
+    """The linear layers whose weights are read without a call of the layer."""
+    mixers = {name for name, module in base.named_modules() if all(hasattr(module, part) for part in STATE_SPACE)}
+    parts = {name: name.rpartition(".") for name in linear}
+    return {name for name, (parent, _, leaf) in parts.items() if parent in mixers and leaf not in CALLED_LEAVES}
+
+
+def _bypass(bypassed: set[str]) -> str:
+    leaves = sorted({name.rpartition(".")[-1] for name in bypassed})
+    return f"a Mamba layer reads their weights without calling them: {', '.join(leaves)}"
 
 
 def _matching(names: Iterable[str], targets: Iterable[str]) -> set[str]:

@@ -124,7 +124,9 @@ class SkillLibrary:
                 library.add(name, embedding, None if expert == NO_EXPERT else expert)
             library.embeddings = embeddings.clone()  # `add` may change a bit by normalising them again
             return library
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except OSError as error:
+            raise CheckpointError(path, [f"cannot be read ({error.strerror or error}); check its path"]) from None
+        except (SafetensorError, KeyError, ValueError) as error:
             raise CheckpointError(
                 path, [f"is not a skill library: {error}; save it again with SkillLibrary.save"]
             ) from None

@@ -1,7 +1,8 @@
 """Reading and writing files that may be hostile, on disks that may fail.
 
-No symbolic link is followed, every read is bounded, and every error says what to do about it. Only the standard library
-is used, and every access to the file system is a call of `os.*`, where the tests inject their faults.
+No symbolic link is followed but those of the Hub's cache (hub_cache.py), every read is bounded, and every error says
+what to do about it. Only the standard library is used, and every access to the file system is a call of `os.*`, where
+the tests inject their faults.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import UsageError
+from .hub_cache import content_of
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -55,9 +57,32 @@ def explained(action: str, path: os.PathLike | str) -> Iterator[None]:
         raise UsageError(f"cannot {action} {path}: {error.strerror or error} ({name}); {remedy}") from error
 
 
+@contextmanager
+def native_errors() -> Iterator[None]:
+    """Raise the OSError that native code (safetensors, tokenizers, torch) reports in the words of another exception."""
+    try:
+        yield
+    except (OSError, UsageError):
+        raise
+    except Exception as error:
+        text = str(error)
+        words = ("PytorchStream", "inline_container", "os error", "open file failed")
+        if not any(word in text for word in words):
+            raise
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+        code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
+        raise OSError(code, os.strerror(code) if code else text.splitlines()[0][:200]) from error
+
+
 def open_regular(path: Path) -> int:
     """Open a regular file for reading and return its descriptor, which the caller closes. May raise OSError."""
-    descriptor = os.open(path, os.O_RDONLY | PLAIN)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | PLAIN)
+    except OSError as error:
+        content = content_of(path) if error.errno == errno.ELOOP else None  # a link
+        if content is None:
+            raise
+        descriptor = os.open(content, os.O_RDONLY | PLAIN)
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
@@ -124,13 +149,6 @@ def kind(info: os.stat_result) -> str:
     """Describe the type of a file for people: "a file", "a folder", "a symbolic link", ..."""
     kinds = {stat.S_IFREG: "a file", stat.S_IFDIR: "a folder", stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO"}
     return kinds.get(stat.S_IFMT(info.st_mode), "a special file")
-
-
-def shown(name: object, most: int = 200) -> str:
-    """Make a text fit for any terminal: no control characters, no lone surrogates, at most `most` characters."""
-    text = str(name)
-    text = text if len(text) <= most else text[:most] + "..."
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def lstat(path: Path) -> os.stat_result | None:

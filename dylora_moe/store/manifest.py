@@ -4,7 +4,8 @@
 
 It lists every file of the folder except itself, by relative POSIX path, and is written last: a folder without a valid
 manifest is not a checkpoint. A manifest is not trusted. Its paths are only compared with those that are found in the
-folder, and no link is followed. Only the standard library is used.
+folder, and no link is followed but those of the Hub's cache. Files that the Hub or a desktop adds to a checkpoint may
+be beside those that it lists, and so may a tokenizer; they are never read. Only the standard library is used.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from ..errors import UsageError
-from .files import chunks, explained, is_hole, kind, parallel, read_json, shown
+from ..errors import UsageError, shown
+from .files import chunks, explained, is_hole, kind, parallel, read_json
+from .hub_cache import status
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1  # of the manifest itself
@@ -31,6 +33,16 @@ MAX_ENTRIES = 100_000
 Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
 Digest = Callable[[Path, int], tuple[int, str]]  # as `file_digest`
 Identity = tuple[int, int]  # device and inode of a folder
+
+# What may be in a checkpoint though no manifest lists it: files of the Hub, of desktops and of a tokenizer.
+_BESIDE = re.compile(
+    r"README\.md|\.gitattributes|\.cache/huggingface/.+|(.+/)?(\.DS_Store|Thumbs\.db)"
+    r"|tokenizer(_config)?\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
+    r"|sentencepiece\.bpe\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja",
+    re.DOTALL,
+)
+_FOLDERS_BESIDE = re.compile(r"\.cache(/huggingface(/.+)?)?|additional_chat_templates", re.DOTALL)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "copy the checkpoint again from where it came, or use another one"
@@ -97,6 +109,7 @@ def survey(folder: Path) -> tuple[list[str], list[str], Digests]:
             continue
         problems.append(f"{shown(path)}: expected a file of {size} bytes, found {has}; {_AGAIN}")
     known = {MANIFEST, *listed, *parents(entries)}
+    known |= {path for path, found in entries.items() if may_be_beside(path, found)}
     extras = [
         f"{shown(path)}: expected only what {MANIFEST} lists, found {kind(found)} more; move it out of the folder"
         for path, found in entries.items()
@@ -117,19 +130,29 @@ def encode(digests: Digests) -> tuple[bytes, list[str]]:
 
 
 def list_entries(folder: Path) -> dict[str, os.stat_result]:
-    """Return everything below a folder, by relative POSIX path, without following links. May raise OSError."""
+    """Return everything below a folder, by relative POSIX path. Only links of the Hub's cache are followed.
+
+    May raise OSError.
+    """
     found: dict[str, os.stat_result] = {}
     pending = [""]
     while pending:
         prefix = pending.pop()
         with os.scandir(os.path.join(folder, prefix)) as entries:
             for entry in entries:
-                found[prefix + entry.name] = info = entry.stat(follow_symlinks=False)
+                found[prefix + entry.name] = info = status(Path(entry.path))
                 if stat.S_ISDIR(info.st_mode):
                     pending.append(f"{prefix}{entry.name}/")
                 if len(found) > MAX_ENTRIES:
                     raise OSError(errno.E2BIG, f"more than {MAX_ENTRIES} files", str(folder))
     return found
+
+
+def may_be_beside(path: str, found: os.stat_result) -> bool:
+    """Return whether a file, or a folder for such files, may be in a checkpoint though no manifest lists it."""
+    if stat.S_ISDIR(found.st_mode):
+        return _FOLDERS_BESIDE.fullmatch(path) is not None
+    return stat.S_ISREG(found.st_mode) and _BESIDE.fullmatch(path) is not None
 
 
 def parents(paths: Iterable[str]) -> set[str]:

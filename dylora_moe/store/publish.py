@@ -25,10 +25,11 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, listed, shown
 from . import run_folder
-from .files import explained, fsync, kind, lstat, parallel, remove, shown, write_new
-from .lock import guard, private_name, writer_lock
+from .claim import claimed
+from .files import explained, fsync, kind, lstat, parallel, remove, write_new
+from .lock import guard, private_name
 from .manifest import MANIFEST, Digests, encode, file_digest, list_entries, parents, survey
 
 
@@ -37,15 +38,16 @@ def staged(target: os.PathLike | str) -> Iterator[Path | None]:
     """Yield a folder to write into, which becomes `target` when the block ends. If it raises, nothing is left behind.
 
     None is yielded if `target` is published already; then it is not changed. An incomplete folder of its name is moved
-    aside, never deleted.
+    aside, never deleted. The folder that is to hold `target` is made where it is missing.
 
     Raises:
         UsageError: if the folder cannot be published. Exceptions of the block pass unchanged.
     """
     target = Path(os.path.abspath(target))
-    with writer_lock(target.parent):
+    with claimed(target.parent) as claim:
         run_folder.clean_leftovers(target.parent)
         if _is_published(target):
+            claim.keep()
             with explained("flush", target.parent):  # its writer may have been killed before it did
                 fsync(target.parent, folder=True)
             yield None
@@ -59,6 +61,7 @@ def staged(target: os.PathLike | str) -> Iterator[Path | None]:
                 with guard():
                     if not _is_published(target):  # by another thread of this process
                         _publish(folder, target)
+                claim.keep()
             finally:
                 remove(folder)  # unless it was renamed
 

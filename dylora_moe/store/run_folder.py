@@ -18,8 +18,9 @@ from pathlib import Path
 
 from ..errors import UsageError
 from .files import explained, fsync, lstat, remove, write_new
+from .hub_cache import status
 from .lock import is_leftover, private_name, writer_lock
-from .manifest import MAX_ENTRIES, FolderGone, first_reason
+from .manifest import MANIFEST, MAX_ENTRIES, FolderGone, first_reason, list_entries, survey
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 
@@ -74,17 +75,31 @@ def check_writable(run_dir: os.PathLike | str) -> None:
 
 
 def rotate(run_dir: os.PathLike | str, limit: int, keep: Iterable[int] = ()) -> list[Path]:
-    """Delete complete checkpoints beyond `limit`, chosen by `to_delete`. Returns the paths of the deleted ones."""
+    """Delete complete checkpoints beyond `limit`, chosen by `to_delete`. Returns the paths of the deleted ones.
+
+    A checkpoint that holds a file which its manifest does not list stays: somebody has put that file there.
+    """
     run_dir, removed = Path(run_dir), []
     with writer_lock(run_dir):
         complete = {checkpoint.step: checkpoint.path for checkpoint in checkpoints(run_dir)}
         for step in to_delete(complete, limit, keep):
+            if _holds_more(complete[step]):
+                continue
             with private_name(run_dir, "trash") as trash, explained("move away", complete[step]):
                 os.rename(complete[step], trash)
                 fsync(run_dir, folder=True)  # or a power cut could restore the name, with half of the files
                 remove(trash)
             removed.append(complete[step])
     return removed
+
+
+def _holds_more(folder: Path) -> bool:
+    """Return whether a complete checkpoint holds a file that its manifest does not list."""
+    with explained("list", folder):
+        listed = {MANIFEST, *survey(folder)[2]}
+        return any(
+            not stat.S_ISDIR(found.st_mode) for path, found in list_entries(folder).items() if path not in listed
+        )
 
 
 def to_delete(steps: Iterable[int], limit: int, keep: Iterable[int] = ()) -> list[int]:
@@ -155,12 +170,12 @@ def _named_like_checkpoints(run_dir: Path) -> dict[int, Path]:
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
-    """Return the size of every file below a folder, by relative POSIX path. No link is followed, no file opened.
+    """Return the size of every file below a folder, by relative POSIX path. No file is opened.
 
     At most `MAX_ENTRIES` entries are looked at, in case `--checkpoint` names a home folder by mistake.
     """
     return {
-        path.relative_to(folder).as_posix(): path.lstat().st_size
+        path.relative_to(folder).as_posix(): status(path).st_size
         for path in islice(folder.rglob("*"), MAX_ENTRIES)
         if path.is_symlink() or path.is_file()
     }

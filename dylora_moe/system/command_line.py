@@ -9,12 +9,14 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
-from ..errors import CheckpointError, DyLoRAMoEError, UsageError, is_out_of_memory
+from ..errors import CheckpointError, DyLoRAMoEError, UsageError, has_controls, is_out_of_memory, printable
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 PASS_MARK, FAIL_MARK = "✓", "✗"
@@ -42,7 +44,20 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         args = sys.argv[1:] if args is None else args
+        if any(has_controls(arg) for arg in args):
+            self.error("expected words without control characters or line breaks; rename the file or folder")
         return super().parse_known_args([_dashed(arg) for arg in args], namespace)
+
+    def parse_args(  # type: ignore[override]  # as above
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            # Without the values, since one may be a secret.
+            words = [word.partition("=")[0] for word in unknown if word.startswith("-")] or unknown
+            hint = did_you_mean(words[0], re.findall(r"--[a-z][a-z0-9-]*", self.format_usage()))
+            self.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         raise FlagError(self.prog, message)
@@ -54,6 +69,12 @@ def _dashed(argument: str) -> str:
         return argument
     flag, equals, value = argument.partition("=")
     return flag.replace("_", "-") + equals + value
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the known word that is most like a misspelled one; "" if none is."""
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def number(
@@ -96,6 +117,17 @@ def path(value: str) -> str:
     return os.path.expanduser(text(value))
 
 
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Print a text. All that is printed goes through here: no name in a file of others may act on a terminal or CI."""
+    print(printable(text), file=sys.stdout if file is None else file, flush=True)
+
+
+def annotate(title: str, text: str, file: TextIO | None = None) -> None:
+    """Print a failure as an annotation of GitHub Actions, by its workflow command `error`."""
+    escaped = printable(text).replace("%", "%25").replace("\n", "%0A")
+    print(f"::error title={title}::{escaped}", file=sys.stdout if file is None else file, flush=True)
+
+
 def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None, prog: str = "") -> int:
     """Call `main`, and turn an exception into a message on standard error and an exit code."""
     prepare_streams()
@@ -109,10 +141,10 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
         if message is None:
             raise
         named = not prog or isinstance(error, FlagError)  # a FlagError begins with the name of its program
-        print(message if named else f"{prog}: {message}", file=sys.stderr)
+        say(message if named else f"{prog}: {message}", sys.stderr)
         return code
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted" if prog else "interrupted", file=sys.stderr)
+        say(f"{prog}: interrupted" if prog else "interrupted", sys.stderr)
         return INTERRUPTED
 
 

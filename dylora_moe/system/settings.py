@@ -20,21 +20,22 @@ from typing import Any
 import yaml
 
 from ..errors import UsageError
-from .command_line import FlagError, Parser
+from .command_line import FlagError, Parser, did_you_mean
 
 
-def flag(default: Any, help: str, group: str | None = None, **options: Any) -> Any:
+def flag(default: Any, help: str, group: str | None = None, *, secret: bool = False, **options: Any) -> Any:
     """A field of a settings dataclass that is also a flag.
 
     Args:
         default: The value of the field where nothing sets it. False makes the flag a switch.
         group: In the help, the title of the group of flags that begins with this one.
+        secret: Whether its value must not be shown, in an error or in the settings' repr.
         options: Further arguments of `ArgumentParser.add_argument`.
     """
     if default is False:
         options["action"] = "store_true"
-    metadata = {"group": group, "options": {"help": help, **options}}
-    return field(default=default, metadata=metadata)
+    metadata = {"group": group, "secret": secret, "options": {"help": help, **options}}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 def build_parser(
@@ -86,15 +87,17 @@ def read_config(settings: type, parser: Parser, path: str) -> dict[str, Any]:
     for key, value in _load(path).items():
         name = str(key).replace("-", "_")
         if name not in known:
-            raise UsageError(f"--config {path}: there is no setting {key!r}; see {parser.prog} --help")
+            hint = did_you_mean(name, known)
+            raise UsageError(f"--config {path}: there is no setting {key!r}{hint}; see {parser.prog} --help")
         if name in found:
             raise UsageError(f"--config {path}: {name} is there twice, with - and with _; leave one out")
         if value is None or value is False:
             continue
         options = known[name].metadata["options"]
         takes_list = options.get("action") == "append" or options.get("nargs") == "+"
-        if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
-            raise UsageError(f"--config {path}: {key}: expected a value, got {value!r}")
+        if not all(_is_plain(each) for each in (value if isinstance(value, list) and takes_list else [value])):
+            got = type(value).__name__ if known[name].metadata["secret"] else repr(value)
+            raise UsageError(f"--config {path}: {key}: expected a value, got {got}")
         try:
             found[name] = given(parser, _as_words(name, options, value))[name]
         except FlagError as error:
@@ -104,6 +107,10 @@ def read_config(settings: type, parser: Parser, path: str) -> dict[str, Any]:
 
 def _flags(settings: type) -> list[Field]:
     return [each for each in fields(settings) if "options" in each.metadata]
+
+
+def _is_plain(value: object) -> bool:
+    return not isinstance(value, (dict, list, set))
 
 
 def _as_words(name: str, options: dict[str, Any], value: object) -> list[str]:
@@ -126,8 +133,18 @@ def _load(path: str) -> dict[str, Any]:
     load: Callable[[str], Any] = json.loads if kind == "JSON" else yaml.safe_load
     try:
         settings = load(text)
+    except RecursionError:
+        raise UsageError(f"--config {path}: is nested too deeply; expected one value for each setting") from None
     except (ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: is not valid {kind}: {' '.join(str(error).split())}") from None
+        raise UsageError(f"--config {path}: is not valid {kind}: {_problem(error)}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path}: expected settings by name, found {type(settings).__name__}")
     return settings
+
+
+def _problem(error: Exception) -> str:
+    """Say what a parser found and where, without the line itself, which may hold a token."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split()) if isinstance(error, json.JSONDecodeError) else type(error).__name__
+    return f"{getattr(error, 'problem', None)} (line {mark.line + 1}, column {mark.column + 1})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from ..base.preserve import rng_state
 from ..checkpoint.probe import probe_outputs
 from ..checkpoint.write import save_checkpoint
 from ..errors import UsageError, listed
@@ -18,6 +20,8 @@ from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
 from ..store import run_folder
 from . import ranks, training_state
+from .arguments import check_arguments
+from .resume import ARGUMENTS, STOCK_TRAINER, check_unused
 
 
 class PeftCheckpointCallback(TrainerCallback, ExportableState):
@@ -27,6 +31,9 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
     the merged model into every checkpoint. With `save_strategy="no"` it does not: then this callback saves by itself
     every `save_steps` steps and at the end, and keeps `save_total_limit` checkpoints. Such a run can be resumed with
     --resume-weights-only.
+
+    A run begins in a folder without checkpoints, or goes on from the newest one that is there. What is deleted depends
+    on the checkpoints that are there and on their evaluations alone.
 
     Args:
         skills: The skill library to save.
@@ -49,6 +56,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         self.name = name
         self.trainer_saves = True  # MoETrainer sets it to False
         self._due = False
+        self._saved: int | None = None  # the step of the last checkpoint of this run
 
     def state(self) -> dict[str, Any]:
         """Return what trainer_state.json keeps of this callback."""
@@ -57,19 +65,21 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
     # ---- called by the Trainer ----
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Refuse to start where a save would fail, or where the optimizer lacks a part of the mixture."""
+        """Refuse to start where a save would fail or meet other checkpoints, or where the optimizer lacks a part."""
         model: Mixture = kwargs["model"]
         with ranks.together():
-            if self.trainer_saves and args.save_strategy != "no":
-                raise UsageError(
-                    "this Trainer would write the merged model into every checkpoint: use "
-                    'dylora_moe.MoETrainer, or save_strategy="no", with which this callback saves by itself '
-                    "every save_steps steps"
-                )
+            if self.trainer_saves:
+                check_arguments(args, stock=True)
+            if not isinstance(model, Mixture):
+                raise UsageError(f"PeftCheckpointCallback saves a DyLoRAMoE, the Trainer has a {type(model).__name__}")
             model.check_optimizer(kwargs["optimizer"])
             if args.should_save:
+                words = STOCK_TRAINER if self.trainer_saves else ARGUMENTS
+                check_unused(Path(str(args.output_dir)), state.global_step, words)
                 run_folder.make_run_dir(str(args.output_dir))
                 run_folder.check_writable(str(args.output_dir))
+        state.best_model_checkpoint = None  # if the file of a checkpoint names one, the Trainer deletes all others
+        self._saved = None
         model.mark_immature()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -82,12 +92,17 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
             UsageError: If the checkpoint cannot be written; on every rank.
         """
         model: Mixture = kwargs["model"]
-        if control.should_training_stop and not self.interrupted():
+        target = Path(str(args.output_dir), self.name.format(step=state.global_step))
+        if state.global_step == self._saved:
+            warnings.warn(f"{target} has been saved at this step already, and is left as it is", stacklevel=2)
+            return
+        state.best_model_checkpoint = None
+        if control.should_training_stop and (not self.interrupted() or state.global_step >= state.max_steps):
             model.mark_mature()
         with ranks.together():
             _check_finite(model, state.global_step)
-            rng_state, digest = training_state.rng_state(), _digest(model)
-        rng_states = _agreed(rng_state, digest)
+            generators, digest = rng_state(), _digest(model)
+        rng_states = _agreed(generators, digest)
         outputs = probe_outputs(model) if model.sharded else None  # every rank takes part
 
         def training_files(folder: Path) -> None:
@@ -95,17 +110,18 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
 
         def save() -> None:
             save_checkpoint(
-                Path(str(args.output_dir), self.name.format(step=state.global_step)),
+                target,
                 model,
                 step=state.global_step,
                 skills=self.skills,
-                training_files=training_files if kwargs.get("optimizer") is not None else None,
+                training_files=None if kwargs.get("optimizer") is None or args.save_only_model else training_files,
                 outputs=outputs,
             )
             if args.save_total_limit:
                 _rotate(args, state, args.save_total_limit)
 
         ranks.on_first(save)
+        self._saved = state.global_step
 
     # ---- with a stock Trainer ----
 
@@ -116,7 +132,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Leave a save that is due to the beginning of the next step: this one is yet to be evaluated and logged."""
-        self._due = self.trainer_saves and args.save_steps >= 1 and state.global_step % args.save_steps == 0
+        self._due = self.trainer_saves and state.save_steps >= 1 and state.global_step % state.save_steps == 0
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.trainer_saves:
@@ -134,9 +150,9 @@ def _check_finite(model: Mixture, step: int) -> None:
         )
 
 
-def _agreed(rng_state: dict[str, Any], digest: str) -> list[dict[str, Any]]:
+def _agreed(generators: dict[str, Any], digest: str) -> list[dict[str, Any]]:
     """Return the generators of every rank. Raises `UsageError` if the experts or routers of the ranks differ."""
-    states, digests = zip(*ranks.gather((rng_state, digest)), strict=True)
+    states, digests = zip(*ranks.gather((generators, digest)), strict=True)
     if len(set(digests)) > 1:
         found = ", ".join(f"rank {rank}: {digest[:12]}" for rank, digest in enumerate(digests))
         raise UsageError(f"the ranks have drifted apart, nothing was saved: experts or router differ ({found})")
@@ -154,9 +170,17 @@ def _digest(model: Mixture) -> str:
 
 
 def _rotate(args: TrainingArguments, state: TrainerState, limit: int) -> None:
-    """Keep the newest checkpoints and, of those that were evaluated, the best."""
-    run_dir = str(args.output_dir)
-    steps = [found.step for found in run_folder.checkpoints(run_dir)]
+    """Keep the newest checkpoints, the one that was just written and, of those that were evaluated, the best."""
+    best = best_step(args, state)
+    keep = [state.global_step] if best is None else [state.global_step, best]
+    run_folder.rotate(str(args.output_dir), limit, keep=keep)
+
+
+def best_step(args: TrainingArguments, state: TrainerState) -> int | None:
+    """Return the step of the checkpoint in the run folder with the best evaluation, the first of equals, if any."""
     metric = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
-    best = training_state.best_step(state.log_history, steps, metric, greater=bool(args.greater_is_better))
-    run_folder.rotate(run_dir, limit, keep=[] if best is None else [best])
+    steps = {found.step for found in run_folder.checkpoints(str(args.output_dir))}
+    log: list[dict[str, Any]] = state.log_history
+    values = {entry["step"]: entry[metric] for entry in log if metric in entry and entry.get("step") in steps}
+    sign = -1 if args.greater_is_better else 1
+    return min(sorted(values), key=lambda step: sign * values[step], default=None)

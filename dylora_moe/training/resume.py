@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from transformers import TrainerState
-
-from ..base.structure import weights_fingerprint
+from ..base.fingerprint import same_weights, weights_fingerprint
 from ..checkpoint import formats
 from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, open_checkpoint
+from ..checkpoint.write import describe_mixture
 from ..constants import IMMATURE, MATURE
-from ..data.blocks import TokenBlocks, data_fingerprint
 from ..errors import CheckpointError, UsageError, listed
 from ..mixture.model import Mixture
 from ..store import run_folder
 from . import ranks, training_state
 from .settings import TrainSettings
 
+if TYPE_CHECKING:
+    from ..data.blocks import TokenBlocks
+
 # These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = (
     "accept_changes", "config", "demo", "device", "eval_steps", "gradient_checkpointing", "hf_token", "logging_steps",
     "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
 )  # fmt: skip
+# These a checkpoint fixes, besides the number of experts: the key of each in the entry of an expert in config.json.
+FIXED_BY_CHECKPOINT = {"lora_r": "r", "lora_alpha": "lora_alpha", "targets": "target_modules"}
 # What these settings name is compared by its content, so that a file or a folder may have been renamed.
-BY_CONTENT = {"data": "data_fingerprint", "model": "base_weights", "weights": "base_weights"}
-WEIGHTS_REMEDY = "--resume-weights-only goes on with a fresh optimizer"
+BY_CONTENT = {
+    "data": "data_fingerprint", "eval_blocks": "data_fingerprint", "eval_data": "data_fingerprint",
+    "eval_fraction": "data_fingerprint", "mixing": "data_fingerprint",
+    "model": "base_weights", "weights": "base_weights",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,30 +46,57 @@ class Start:
     lines: list[str] = field(default_factory=list)  # what to tell the user about the choice
 
 
-def choose(run_dir: Path, resume: str | None, weights_only: bool) -> Start:
-    """Return the checkpoint that --resume asks for.
+class Words(NamedTuple):
+    """What the user calls the choices of a run."""
+
+    newest: str  # go on from the newest checkpoint
+    named: str  # go on from the checkpoint whose path follows
+    folder: str  # the run folder
+
+
+FLAGS = Words("--resume", "--resume ", "--output-dir")
+ARGUMENTS = Words("resume_from_checkpoint=True", "resume_from_checkpoint=", "output_dir")
+STOCK_TRAINER = ARGUMENTS._replace(newest="dylora_moe.MoETrainer, which resumes runs")
+
+
+def choose(run_dir: Path, resume: str | None, weights_only: bool, words: Words = FLAGS) -> Start:
+    """Return the checkpoint to go on from.
+
+    Args:
+        resume: The path of a checkpoint, "auto" for the newest complete one of the run folder, None for none.
 
     Raises:
-        UsageError: If the run folder and the flags do not go together.
+        UsageError: If the run folder holds checkpoints that do not go together with the choice, or none that can be
+            chosen.
     """
-    complete = run_folder.checkpoints(run_dir) if run_dir.is_dir() else []
-    broken = run_folder.incomplete(run_dir) if run_dir.is_dir() else []
     if resume is None:
-        if complete or broken:
-            newest = complete[-1].path if complete else broken[-1][0]
-            raise UsageError(
-                f"{run_dir} already holds checkpoints (newest: {newest.name}); go on with --resume, or start another "
-                "run with another --output-dir"
-            )
+        check_unused(run_dir, words=words)
         return Start()
     if resume == "auto":
-        return _newest(run_dir, complete, broken, weights_only)
-    return _named(run_dir, Path(resume), complete, weights_only)
+        return _newest(run_dir, weights_only)
+    return _named(run_dir, Path(resume), weights_only, words)
 
 
-def _newest(
-    run_dir: Path, complete: list[run_folder.Checkpoint], broken: list[tuple[Path, str]], weights_only: bool
-) -> Start:
+def check_unused(run_dir: Path, step: int = 0, words: Words = ARGUMENTS) -> None:
+    """Check that a run which begins at a step meets no checkpoint of another run in its folder.
+
+    A run from the beginning is to find no checkpoint, complete or not; a later one none of a later step.
+
+    Raises:
+        UsageError: If there is one; it names the newest.
+    """
+    found = [c.path for c in run_folder.checkpoints(run_dir) if not step or c.step > step]
+    if not step:
+        found = [path for path, _ in run_folder.incomplete(run_dir)] + found
+    if found:
+        raise UsageError(
+            f"{run_dir} already holds checkpoints (newest: {found[-1].name}); go on with {words.newest}, or start "
+            f"another run with another {words.folder}"
+        )
+
+
+def _newest(run_dir: Path, weights_only: bool) -> Start:
+    complete, broken = run_folder.checkpoints(run_dir), run_folder.incomplete(run_dir)
     if complete:
         lines = [f"passed over {path}: {reason}" for path, reason in broken]
         return Start(complete[-1].path, weights_only, complete[-1].step if weights_only else 0, lines)
@@ -75,19 +108,20 @@ def _newest(
     return Start(lines=[f"no checkpoint in {run_dir} yet: starting from the beginning"])
 
 
-def _named(run_dir: Path, chosen: Path, complete: list[run_folder.Checkpoint], weights_only: bool) -> Start:
+def _named(run_dir: Path, chosen: Path, weights_only: bool, words: Words) -> Start:
     try:
         chosen = checkpoint_folder(chosen)
     except UsageError as error:
-        raise UsageError(f"--resume {error}\n--resume alone takes the newest checkpoint of the run folder") from None
+        remedy = f"{words.newest} alone takes the newest checkpoint of the run folder"
+        raise UsageError(f"{words.named}{error}\n{remedy}") from None
     own = chosen.resolve().parent == run_dir.resolve()
     step = _step(chosen)
-    newer = [c.path.name for c in complete if not own or step is None or c.step > step]
+    newer = [c.path.name for c in run_folder.checkpoints(run_dir) if not own or step is None or c.step > step]
     if newer:
         whose = "newer checkpoints" if own else "checkpoints of its own"
         raise UsageError(
-            f"--resume {chosen}: {run_dir} holds {whose} ({', '.join(newer[-10:])}), which this run would meet; use "
-            "another --output-dir, or move them away"
+            f"{words.named}{chosen}: {run_dir} holds {whose} ({', '.join(newer[-10:])}), which this run would meet; "
+            f"use another {words.folder}, or move them away"
         )
     return Start(chosen, weights_only, (step or 0) if weights_only and own else 0)
 
@@ -106,6 +140,8 @@ def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBloc
     Raises:
         UsageError: If the ranks differ in it.
     """
+    from ..data.blocks import data_fingerprint  # here: the callback, which needs `choose`, loads no data sets
+
     with ranks.together():
         values = {name: value for name, value in vars(settings).items() if name not in FREE_SETTINGS}
         compared = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -123,36 +159,48 @@ def compared_settings(settings: TrainSettings, model: Mixture, blocks: TokenBloc
     return compared
 
 
-def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:
-    """Return a line for each setting in which two runs differ."""
-    lines = []
+def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
+    """Return a line for each setting in which two runs differ, by its name.
+
+    A run of an earlier version had the default of a setting that it did not know.
+    """
+    if there:
+        defaults = {each.name: each.default for each in fields(TrainSettings) if each.name in here}
+        there = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()} | there
+    lines = {}
+    if same_weights(str(there.get("base_weights")), str(here.get("base_weights"))):
+        there = there | {"base_weights": here.get("base_weights")}
     for name in sorted(set(there) | set(here)):
         content = BY_CONTENT.get(name, name)
         if there.get(name) == here.get(name) or there.get(content) == here.get(content):
             continue
-        if name == "held_out" and sorted(there.get(name, {}).values()) == sorted(here[name].values()):
-            continue  # the data sets may have been renamed
-        if name in BY_CONTENT.values():
+        if name == "held_out":
+            if _contents(there.get(name)) != _contents(here.get(name)):  # the data sets may have been renamed
+                lines[name] = "data: other documents are held out or evaluated"
+        elif name in BY_CONTENT.values():
             names = [key for key, by in BY_CONTENT.items() if by == name]
             if all(there.get(key) == here.get(key) for key in names):
-                lines.append(f"{names[0]}: what {here.get(names[0])} holds has changed")
-        elif name == "held_out":
-            lines.append("data: other documents are held out")
+                lines[name] = f"{names[0]}: what {here.get(names[0])} holds has changed"
         else:
-            lines.append(f"{name}: {there.get(name)!r} there, {here.get(name)!r} here")
+            lines[name] = f"{name}: {there.get(name)!r} there, {here.get(name)!r} here"
     return lines
+
+
+def _contents(held_out: Any) -> list[str] | None:
+    return sorted(map(str, held_out.values())) if isinstance(held_out, dict) else None
 
 
 # ---- whether it may be resumed ----
 
 
 def check(
-    folder: Path, run: dict[str, Any], weights_only: bool, *, accept_changes: bool
+    folder: Path, run: dict[str, Any], model: Mixture, weights_only: bool, *, accept_changes: bool
 ) -> tuple[SoundCheckpoint, bool]:
     """Open a checkpoint, and refuse it if it would not continue the run that wrote it.
 
     Args:
         run: What `compared_settings` returns for this run.
+        model: The mixture that this run has built.
 
     Returns:
         The checkpoint, and whether the run that wrote it has come to its end.
@@ -162,27 +210,54 @@ def check(
         UsageError: If settings differ; it lists them.
     """
     checkpoint = _open(folder, weights_only)
+    fixed = fixed_differences(checkpoint, model)
     if weights_only:
+        _refuse(folder, {}, fixed, accept_changes)
         return checkpoint, False
-    lacking = training_state.missing(folder)
-    if lacking:
-        raise CheckpointError(folder, [f"{name}: is missing; {WEIGHTS_REMEDY}" for name in lacking])
-    state = _trainer_state(folder)
+    training_state.check_complete(folder)
+    state = training_state.read_trainer_state(folder)
     processes = len(training_state.rng_files(folder))
     if processes != run["processes"]:
         raise UsageError(
             f"{folder} was written by {processes} process(es), this run has {run['processes']}; start as many, or "
-            f"{WEIGHTS_REMEDY}"
+            f"{training_state.REMEDY}"
         )
-    changed = differences(training_state.read_run(folder), run)
-    if changed and not accept_changes:
-        raise UsageError(
-            f"this would not be the run that wrote {folder}:\n{listed(changed)}\n"
-            "Start it with that run's settings and data, or accept the changes with --accept-changes"
-        )
+    changed = differences(training_state.run_settings(state), run)
+    _refuse(folder, changed, fixed, accept_changes)
     states = checkpoint.config.states
     ended = MATURE in states and IMMATURE not in states
     return checkpoint, ended and not changed and state["global_step"] > 0
+
+
+def fixed_differences(checkpoint: SoundCheckpoint, model: Mixture) -> dict[str, str]:
+    """Return a line for each setting in which a mixture has other experts than a checkpoint, by name."""
+    there, here = checkpoint.config.experts, describe_mixture(model).experts
+    lines = {}
+    if len(there) != len(here):
+        lines["experts"] = f"experts: {len(there)} there, {len(here)} here"
+    for name, key in FIXED_BY_CHECKPOINT.items():
+        pairs = [(getattr(a, key), getattr(b, key)) for a, b in zip(there, here, strict=False)]
+        for a, b in [pair for pair in pairs if pair[0] != pair[1]][:1]:
+            lines[name] = f"{name}: {a!r} there, {b!r} here"
+    return lines
+
+
+def _refuse(folder: Path, changed: dict[str, str], fixed: dict[str, str], accept_changes: bool) -> None:
+    """Raise UsageError if a run has changes that were not accepted, or that cannot be."""
+    shown = fixed if accept_changes else changed | fixed
+    if not shown:
+        return
+    remedy = "start it with that run's settings and data"
+    if fixed:
+        remedy += (
+            f", or start another run in another folder: {', '.join(sorted(fixed))} cannot change, since the experts "
+            "of a checkpoint keep their number and their shapes. In Python, DyLoRAMoE.from_checkpoint and add_expert "
+            "add an expert"
+        )
+    else:
+        remedy += ", or accept the changes with --accept-changes"
+    lines = listed([shown[name] for name in sorted(shown)])
+    raise UsageError(f"this would not be the run that wrote {folder}:\n{lines}\n{remedy[0].upper()}{remedy[1:]}")
 
 
 def _open(folder: Path, weights_only: bool) -> SoundCheckpoint:
@@ -191,15 +266,4 @@ def _open(folder: Path, weights_only: bool) -> SoundCheckpoint:
     except CheckpointError as error:
         if not all(formats.is_training_file(problem.partition(": ")[0]) for problem in error.problems):
             raise
-        raise CheckpointError(folder, [f"{problem}; {WEIGHTS_REMEDY}" for problem in error.problems]) from None
-
-
-def _trainer_state(folder: Path) -> dict[str, Any]:
-    state = training_state.read_trainer_state(folder)
-    try:
-        TrainerState(**state)
-    except TypeError as error:
-        raise CheckpointError(
-            folder, [f"{formats.TRAINER_STATE}: is not the state of a Trainer of this version ({error})"]
-        ) from None
-    return state
+        raise CheckpointError(folder, [f"{problem}; {training_state.REMEDY}" for problem in error.problems]) from None

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..base.find import find_base
-from ..base.load import load_base, load_tokenizer, resolve_device
+from ..base.load import load_base, load_tokenizer
 from ..base.preserve import seeded
+from ..base.tiny import write_tiny_base
 from ..checkpoint.read import load_into, read_skills
 from ..data.blocks import TokenBlocks, load_blocks
+from ..data.python_texts import python_help, python_sources
 from ..data.sources import DataSpec
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
@@ -25,15 +27,19 @@ from ..mixture.model import Mixture
 from ..skills.library import NAME_BYTES, SkillLibrary
 from ..skills.novelty import NoveltyDetector
 from ..store import run_folder
-from ..store.lock import LOCK, writer_lock
-from ..system import machine
-from . import demo, ranks, sharding, training_state
-from .batches import BlockCollator, check_documents_apart
+from ..store.claim import Claim
+from ..store.claim import claimed as claimed_by_one
+from ..store.files import remove
+from ..store.whole_files import Made, publish_written, same_content
+from ..system import interrupts, machine
+from . import ranks, sharding, training_state
+from .arguments import training_arguments
+from .batches import BlockCollator, known_tokens, why_not_packed
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
 from .resume import Start, check, choose, compared_settings
 from .settings import TrainSettings
-from .summary import RunResult, describe_run, held_out_results, resuming_line
+from .summary import RunResult, check_results, describe_run, held_out_results, resuming_line, save_results
 from .trainer import MoETrainer
 
 
@@ -50,14 +56,17 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
     with sharding.requested() as how:
         arguments = training_arguments(settings)
         _ = arguments.world_size  # joins the processes of torchrun
+        settings = resuming_after_restart(settings, say)
         run_dir = Path(settings.output_dir)
         with claimed(run_dir) as claim:
             start = ranks.on_first(lambda: choose(run_dir, settings.resume, settings.resume_weights_only))
+            ranks.on_first(lambda: check_results(run_dir))
             for line in start.lines:
                 say(line)
             if settings.demo:
-                ranks.on_first(lambda: demo.write(settings))
-                settings = demo.filled_in(settings)
+                ranks.on_first(lambda: claim.made.extend(write_demo(settings)))
+                settings = with_demo(settings)
+            say(f"loading {settings.base_model}")
             with ranks.together():
                 # A base that is to be sharded is read into the memory of the CPU first.
                 model, tokenizer = load_model(settings, torch.device("cpu") if how else arguments.device)
@@ -71,74 +80,117 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             add_skills(skills, model, blocks)
             early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
             stop = StopSignals(warn, early)
-            saver = PeftCheckpointCallback(skills, compared, interrupted=lambda: stop.received is not None)
+            saver = PeftCheckpointCallback(skills, compared, interrupted=stop.ended_early)
             arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
-            trainer = MoETrainer(
-                model=model,
-                args=arguments,
-                train_dataset=blocks.train,
-                eval_dataset=blocks.evaluation,
-                data_collator=BlockCollator(),
-                callbacks=[callback for callback in (early, stop, saver) if callback is not None],
-                start_step=start.step,
-            )
+            trainer = make_trainer(model, arguments, blocks, [early, saver, stop], start.step)
             if start.folder and ended:
                 state = training_state.read_trainer_state(start.folder)
                 trainer.state.global_step = state["global_step"]
                 trainer.state.log_history = state.get("log_history") or []
             else:
-                if ranks.is_first():
-                    claim.callback(_remove, _save_tokenizer(tokenizer, run_dir))
+                for line in ranks.on_first(lambda: save_tokenizer(tokenizer, run_dir, start, claim)):
+                    say(line)
                 if start.folder:
                     say(resuming_line(start))
                 train(trainer, start, stop, claim)
             newest = run_folder.latest(run_dir)
             saved = newest.path if newest else start.folder
             held_out = [] if stop.received else held_out_results(trainer)
-            return RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
+            result = RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
+            ranks.on_first(lambda: save_results(run_dir, result, model, blocks))
+            return result
+
+
+# ---- a restart ----
+
+
+def resuming_after_restart(settings: TrainSettings, say: Callable[[str], None]) -> TrainSettings:
+    """Return the settings, with --resume if torchrun has restarted the processes because one of them had failed.
+
+    What the first start was to resume from is left alone until the run has saved a checkpoint of its own.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    run_dir = Path(settings.output_dir)
+    if restarts == "0" or (settings.resume is not None and not run_folder.checkpoints(str(run_dir))):
+        return settings
+    say(f"restarted by torchrun (restart {restarts}): resuming from the newest checkpoint of {run_dir}")
+    return replace(settings, resume="auto")
 
 
 # ---- the run folder ----
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[ExitStack]:
+def claimed(run_dir: Path) -> Iterator[Claim]:
     """Make the run folder, and hold the lock of its only writer. Every rank enters this; the first one does it.
 
-    At the end, what was made is removed again, unless `pop_all()` of the yielded stack was called because there is a
-    checkpoint.
+    At the end, what was made is removed again unless the claim is kept, because there is a checkpoint.
 
     Raises:
         UsageError: If the folder cannot be made or written to, or another process writes there.
     """
-    with ExitStack() as lock, ExitStack() as undo:
+    with ExitStack() as stack:
+        claim = Claim()
         with ranks.together():
             if ranks.is_first():
                 if run_dir.exists() and not run_dir.is_dir():
                     raise UsageError(f"--output-dir {run_dir}: expected a folder, found a file")
-                new = [path for name in demo.FILES if not (path := run_dir / name).exists()]
-                made = run_folder.make_run_dir(run_dir)
-                undo.callback(_remove, [*new, run_dir / LOCK] if made else new, made)
-                lock.enter_context(writer_lock(run_dir))
+                claim = stack.enter_context(claimed_by_one(run_dir))
                 run_folder.check_writable(run_dir)
-        yield undo
+        yield claim
 
 
-def _remove(paths: list[Path], made: Sequence[Path] = ()) -> None:
-    """Remove files and folders, and then folders that were made if nothing else is in them."""
-    for path in paths:
-        with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for folder in made:  # the innermost first
-        with suppress(OSError):
-            folder.rmdir()
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path, start: Start, claim: Claim) -> list[str]:
+    """Save the tokenizer into the run folder. A run that goes on there keeps the files that it finds.
+
+    Returns:
+        A line for the user if one of those differs from what would have been saved.
+    """
+    goes_on = start.folder is not None and start.folder.resolve().parent == run_dir.resolve()
+    kept: list[str] = []
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(folder.iterdir()) if goes_on else ():
+            there = run_dir / path.name
+            if os.path.lexists(there) and not same_content(path, there):
+                kept.append(path.name)
+                remove(path)
+
+    claim.made += publish_written(run_dir, write)
+    return [f"kept in {run_dir}, which differ from the base model's: {', '.join(kept)}"] if kept else []
 
 
-def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, run_dir: Path) -> list[Path]:
-    """Save the tokenizer, and return the files that were not there before."""
-    before = set(run_dir.iterdir())
-    tokenizer.save_pretrained(run_dir)
-    return [path for path in run_dir.iterdir() if path not in before]
+# ---- the demo ----
+
+DEMO_BASE = "base"
+DEMO_TEXTS: dict[str, Callable[[], list[str]]] = {
+    "code.jsonl": lambda: python_sources(max_bytes=400_000),
+    "prose.jsonl": python_help,
+}
+
+
+def with_demo(settings: TrainSettings) -> TrainSettings:
+    """Return the settings with the base model and the texts of the demo, where none are given."""
+    folder = Path(settings.output_dir)
+    if settings.model is None:
+        settings = replace(settings, model=str(folder / DEMO_BASE), weights="pretrained")
+    return replace(settings, data=settings.data or tuple(str(folder / name) for name in DEMO_TEXTS))
+
+
+def write_demo(settings: TrainSettings) -> list[Made]:
+    """Write the base model and the texts of the demo, except for what is given or in the run folder already."""
+    run_dir = Path(settings.output_dir)
+
+    def write(folder: Path) -> None:
+        if settings.model is None and not (run_dir / DEMO_BASE).is_dir():
+            write_tiny_base(folder / DEMO_BASE)
+        for name, texts in () if settings.data else DEMO_TEXTS.items():
+            if not (run_dir / name).exists():
+                lines = [json.dumps({"text": text}) + "\n" for text in texts()]
+                (folder / name).write_text("".join(lines), encoding="utf-8")
+
+    return publish_written(run_dir, write)
 
 
 # ---- what is trained, on what ----
@@ -171,70 +223,67 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
 
 
 def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Return the token blocks of --data, once it is sure that the model takes them."""
+    """Return the token blocks of --data. If they are not packed, the model gets a note that says why.
+
+    Raises:
+        UsageError: If the data cannot be read, or the model does not take it.
+    """
     most = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and settings.block_size > most:
         raise UsageError(
             f"--block-size {settings.block_size}: the base model has {most} positions; use at most that many"
         )
+    why_not = why_not_packed(model.base)
     blocks = load_blocks(
         [DataSpec.parse(text) for text in settings.data],
         tokenizer,
         block_size=settings.block_size,
         seed=settings.seed,
+        packed=why_not is None,
+        vocabulary=known_tokens(model.base),
+        mixing=settings.mixing,
+        eval_specs=[DataSpec.parse(text) for text in settings.eval_data],
+        eval_fraction=settings.eval_fraction,
+        max_eval_blocks=settings.eval_blocks,
         token=settings.hf_token,
     )
-    check_documents_apart(model.base)
+    if why_not is not None:
+        model.notes.append(
+            f"{why_not}: each document has a block of its own, and {100 * blocks.padding_share:.0f} % of the blocks is "
+            "padding"
+        )
     return blocks
 
 
 def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> None:
     """Add a skill for each data set that has none yet: where the base model embeds its text."""
-    for name, rows in blocks.evaluation.items():
+    for name, rows in blocks.examples.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
         if short not in skills.names:
-            input_ids = torch.tensor(rows[: min(4, len(rows))]["input_ids"]).to(model.device)
-            skills.add(short, NoveltyDetector.embed(model, input_ids))
+            some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
+            embedding = NoveltyDetector.embed(model, some["input_ids"].to(model.device), some.get("attention_mask"))
+            skills.add(short, embedding)
 
 
 # ---- training ----
 
 
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """Return the settings as the Trainer takes them."""
-    device = training_device(settings)
-    on_cpu = device.type == "cpu"
-    evaluates = settings.eval_steps > 0
-    arguments = TrainingArguments(
-        output_dir=settings.output_dir, seed=settings.seed, data_seed=settings.seed,
-        max_steps=settings.max_steps or -1, num_train_epochs=settings.epochs or 1,
-        per_device_train_batch_size=settings.batch_size, per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.grad_accum, remove_unused_columns=False, label_names=["labels"],
-        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay,
-        lr_scheduler_type=settings.lr_schedule,
-        warmup_steps=settings.warmup if settings.warmup < 1 else int(settings.warmup),
-        eval_strategy="steps" if evaluates else "no", eval_steps=settings.eval_steps or None,
-        metric_for_best_model="loss" if evaluates else None, greater_is_better=False if evaluates else None,
-        save_strategy="steps", save_steps=settings.save_steps or sys.maxsize,
-        save_total_limit=settings.save_total_limit,
-        logging_steps=settings.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
-        report_to=settings.report_to, disable_tqdm=not sys.stderr.isatty(), log_level="error",
-        use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
-        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
-    )  # fmt: skip
-    if arguments.n_gpu > 1:  # one process uses one GPU: no DataParallel
-        arguments._n_gpu = 1
-    return arguments
-
-
-def training_device(settings: TrainSettings) -> torch.device:
-    """Return the device of --device; with several processes, each uses the GPU of its local rank."""
-    device = resolve_device(settings.device)
-    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    if device.type == "cuda" and device.index:
-        raise UsageError(f"--device {device}: choose the GPU with CUDA_VISIBLE_DEVICES={device.index} --device cuda")
-    return device
+def make_trainer(
+    model: Mixture,
+    arguments: TrainingArguments,
+    blocks: TokenBlocks,
+    callbacks: Sequence[TrainerCallback | None],
+    start_step: int,
+) -> MoETrainer:
+    return MoETrainer(
+        model=model,
+        args=arguments,
+        train_dataset=blocks.train,
+        eval_dataset=blocks.evaluation,
+        data_collator=BlockCollator(),
+        callbacks=[callback for callback in callbacks if callback is not None],
+        start_step=start_step,
+    )
 
 
 def take_over(
@@ -248,18 +297,19 @@ def take_over(
     with ranks.together():
         if start.folder is None:
             return SkillLibrary(), False
-        checkpoint, ended = check(start.folder, compared, start.weights_only, accept_changes=accept_changes)
+        checkpoint, ended = check(start.folder, compared, model, start.weights_only, accept_changes=accept_changes)
         if start.weights_only or ended:
             load_into(checkpoint, model)
         return read_skills(checkpoint), ended
 
 
-def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: ExitStack) -> None:
+def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: Claim) -> None:
     """Train, and keep the run folder from then on if there is a checkpoint in it."""
     resumed = None if start.folder is None or start.weights_only else str(start.folder)
+    interrupts.check()  # a library may have swallowed a signal while it was reading
     try:
         with stop:
             trainer.train(resumed)
     finally:
         if run_folder.checkpoints(str(trainer.args.output_dir)):
-            claim.pop_all()
+            claim.keep()

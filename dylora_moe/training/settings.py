@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ..system.command_line import number, path
 from ..system.settings import build_parser, flag, given, read_config
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+MIXINGS = ("equal", "proportional")
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
 DEMO = {  # the settings of --demo, over which a --config file and flags win
     "experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ("all-linear",), "block_size": 128, "batch_size": 8,
@@ -36,7 +38,9 @@ class TrainSettings:
     weights: str = flag(
         "pretrained", "weights of the base model (default: pretrained)", choices=("auto", "pretrained", "random")
     )
-    hf_token: str | None = flag(None, "token for gated models and data (default: HF_TOKEN, or the stored login)")
+    hf_token: str | None = flag(
+        None, "token for gated models and data (default: HF_TOKEN, or the stored login)", secret=True
+    )
     dtype: str | None = flag(
         None, "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)"
     )
@@ -46,7 +50,10 @@ class TrainSettings:
     lora_alpha: float = flag(32, "each expert is scaled by alpha / r (default: 32)", type=number(float, above=0))
     lora_dropout: float = flag(0.05, "dropout of the experts' inputs (default: 0.05)", type=number(float, 0, 0.99))
     targets: tuple[str, ...] | None = flag(
-        None, "names of the linear layers that get experts, or all-linear (default: q/k/v/o_proj)", nargs="+"
+        None,
+        "names of the linear layers that get experts, as in q_proj v_proj or q_proj,v_proj, or all-linear "
+        "(default: q/k/v/o_proj)",
+        nargs="+",
     )
     top_k: int | None = flag(None, "experts per token once mature (default: min(2, experts))", type=number(int, 1))
     temperature: float = flag(1.0, "temperature of the router's softmax (default: 1.0)", type=number(float, above=0))
@@ -54,6 +61,22 @@ class TrainSettings:
 
     data: tuple[str, ...] = flag(
         (), "file, folder or data set of the Hub; repeatable", "data", action="append", metavar="NAME_OR_PATH[=WEIGHT]"
+    )
+    mixing: str = flag(
+        "equal",
+        "equal: as many blocks of each data set, smaller ones repeated; proportional: each block once (default: equal)",
+        choices=MIXINGS,
+    )
+    eval_data: tuple[str, ...] = flag(
+        (), "evaluate on this instead of a held-out part of --data; repeatable", action="append", metavar="NAME_OR_PATH"
+    )
+    eval_fraction: float = flag(
+        0.05, "part of each data set's documents to hold out (default: 0.05)", type=number(float, most=0.9, above=0)
+    )
+    eval_blocks: int | None = flag(
+        None,
+        "evaluate on at most that many blocks per data set (default: 64 held-out ones, all of --eval-data)",
+        type=number(int, 1),
     )
     block_size: int = flag(512, "tokens per block (default: 512)", type=number(int, 8))
 
@@ -103,13 +126,22 @@ class TrainSettings:
         return self.model or DEFAULT_MODEL
 
     def __post_init__(self) -> None:
-        """Check what no single flag can see."""
+        """Check what no single flag can see, and divide targets at commas."""
+        if self.targets is not None:
+            names = tuple(name for word in self.targets for name in re.split(r"[,\s]+", word) if name)
+            object.__setattr__(self, "targets", names)
+            if not names:
+                raise UsageError("--targets: expected names of linear layers, got none; as in --targets q_proj v_proj")
         if not self.output_dir:
             raise UsageError("--output-dir is needed: the folder for checkpoints")
         if not self.data and not self.demo:
             raise UsageError("--data is needed: a file, a folder or the name of a hub data set (or --demo)")
         if self.max_steps and self.epochs:
             raise UsageError("--max-steps and --epochs contradict each other: give one")
+        if self.eval_data and self.eval_fraction != type(self).eval_fraction:
+            raise UsageError(
+                "--eval-data and --eval-fraction contradict each other: with --eval-data nothing is held out"
+            )
         if self.top_k and self.top_k > self.experts:
             raise UsageError(f"--top-k {self.top_k} and --experts {self.experts} contradict each other")
         if self.warmup >= 1 and self.warmup != int(self.warmup):

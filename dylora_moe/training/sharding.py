@@ -36,7 +36,6 @@ REFUSED_FLAGS = {
     "FSDP_FORWARD_PREFETCH": "--fsdp_forward_prefetch is of FSDP1; leave it out",
     "FSDP_ACTIVATION_CHECKPOINTING": "--fsdp_activation_checkpointing: use train.py's --gradient-checkpointing",
     "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "--fsdp_activation_checkpointing_offload: leave it out",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config: all processes share one base; leave it out",
 }
 
 
@@ -73,10 +72,11 @@ def requested() -> Iterator[Sharding | None]:
 
 
 def is_requested() -> bool:
-    return _is_set(WANTED)
+    return is_set(WANTED)
 
 
-def _is_set(name: str) -> bool:
+def is_set(name: str) -> bool:
+    """Return whether a variable of the environment is true, as Accelerate reads it."""
     return os.environ.get(name, "").lower() in ("1", "true", "t", "yes", "y", "on")
 
 
@@ -87,7 +87,7 @@ def _read_settings() -> Sharding:
             f"FSDP version {version} is not supported, FSDP2 is: accelerate launch --use_fsdp --fsdp_version 2 "
             f"({VERSION}=2 in the environment), or leave --use_fsdp out for DDP"
         )
-    problems = [text for name, text in REFUSED_FLAGS.items() if _is_set(name)]
+    problems = [text for name, text in REFUSED_FLAGS.items() if is_set(name)]
     policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")
     if policy.upper() != "TRANSFORMER_BASED_WRAP":
         problems.append(f"--fsdp_auto_wrap_policy {policy}: a unit is a decoder layer; leave it out")

@@ -1,11 +1,13 @@
-"""How a run ended, and the lines that tell the user what it trains and how it ended."""
+"""How a run ended, the lines that tell the user what it trains and how it ended, and the same in results.json."""
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,14 +15,23 @@ import torch
 
 from ..checkpoint.tensors import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
+from ..errors import UsageError, counted
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated
+from ..store.files import FileProblem, read_json
+from ..store.whole_files import publish_files
+from ..system.settings import spelled
 from . import ranks
 from .resume import Start
 from .settings import TrainSettings
 from .trainer import MoETrainer
 
+RESULTS = "results.json"
+RESULTS_KIND = "dylora-moe results"  # by which a file of an earlier run is known
+MAX_RESULTS_BYTES = 1 << 24
 SHOWN_EXPERTS = 8  # columns of the table
+# What a command that goes on with a run does not take over: how this one began.
+LEFT_OUT = ("accept_changes", "resume", "resume_weights_only")
 
 
 @dataclass(frozen=True)
@@ -58,36 +69,51 @@ def describe_run(model: Mixture, blocks: TokenBlocks) -> list[str]:
         f"({trained:,} parameters trained, {100 * trained / counts['base']:.2f} % of the base)",
     ]
     for source in blocks.sources:
-        held_out = f"{source.held_out_documents:,} documents" if source.held_out_documents else "its last tokens"
-        held_out += f" ({source.eval_blocks:,} blocks)"
-        skipped = f", {source.skipped_rows:,} rows skipped" if source.skipped_rows else ""
-        skipped += f", {source.skipped_files:,} files left out" if source.skipped_files else ""
-        lines.append(
-            f"data: {source.name}: {source.documents:,} documents ({source.schema}{skipped}), {source.blocks:,} blocks "
-            f"of {blocks.block_size} tokens, {source.sampled_blocks:,} drawn per epoch; held out: {held_out}"
-        )
+        lines.append(_data_line(source, blocks.block_size))
         lines += [f"data: {source.name}: {note}" for note in _not_learned(source)]
+    if blocks.evaluation.keys() != {source.name for source in blocks.sources if source.eval_blocks}:
+        lines += [f"evaluation: {name}: {counted(len(rows), 'block')}" for name, rows in blocks.evaluation.items()]
     if model.base.dtype == torch.float16:
         lines.append("float16: small gradients become zero; with bfloat16 or float32 they do not")
     return lines
+
+
+def _data_line(source: SourceStats, block_size: int) -> str:
+    left_out = [(source.skipped_rows, "row", "skipped"), (source.skipped_files, "file", "left out")]
+    notes = [source.schema, *(f"{counted(number, what)} {how}" for number, what, how in left_out if number)]
+    drawn = f"{source.sampled_blocks:,} drawn per epoch"
+    if source.sampled_blocks > source.blocks:
+        drawn += f" ({source.sampled_blocks / source.blocks:.1f} times each)"
+    held_out = "nothing"
+    if source.eval_blocks:
+        held_out = counted(source.held_out_documents, "document") if source.held_out_documents else "its last tokens"
+        held_out += f" ({counted(source.eval_blocks, 'block')})"
+    return (
+        f"data: {source.name}: {counted(source.documents, 'document')} ({', '.join(notes)}), "
+        f"{counted(source.blocks, 'block')} of {block_size} tokens, {drawn}; held out: {held_out}"
+    )
 
 
 def _not_learned(source: SourceStats) -> Iterator[str]:
     """Say which parts of a data set are not learned, where a user could think that they are."""
     if source.unused_columns:
         yield f"columns that are not used: {comma_separated(list(source.unused_columns))}"
+    if source.unread:
+        yield f"in its chats, nothing reads: {comma_separated(list(source.unread))}"
     if source.unlabelled_turns:
         yield (
-            f"{source.unlabelled_turns:,} answers are not learned: the chat template writes them otherwise once the "
-            "chat goes on"
+            f"{counted(source.unlabelled_turns, 'answer')} not learned: the chat template writes answers otherwise "
+            "once the chat goes on"
         )
-    if source.dropped_tokens:
+    if source.dropped_tokens and source.schema == "text":
+        yield f"{source.dropped_tokens:,} of {source.tokens:,} tokens are left out: each is alone in its block"
+    elif source.dropped_tokens:
         yield (
             f"{source.dropped_tokens:,} of {source.tokens:,} tokens lie in blocks without an answer, and are left out; "
             "a larger --block-size cuts fewer prompts from their answers"
         )
     if source.withheld_documents:
-        yield f"{source.withheld_documents:,} documents are not trained on: another data set holds them out"
+        yield f"{counted(source.withheld_documents, 'document')} not trained on: held out or evaluated elsewhere"
 
 
 def resuming_line(start: Start) -> str:
@@ -127,24 +153,40 @@ def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str
         *held_out_table(result.held_out),
         "",
         f"saved {result.saved}",
-        f"validate it: python test_checkpoint_save_load.py --checkpoint {result.saved}",
-        f"train on: {resume_command(argv)} {longer} --accept-changes",
+        f"validate it: {shlex.join(['python', 'test_checkpoint_save_load.py', '--checkpoint', str(result.saved)])}",
+        f"train on: {resume_command(argv, longer, '--accept-changes')}",
     ]
 
 
-def resume_command(argv: Sequence[str]) -> str:
-    """Return the command line that resumes a run: its own, with --resume.
+def resume_command(argv: Sequence[str], *more: str) -> str:
+    """Return the command line that resumes a run: its own, with --resume and `more`, each flag once, no secret.
 
     What launched several processes, torchrun or accelerate, cannot be told from inside them.
     """
-    words = [word for word in argv if not word.startswith("--resume=")]
-    if "--resume" in words:
-        at = words.index("--resume")
-        has_value = at + 1 < len(words) and not words[at + 1].startswith("--")
-        del words[at : at + 1 + has_value]
-    words = [word for word in words if word.replace("_", "-") != "--resume-weights-only"]
+    settings = {spelled(each.name): each for each in fields(TrainSettings)}
+    repeatable = {name for name, each in settings.items() if each.metadata["options"].get("action") == "append"}
+    replaced = {name for name, each in settings.items() if each.name in LEFT_OUT or each.metadata["secret"]}
+    replaced |= {word.split(" ")[0] for word in more}
+    flags = _by_flag(argv)
+    kept = [
+        words
+        for place, (name, words) in enumerate(flags)
+        if name not in replaced and (name in repeatable or name not in [later for later, _ in flags[place + 1 :]])
+    ]
     launcher = "python" if ranks.world()[1] == 1 else "<launcher>"
-    return f"{launcher} {shlex.join(['train.py', *words, '--resume'])}"
+    words = [word for group in kept for word in group]
+    return " ".join([launcher, shlex.join(["train.py", *words, "--resume"]), *more])
+
+
+def _by_flag(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Divide a command line into flags, as they are spelled in --help, each with its words."""
+    groups: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            groups.append((word.partition("=")[0].replace("_", "-"), [word]))
+        elif groups:
+            groups[-1][1].append(word)
+    return groups
 
 
 def held_out_table(results: list[HeldOut]) -> list[str]:
@@ -161,3 +203,47 @@ def held_out_table(results: list[HeldOut]) -> list[str]:
     if experts > columns:
         lines.append(f"... and {experts - columns} more experts")
     return lines
+
+
+# ---- results.json ----
+
+
+def check_results(run_dir: Path) -> None:
+    """Refuse a run folder with a `results.json` that is not of a run: it is the user's.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    path = run_dir / RESULTS
+    try:
+        found = read_json(path, MAX_RESULTS_BYTES)
+    except FileNotFoundError:
+        return
+    except (OSError, FileProblem):
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != RESULTS_KIND:
+        raise UsageError(
+            f"{path}: expected the results of a run, which this one would replace, found something else; move it "
+            "away, or choose another --output-dir"
+        )
+
+
+def save_results(run_dir: Path, result: RunResult, model: Mixture, blocks: TokenBlocks) -> None:
+    """Write what a run trained and how it ended into `results.json` of its run folder, in place of earlier results.
+
+    Losses are in nats per token, and null where they are not known. There are no clock times, and no secrets.
+
+    Raises:
+        UsageError: If the file cannot be written.
+    """
+    contents = {
+        "kind": RESULTS_KIND,
+        "step": result.step,
+        "checkpoint": None if result.saved is None else os.path.relpath(result.saved, run_dir),
+        "stopped_by": None if result.stopped_by is None else result.stopped_by.name,
+        "base_model": model.base.config._name_or_path,
+        "parameters": model.parameter_counts(),
+        "data": [asdict(source) for source in blocks.sources],
+        "held_out": [asdict(each) for each in result.held_out],
+    }
+    publish_files(run_dir, {RESULTS: (json.dumps(contents, indent=1) + "\n").encode()}, replace=True)

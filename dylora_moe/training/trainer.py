@@ -8,8 +8,11 @@ file times, and does not find nested adapters when it resumes. Here `_save_check
 from __future__ import annotations
 
 import math
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -21,7 +24,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traine
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..base.preserve import untouched
+from ..base.preserve import set_rng_state, untouched
 from ..checkpoint import formats
 from ..checkpoint.probe import probe_outputs
 from ..checkpoint.read import load_into
@@ -32,16 +35,20 @@ from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.router import Usage
 from . import ranks, sharding, training_state
-from .callbacks import ProgressBar, ProgressLines
+from .arguments import check_trainer
+from .callbacks import EvaluationStopped, ProgressBar, ProgressLines
+from .checkpoint_callback import best_step
+from .resume import ARGUMENTS, choose
+from .training_state import SavedState, Sums
 
 LOGGED_EXPERTS = 16  # the share of each expert is logged for at most that many
-SUMS = "MoETrainer"  # the key, in trainer_state.json, of what was summed up for the next log
 
 
 class MoETrainer(Trainer):
     """A Trainer for a mixture, which resumes exactly.
 
-    Give it a `PeftCheckpointCallback`, which writes the checkpoints, and `save_strategy="steps"`. The learning-rate
+    Give it a `PeftCheckpointCallback`, which writes the checkpoints, and `save_strategy="steps"`. With
+    `resume_from_checkpoint=True` a run goes on from the newest complete checkpoint of its folder. The learning-rate
     schedule must be a LambdaLR, as are all of Transformers that depend on the step alone. For FSDP2, pass a model that
     `sharding.shard` has sharded: Accelerate would shard the experts as well.
 
@@ -49,20 +56,15 @@ class MoETrainer(Trainer):
         eval_dataset: A dict of data sets. The loss of each is `eval_<name>_loss`, their mean is `eval_loss`.
         start_step: The step at which schedule and data begin, where optimizer and generators are fresh.
 
-    Raises:
-        UsageError: If Accelerate is to shard the model.
     """
 
     def __init__(self, *args: Any, start_step: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or sharding.is_requested():
-            raise UsageError(
-                "Accelerate would shard the experts with the base: leave TrainingArguments(fsdp=...) and "
-                f"{sharding.WANTED} out, and shard the mixture with dylora_moe.training.sharding.shard before"
-            )
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
-        self.add_callback(_Sums(self))
+        self._resumed: SavedState | None = None  # what goes on in this run
+        self._first_step = start_step  # the step after which the sum of the losses begins
+        self._evaluation_seconds = 0.0
         progress = [c for c in self.callback_handler.callbacks if isinstance(c, (PrinterCallback, ProgressCallback))]
         for callback in progress:
             self.remove_callback(callback)
@@ -74,16 +76,42 @@ class MoETrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, from the beginning or from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: A checkpoint, or True for the newest complete one of the run folder.
+
+        Raises:
+            UsageError: If the run folder holds checkpoints that this run would meet, or none to go on from; or for
+                settings that cannot be honoured.
+            CheckpointError: If the checkpoint is not sound. Nothing of the model has changed then.
+        """
+        check_trainer(self)
         for callback in self.callback_handler.callbacks:
             if hasattr(callback, "trainer_saves"):
                 callback.trainer_saves = False
+        self.remove_callback(_Resumption)
+        self.add_callback(_Resumption(self))  # the last one: all others have begun before
         self.mixture.reset_usage()
+        self._resumed, self._first_step, self._evaluation_seconds = None, self.start_step, 0.0
         if not self.start_step:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(self._chosen(resume_from_checkpoint), *args, **kwargs)
         with TemporaryDirectory(prefix="dylora_start_") as folder:  # the Trainer reads the step from a folder
             state = TrainerState(global_step=self.start_step, train_batch_size=self._train_batch_size)
             state.save_to_json(f"{folder}/{formats.TRAINER_STATE}")
             return super().train(folder, *args, **kwargs)
+
+    def _chosen(self, resume: str | bool | None) -> str | None:
+        """Return the checkpoint to go on from. The stock Trainer takes the newest folder, complete or not."""
+        if not resume:
+            return None  # `PeftCheckpointCallback` looks at the run folder
+        run_dir = Path(str(self.args.output_dir))
+        start = ranks.on_first(lambda: choose(run_dir, "auto" if resume is True else str(resume), False, ARGUMENTS))
+        if start.folder is None:
+            raise UsageError(f"resume_from_checkpoint=True: there is no checkpoint in {run_dir} to go on from")
+        for line in start.lines:
+            warnings.warn(line, stacklevel=3)
+        return str(start.folder)
 
     # ---- several processes ----
 
@@ -125,30 +153,48 @@ class MoETrainer(Trainer):
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 kept[type(callback).__name__] = callback.state()
-        kept[SUMS] = {"args": {}, "attributes": {"by_rank": ranks.gather(self._sums())}}
+        kept[training_state.SUMS] = {"args": {}, "attributes": {"by_rank": ranks.gather(asdict(self._sums()))}}
 
-    def _sums(self) -> dict[str, Any]:
+    def _sums(self) -> Sums:
         usage = self.mixture.usage()
-        return {
-            "loss": self._tr_loss.item(),
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "usage": None if usage is None else [usage.first.tolist(), usage.total.tolist()],
-        }
+        updates = cast(torch.optim.Optimizer, self.optimizer).state.values()
+        return Sums(
+            loss=self._tr_loss.item(),
+            total_loss=self._total_loss_scalar,
+            last_logged=self._globalstep_last_logged,
+            usage=None if usage is None else [usage.first.tolist(), usage.total.tolist()],
+            first_step=self._first_step,
+            optimizer_steps=sorted({int(state["step"]) for state in updates if "step" in state}),
+        )
 
     def restore_sums(self) -> None:
         """Go on summing up loss and usage for the next log where the run of the checkpoint was."""
-        kept: Any = self.state.stateful_callbacks
-        by_rank = kept.get(SUMS, {}).get("attributes", {}).get("by_rank", [])
-        rank, size = ranks.world()
-        if len(by_rank) != size:
+        sums = self._resumed.sums if self._resumed else None
+        if sums is None:
             return
-        sums = by_rank[rank]
-        self._tr_loss += sums["loss"]
-        self._total_loss_scalar = sums["total_loss"]
-        self._globalstep_last_logged = sums["last_logged"]
-        if sums["usage"] is not None and len(sums["usage"][0]) == self.mixture.num_experts:
-            self.mixture._usage = [torch.tensor(values, device=self.mixture.device) for values in sums["usage"]]
+        self._tr_loss += sums.loss
+        self._total_loss_scalar, self._globalstep_last_logged = sums.total_loss, sums.last_logged
+        self._first_step = sums.first_step or 0
+        if sums.usage is not None:
+            self.mixture._usage = [torch.tensor(values, device=self.mixture.device) for values in sums.usage]
+
+    def evaluate_again(self) -> None:
+        """Make the evaluation that a signal has cut short in the run of the checkpoint."""
+        if self._resumed is None or not self._resumed.evaluation_due or self.args.eval_strategy == "no":
+            return
+        metrics = self._evaluate(None, None)
+        self._determine_best_metric(metrics, None)
+        if self.control.should_training_stop:
+            raise UsageError(f"there is nothing left to train: the run stops early at step {self.state.global_step}")
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """Save at once if a signal cuts an evaluation short. The saved `TrainerControl` says that it is due."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self._save_checkpoint(self.model, None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            self.control.should_evaluate = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Publish experts and router as a checkpoint without training state, never a merged model."""
@@ -169,39 +215,51 @@ class MoETrainer(Trainer):
         return position
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        def check() -> None:
-            """Refuse moments that do not fit before the weights are loaded; there is no optimizer to load them yet."""
-            training_state.read_moments(Path(resume_from_checkpoint), self.mixture.trained_parameters())
+        """Read all of a checkpoint, and load the weights once nothing is wrong with any of it."""
+        if self.start_step:
+            return
 
-        if not self.start_step:
-            load_into(open_checkpoint(resume_from_checkpoint), self.mixture, check=check)
+        def read_training_state() -> None:
+            folder, step = checkpoint.folder, checkpoint.config.step
+            self._resumed = training_state.read(folder, step, self.mixture, self.optimizer)
+
+        with ranks.together():
+            checkpoint = open_checkpoint(resume_from_checkpoint)
+            load_into(checkpoint, self.mixture, check=read_training_state)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         schedule = cast(LambdaLR, self.lr_scheduler)
         if self.start_step:
-            training_state.move_scheduler(schedule, self.start_step)
-        elif folder is not None:
-            training_state.load_optimizer(Path(folder), cast(torch.optim.Optimizer, self.optimizer))
-            training_state.load_scheduler(Path(folder), schedule)
+            move_scheduler(schedule, self.start_step)
+        elif self._resumed is not None:
+            training_state.load_moments(self._resumed.moments, cast(torch.optim.Optimizer, self.optimizer))
+            move_scheduler(schedule, self._resumed.step)
 
     def _load_rng_state(self, folder: str | None) -> None:
-        if folder is not None and not self.start_step:
-            training_state.load_rng(Path(folder))
+        if self._resumed is not None:
+            set_rng_state(self._resumed.generators)
 
     def _load_callback_state(self) -> None:
         """Restore the number of evaluations without a better one."""
-        kept: Any = self.state.stateful_callbacks
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback):
-                saved = kept.get(type(callback).__name__, {})
-                for name, value in saved.get("attributes", {}).items():
-                    setattr(callback, name, value)
+                saved = training_state.kept(vars(self.state), type(callback).__name__).get("attributes", {})
+                callback.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Load the best model here: told of one, the stock Trainer deletes the last checkpoint if the limit is 1."""
-        if self.args.load_best_model_at_end and self.state.best_global_step:
-            best = Path(str(self.args.output_dir), f"checkpoint-{self.state.best_global_step}")
-            load_into(open_checkpoint(best), self.mixture)
+        """Load the best model here, of those in the run folder: the stock Trainer would take any that a file names.
+
+        It would delete the other checkpoints, too, where the limit is 1.
+        """
+        self.state.best_model_checkpoint = None
+        if self.args.load_best_model_at_end:
+            best = ranks.on_first(lambda: best_step(self.args, self.state))
+            if best != self.state.best_global_step:
+                wanted, found = self.state.best_global_step, f"that of step {best}" if best else "none"
+                text = f"the best model, of step {wanted}, is not in {self.args.output_dir}; {found} is loaded"
+                warnings.warn(text, stacklevel=2)
+            if best is not None:
+                load_into(open_checkpoint(Path(str(self.args.output_dir), f"checkpoint-{best}")), self.mixture)
         return super()._finalize_training(*args, **kwargs)
 
     # ---- evaluation and logs ----
@@ -214,14 +272,23 @@ class MoETrainer(Trainer):
         Random generators, training mode and usage are left as they were.
         """
         data = eval_dataset or self.eval_dataset
+        if not data:
+            raise UsageError("there is nothing to evaluate: pass eval_dataset")
         data = data if isinstance(data, dict) else {"data": data}
-        metrics = {}
-        with _evaluating(self.mixture):
-            for name, rows in data.items():
-                loss, usage = self._evaluate_one(rows)
-                metrics[f"{metric_key_prefix}_{name}_loss"] = loss
-                if usage is not None:
-                    self.usage_by_data[name] = usage
+        self.callback_handler.eval_dataloader = range(sum(map(self._batches, data.values())))  # as long as all of them
+        metrics, began = {}, time.perf_counter()
+        try:
+            with _evaluating(self.mixture):
+                for name, rows in data.items():
+                    loss, usage = self._evaluate_one(rows)
+                    metrics[f"{metric_key_prefix}_{name}_loss"] = loss
+                    if usage is not None:
+                        self.usage_by_data[name] = usage
+        finally:
+            self._evaluation_seconds += time.perf_counter() - began
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, ProgressBar):
+                    callback.end_evaluation()
         losses = list(metrics.values())
         metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         self.log(metrics)
@@ -241,18 +308,19 @@ class MoETrainer(Trainer):
         nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()
         return nats / max(tokens, 1), _over_ranks(mixture.usage())
 
+    def _batches(self, rows: Any) -> int:
+        """Return the number of batches of the first rank, which has the most."""
+        return math.ceil(math.ceil(len(rows) / ranks.world()[1]) / self.args.per_device_eval_batch_size)
+
     def _own_batches(self, rows: Any) -> Iterator[dict[str, Any]]:
-        """Yield the batches of this rank. With a sharded base, batches without labels make up for missing ones."""
+        """Yield the batches of this rank. Batches without labels make up for missing ones: all ranks stay in step."""
         rank, size = ranks.world()
         mine = Subset(rows, range(rank, len(rows), size))
         loader = DataLoader(mine, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        self.callback_handler.eval_dataloader = loader
         yield from loader
-        if self.mixture.sharded:
-            most = math.ceil(math.ceil(len(rows) / size) / self.args.per_device_eval_batch_size)  # as rank 0 has
-            for _ in range(most - len(loader)):
-                blank = self.data_collator([rows[0]])
-                yield blank | {"labels": torch.full_like(blank["labels"], IGNORED_LABEL)}
+        for _ in range(self._batches(rows) - len(loader)):
+            blank = self.data_collator([rows[0]])
+            yield blank | {"labels": torch.full_like(blank["labels"], IGNORED_LABEL)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to the training loss how the tokens since the last log were routed.
@@ -268,8 +336,11 @@ class MoETrainer(Trainer):
                     logs |= {f"usage/expert_{i}": round(share, 4) for i, share in enumerate(usage.shares())}
                 self.mixture.reset_usage()
         if "train_loss" in logs:
-            steps = self.state.global_step - self.start_step  # those before the run was resumed count, too
+            steps = self.state.global_step - self._first_step  # those before the run was resumed count, too
             logs["train_loss"] = self._total_loss_scalar / max(steps, 1)
+            without = max(logs["train_runtime"] - self._evaluation_seconds, 1e-3)
+            for rate in {"train_steps_per_second", "train_samples_per_second"} & logs.keys():
+                logs[rate] *= logs["train_runtime"] / without
         broken = [f"{name} is {v}" for name, v in logs.items() if isinstance(v, float) and not math.isfinite(v)]
         if broken:
             raise UsageError(
@@ -279,7 +350,7 @@ class MoETrainer(Trainer):
         super().log(logs, start_time)
 
 
-class _Sums(TrainerCallback):
+class _Resumption(TrainerCallback):
     """Restores the sums of the Trainer, which it sets to zero just before this event."""
 
     def __init__(self, trainer: MoETrainer):
@@ -287,6 +358,16 @@ class _Sums(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_sums()
+        self.trainer.evaluate_again()
+
+
+def move_scheduler(scheduler: LambdaLR, step: int) -> None:
+    """Set the learning rate to that after `step` steps, which LambdaLR computes in the same way."""
+    scheduler.last_epoch, scheduler._step_count = step, step + 1
+    rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    scheduler._last_lr = rates
 
 
 def _over_ranks(usage: Usage | None) -> Usage | None:

@@ -80,7 +80,7 @@ class ScriptSettings:
     lora_alpha: float | None = flag(
         None, "each expert is scaled by alpha / r (default: 32)", type=number(float, above=0)
     )
-    hf_token: str | None = flag(None, "token for gated models (default: HF_TOKEN, or the stored login)")
+    hf_token: str | None = flag(None, "token for gated models (default: HF_TOKEN, or the stored login)", secret=True)
     weights: str = flag("auto", "", choices=WEIGHTS)  # each script has its own help for this flag
     device: str = flag("cpu", "cpu, cuda, mps or auto (default: cpu)", type=text)
     dtype: str | None = flag(

@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..base.fingerprint import same_weights
 from ..base.preserve import untouched
 from ..checkpoint import formats
 from ..checkpoint.findings import SAVE_AGAIN
@@ -183,7 +184,7 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
         text = f"probe: was computed in {there.get('dtype')}, this base is in {here['dtype']}; not checked"
         result.notes.append(text)
         return Differences()
-    if there.get("base_weights") != here["base_weights"]:
+    if not same_weights(there["base_weights"], here["base_weights"]):
         text = "probe: was computed with other base weights"
         if weights == "pretrained":
             text += ", so that these are not those it was trained on; load the right base model"

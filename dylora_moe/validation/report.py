@@ -8,13 +8,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from ..checkpoint import formats
 from ..constants import MIB
+from ..errors import printable
 from ..system import command_line
 
 JSON_HELP = "write the result as JSON; - for standard output"
@@ -114,18 +116,18 @@ class Printer:
         self.to_stderr = to_stderr
 
     def __call__(self, line: str = "") -> None:
-        self._print(line, sys.stderr if self.to_stderr else sys.stdout)
+        with _if_read(sys.stderr if self.to_stderr else sys.stdout) as stream:
+            command_line.say(line, stream)
 
     def error(self, text: str) -> None:
         """Print why the script could not run."""
-        self._print(f"{command_line.FAIL_MARK} {text}", sys.stderr)
+        with _if_read(sys.stderr) as stream:
+            command_line.say(f"{command_line.FAIL_MARK} {text}", stream)
 
-    @staticmethod
-    def _print(line: str, stream: TextIO) -> None:
-        try:
-            print(line, file=stream, flush=True)
-        except BrokenPipeError:  # as under `| head`: the checks go on, since the exit code counts
-            command_line.mute(stream)
+    def annotation(self, title: str, text: str) -> None:
+        """Print a failure as an annotation of GitHub Actions."""
+        with _if_read(sys.stderr if self.to_stderr else sys.stdout) as stream:
+            command_line.annotate(title, text, stream)
 
     def heading(self, title: str) -> None:
         """Print the heading of a check."""
@@ -161,14 +163,21 @@ class Printer:
             self(f"Total checkpoint size: {report.total_bytes / MIB:.1f} MB")
 
 
+@contextmanager
+def _if_read(stream: TextIO) -> Iterator[TextIO]:
+    """Write to a stream inside the block, unless its reader has closed it, as under `| head`: the exit code counts."""
+    try:
+        yield stream
+    except BrokenPipeError:
+        command_line.mute(stream)
+
+
 def write_json(report: Report, target: str) -> None:
     """Write the report to a file, or to standard output if `target` is "-"."""
     if target == "-":
-        try:
-            sys.stdout.write(report.as_json())
-            sys.stdout.flush()
-        except BrokenPipeError:
-            command_line.mute(sys.stdout)
+        with _if_read(sys.stdout) as stream:
+            stream.write(report.as_json())
+            stream.flush()
     else:
         Path(target).write_text(report.as_json(), encoding="utf-8")
 
@@ -179,9 +188,9 @@ def annotate(report: Report, printer: Printer) -> None:
         return
     for check in report.checks:
         for problem in check.problems[:10]:
-            printer(f"::error title={report.script} {check.name}::{_escape(problem)}")
+            printer.annotation(f"{report.script} {check.name}", problem)
     if report.error:
-        printer(f"::error title={report.script}::{_escape(report.error)}")
+        printer.annotation(report.script, report.error)
     path = os.environ.get("GITHUB_STEP_SUMMARY")
     if path:
         try:
@@ -206,11 +215,7 @@ def _table(report: Report) -> str:
 
 def _cell(text: str) -> str:
     """Escape what would end a cell or a row of a table, or open a tag."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
-
-
-def _escape(text: str) -> str:
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+    return printable(text).replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
 
 
 def report_file(value: str) -> str:

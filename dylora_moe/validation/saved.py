@@ -1,8 +1,4 @@
-"""The checks of what was saved: its tensors against those in memory, its structure and its size.
-
-Each check returns a `CheckResult`; none prints or ends the program. The checks of a reload are in reloaded.py, those of
-the environment in environment.py.
-"""
+"""The check of a save: what was saved against what is in memory."""
 
 from __future__ import annotations
 
@@ -16,23 +12,18 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import formats
 from ..checkpoint.tensors import expert_tensors, router_tensors, tensor_digests
-from ..checkpoint.verify import inspect_checkpoint, require_sound
-from ..constants import MIB, expert_name
+from ..constants import expert_name
 from ..mixture.model import Mixture
 from ..skills.library import EMBEDDING_DIM, SkillLibrary
-from ..store import run_folder
 from ..store.files import parallel
-from ..store.manifest import MANIFEST, survey
+from ..store.manifest import survey
 from .report import CheckResult
 
 NOISE = 0.05  # the largest value of a B that stands for a trained one: large enough to show in bfloat16 logits
 
 
-# ---- save ----
-
-
 def fill_experts(model: Mixture, seed: int) -> None:
-    """Fill every B and the router with seeded values, as if trained: a tensor of zeros could be lost without a trace."""
+    """Fill every B and the router with seeded values, as if trained: zeros could be lost without a trace."""
     experts = expert_tensors(model)
 
     @torch.no_grad()
@@ -142,56 +133,3 @@ def _fingerprint(model: Mixture) -> tuple[object, ...]:
         tuple(model.peft_model.active_adapters),
         torch.get_rng_state().numpy().tobytes(),
     )
-
-
-# ---- structure, size ----
-
-
-def check_structure(folder: Path) -> CheckResult:
-    """Verify the checkpoint. If nothing is wrong with it, the result's `value` is the `SoundCheckpoint`."""
-    result = CheckResult("structure")
-    contents = inspect_checkpoint(folder)
-    result.problems = [_as_in_the_guide(problem) for problem in contents.problems]
-    result.measures["files"] = len(contents.files)
-    if contents.config is not None:
-        for expert in contents.config.experts:
-            result.notes.append(f"{expert.name}: {expert.tensors} tensors, r={expert.r}, {expert.state}")
-        result.notes.append(f"router: {contents.config.num_experts} x {contents.config.router.hidden_size}")
-    if result.passed:
-        result.notes.append(f"{len(contents.files)} files, their SHA-256 as in {MANIFEST}")
-        result.value = require_sound(contents)
-    return result
-
-
-def _as_in_the_guide(problem: str) -> str:
-    """Put the remedy for a merged model on a line of its own, since the guide shows the finding as a line."""
-    return problem.replace("; ", "\n  ", 1) if problem.startswith("Found merged model file: ") else problem
-
-
-def check_size(folder: Path, max_size_mb: float) -> CheckResult:
-    """Check that all files together are below a limit. A MB is a MiB here, as in the guide."""
-    result = CheckResult("size")
-    sizes = run_folder.file_sizes(folder)
-    total = sum(sizes.values())
-    adapters = sum(size for name, size in sizes.items() if name.startswith(formats.ADAPTERS + "/"))
-    training = sum(size for name, size in sizes.items() if formats.is_training_file(name))
-    router = sizes.get(formats.ROUTER, 0)
-    result.measures = {
-        "total_bytes": total,
-        "adapter_bytes": adapters,
-        "training_bytes": training,
-        "router_bytes": router,
-        "max_bytes": int(max_size_mb * MIB),
-    }
-    result.notes.append(f"adapters {adapters / MIB:.1f} MB, router {router / 1024:.1f} KB")
-    if training:
-        result.notes.append(f"training state {training / MIB:.1f} MB")
-    if not total:
-        result.problems.append("the checkpoint has no files; save it again")
-    if total >= max_size_mb * MIB:
-        largest = max(sizes, key=lambda name: sizes[name])
-        result.problems.append(
-            f"the checkpoint has {total / MIB:.1f} MB, expected less than {max_size_mb:g} MB; the largest file is "
-            f"{largest} ({sizes[largest] / MIB:.1f} MB); --max-size-mb raises the limit"
-        )
-    return result

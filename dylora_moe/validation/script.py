@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..system import interrupts, machine
-from ..system.command_line import CANNOT_RUN, FAILED, INTERRUPTED, PASSED, explain, prepare_streams
+from ..system.command_line import CANNOT_RUN, FAILED, INTERRUPTED, PASSED, explain, prepare_streams, say
 from .flags import QUICK, Script, given_json_target, parse
 from .report import Printer, Report, annotate, write_json
 from .run import Run
@@ -52,8 +52,10 @@ def _run_checks(run: Run) -> None:
     """Import torch and what needs it only now: it takes seconds, and refusing a flag does not need it."""
     if run.script is QUICK:
         from .environment import check_environment as run_checks
+    elif run.args.checkpoint:
+        from .existing import check_existing_checkpoint as run_checks
     else:
-        from .sequence import check_checkpoint as run_checks
+        from .sequence import check_new_checkpoint as run_checks
     run_checks(run)
 
 
@@ -63,7 +65,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return getattr(error, "exit_code", INTERRUPTED), str(error) or "interrupted"
     message = explain(error)[1]
     if message is None:  # an error in this package: whoever reports it needs the traceback
-        traceback.print_exception(error)
+        say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         message = f"unexpected {type(error).__name__}: {error}"
     return CANNOT_RUN, message
 

@@ -1,42 +1,29 @@
-"""The checks of the minimal and the full script, in order, for a new checkpoint or for an existing one."""
+"""The checks of the minimal and the full script, in order, and what they need a model for."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..base.load import resolve_device, resolve_dtype
 from ..checkpoint import formats
-from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, inspect_config
-from ..errors import UsageError
+from ..checkpoint.read import named_base
+from ..checkpoint.verify import SoundCheckpoint
 from ..mixture.model import Mixture
 from ..store import run_folder
-from ..store.manifest import held_still
 from . import subject, workspace
-from .flags import check_against
+from .published import check_size, check_structure
 from .reloaded import check_consistency, check_load
 from .run import Run
-from .saved import check_save, check_size, check_structure, save_with
+from .saved import check_save, save_with
 
 
-def check_checkpoint(run: Run) -> None:
-    """Save a checkpoint and check it, or check the one that --checkpoint names."""
-    resolve_device(run.args.device)
-    resolve_dtype(run.args.dtype)
-    if run.args.checkpoint:
-        validate(run, run.args.checkpoint)
-    else:
-        save_and_validate(run)
-
-
-# ---- a new checkpoint ----
-
-
-def save_and_validate(run: Run) -> None:
+def check_new_checkpoint(run: Run) -> None:
     """Save a mixture as the flags ask for, and check what was saved."""
+    subject.check_device(run.args)
     source, weights = subject.base_of(run.script, run.args)
     run.report.model, run.report.weights = source.name, weights
     run.report.experts = subject.setting(run.args, "experts")
@@ -95,49 +82,20 @@ def check_reloading(run: Run, checkpoint: SoundCheckpoint, base: PreTrainedModel
 # ---- an existing checkpoint ----
 
 
-def validate(run: Run, checkpoint: str) -> None:
-    """Check the checkpoint that --checkpoint names, without changing it."""
-    try:
-        folder = checkpoint_folder(Path(checkpoint))
-    except UsageError as error:
-        raise UsageError(f"--checkpoint {error}") from None
-    with held_still(folder):  # training may rotate it away
-        validate_folder(run, folder)
-
-
-def validate_folder(run: Run, folder: Path) -> None:
-    """Make every check of the script but "save"."""
-    run.report.checkpoint = str(folder)
-    run.report.total_bytes = sum(run_folder.file_sizes(folder).values())
-    config = inspect_config(folder)  # flags that contradict it are refused before anything is checked
-    if config is not None:
-        run.report.experts = config.num_experts
-        run.report.model = config.base_model.name
-        check_against(run.args, config)
-    structure = run.step("structure", check_structure, folder)
-    if structure.passed:
-        validate_on_base(run, structure.value)
-    elif run.script.reloads:
-        run.skip("the checkpoint is not sound", "load", "consistency")
-    run.step("size", check_size, folder, run.args.max_size_mb)
-
-
 def validate_on_base(run: Run, checkpoint: SoundCheckpoint) -> None:
     """Make the checks that need the base model, or its config."""
     trained_on = checkpoint.config.base_model
-    name = run.args.model or trained_on.name
-    if not run.script.reloads and not run.args.model:
-        run.report.weights = "none"
-        return
-    if not name:
-        raise UsageError(f"{checkpoint.folder / formats.CONFIG} names no base model: say which with --model.")
+    name = run.args.model or named_base(checkpoint, "--model")
     revision = trained_on.revision if name == trained_on.name else None
     source, weights = subject.base_of(run.script, run.args, name, revision)
     run.report.model, run.report.weights = source.name, weights
     if source.note:
         run.printer(source.note)
-    subject.check_architecture(source, trained_on, name)
+    source = replace(source, quantization=trained_on.quantization)
+    subject.check_architecture(source, trained_on, run.args.model)
     if run.script.reloads:
         subject.check_room_to_load(run.args, source, weights, checkpoint.config)
         base = subject.base_weights_of(run.args, source, weights, trained_on.dtype)
+        for note in getattr(base, "notes", ()):
+            run.printer(note)
         check_reloading(run, checkpoint, base)

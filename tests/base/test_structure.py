@@ -1,12 +1,17 @@
-"""What is told of a base model: its decoder layers, and fingerprints that PEFT, dtype and device do not change."""
+"""What is told of a base model: its decoder layers, and whether it can be a base."""
+
+import copy
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
+from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
+from dylora_moe.base.fingerprint import architecture, weights_fingerprint
 from dylora_moe.base.load import load_base
-from dylora_moe.base.structure import architecture, decoder_layers, weights_fingerprint
+from dylora_moe.base.structure import decoder_layers
 
 from ..support.base_folders import FAMILIES, config_only, error_of, folder_of, tiny_folder
 
@@ -31,23 +36,44 @@ def test_decoder_layers_that_cannot_be_told():
     assert "expected one ModuleList of 7" in error_of(decoder_layers, model)
 
 
-def test_fingerprint_of_another_shape_differs():
-    other = LlamaConfig(**{**FAMILIES["llama"].to_dict(), "intermediate_size": 56})
-    assert architecture(other)["fingerprint"] != architecture(FAMILIES["llama"])["fingerprint"]
+class Wrapped(torch.Tensor):
+    """Stands for the tensor classes of torchao and quanto."""
 
 
-def test_weights_fingerprint_sees_each_parameter_and_separates_dtype(tmp_path):
-    base, weights = find_base(tiny_folder(tmp_path))
-    model = load_base(base, weights, dtype="bf16")
-    before = weights_fingerprint(model)
-    wide = weights_fingerprint(model.float())
-    assert (before.split(":")[0], wide.split(":")[0]) == ("bfloat16", "float32")
-    assert before.split(":")[1] == wide.split(":")[1]
-    for name, parameter in model.named_parameters():
-        parameter.data.view(-1)[0] += 1
-        assert weights_fingerprint(model) != wide, name
-        parameter.data.view(-1)[0] -= 1
-    assert "meta device" in error_of(weights_fingerprint, load_base(base, "none"))
+def quantized(how):
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"]))
+    layer = model.model.layers[1].mlp.up_proj
+    if how == "config":
+        model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    elif how == "int8":
+        layer.weight = torch.nn.Parameter(layer.weight.data.char(), requires_grad=False)
+    else:
+        layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Wrapped), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [
+        ("config", "(quantization_config, gptq)"),
+        ("int8", "(model.layers.1.mlp.up_proj.weight is a Tensor of torch.int8)"),
+        ("subclass", "(model.layers.1.mlp.up_proj.weight is a Wrapped of torch.float32)"),
+    ],
+)
+def test_a_quantized_base_is_refused_before_anything_is_trained(how, named):
+    assert named in error_of(DyLoRAMoE, quantized(how), 2)
+    DyLoRAMoE(AutoModelForCausalLM.from_config(FAMILIES["llama"]), 2)
+
+
+def test_a_gguf_file_that_was_unpacked_is_not_quantized():
+    """Transformers keeps the config of the file on both, so that the tensors decide."""
+    for how in ("float", "int8"):
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES["llama"])) if how == "float" else quantized(how)
+        model.config.quantization_config = {"quant_method": "gguf"}
+        if how == "float":
+            DyLoRAMoE(model, 2)
+        else:
+            assert "torch.int8" in error_of(DyLoRAMoE, model, 2)
 
 
 def test_mask_buffers_that_would_exhaust_the_machine(tmp_path):

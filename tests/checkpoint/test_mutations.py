@@ -25,9 +25,8 @@ from dylora_moe.checkpoint.probe import changed_tensors, probe_difference, read_
 from dylora_moe.checkpoint.read import load_mixture
 from dylora_moe.checkpoint.verify import find_problems, open_checkpoint
 from dylora_moe.checkpoint.write import save_checkpoint
-from dylora_moe.errors import CheckpointError
+from dylora_moe.errors import CheckpointError, shown
 from dylora_moe.mixture.config import MoELoraConfig, RouterConfig
-from dylora_moe.store.files import shown
 from dylora_moe.store.manifest import MANIFEST
 
 from ..support.mutations import (

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -93,6 +93,7 @@ def test_adapters_are_those_that_peft_writes_and_reads(kind, tmp_path):
     save_checkpoint(tmp_path / "ours", model)
     model.peft_model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ids = random_ids(1, 9)
+    plain = LoraConfig().to_dict()
     for index, name in enumerate(("expert_0", "expert_1")):
         ours, theirs = tmp_path / "ours" / formats.expert_folder(name), tmp_path / "theirs" / name
         found, expected = load_file(ours / formats.ADAPTER_WEIGHTS), load_file(theirs / formats.ADAPTER_WEIGHTS)
@@ -100,9 +101,12 @@ def test_adapters_are_those_that_peft_writes_and_reads(kind, tmp_path):
         assert all(found[key].dtype == expected[key].dtype == torch.float32 for key in expected)
         assert (ours / formats.ADAPTER_WEIGHTS).read_bytes() == (theirs / formats.ADAPTER_WEIGHTS).read_bytes()
         config, stock = (json.loads((f / formats.ADAPTER_CONFIG).read_text()) for f in (ours, theirs))
+        left_out = plain.keys() - config.keys() - {"peft_version"}
+        assert {name: stock[name] for name in left_out} == {name: plain[name] for name in left_out}
+        shared = {name: stock[name] for name in config}
         assert {**config, "target_modules": set(config["target_modules"])} == {
-            **stock,
-            "target_modules": set(stock["target_modules"]),
+            **shared,
+            "target_modules": set(shared["target_modules"]),
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=FutureWarning)
@@ -211,7 +215,8 @@ def test_a_published_checkpoint_is_left_and_nothing_is_computed(tmp_path, monkey
     folder = save_sound(tmp_path / "a")
     before = files_of(folder)
     monkeypatch.setattr("dylora_moe.checkpoint.write.make_probe", lambda *_: pytest.fail("a forward pass for nothing"))
-    assert not save_checkpoint(folder, tiny_mixture(seed=1))
+    with pytest.raises(UsageError, match=r"nothing was saved: .* is a checkpoint already, .* choose another folder"):
+        save_checkpoint(folder, tiny_mixture(seed=1))
     assert files_of(folder) == before
 
 
@@ -227,7 +232,7 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
         save_checkpoint(tmp_path / "a", tiny_mixture(), skills=skills)
     with pytest.raises(UsageError, match=r"scheduler.pt: expected in this checkpoint"):
         save_checkpoint(tmp_path / "a", tiny_mixture(), training_files=lambda f: torch.save({}, f / formats.OPTIMIZER))
-    assert {p.name for p in tmp_path.iterdir()} == {LOCK}
+    assert list(tmp_path.iterdir()) == []
 
 
 WRITTEN = [ADAPTER_0, ADAPTER_1, CONFIG_1, "router.safetensors", "skill_library.safetensors", "probe.safetensors"]
@@ -306,6 +311,20 @@ def test_an_expert_is_exported_flat(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot export to"):
         export_expert(model, 0, tmp_path / "file" / "x")
+
+
+def test_an_export_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    flushed, rename = set(), Path.rename
+
+    def renamed(source, target):
+        assert {path.stat().st_ino for path in (source, *source.rglob("*"))} <= flushed
+        return rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.add(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(Path, "rename", renamed)
+    export_expert(tiny_mixture(), 0, tmp_path / "one")
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert tmp_path.stat().st_ino in flushed
 
 
 # ---- reading ----
@@ -479,15 +498,21 @@ def describe_base(base) -> list:
     ]
 
 
-@pytest.mark.parametrize("other", ["gemma", "other dims"])
+@pytest.mark.parametrize("other", ["gemma", "other dims", "other rope"])
 def test_row_28_another_base_names_both(other, tmp_path):
     folder = save_sound(tmp_path / "a")
-    base = tiny_base("gemma") if other == "gemma" else wider_base()
+    base = tiny_base("gemma") if other == "gemma" else tiny_base() if other == "other rope" else wider_base()
+    if other == "other rope":
+        base.config.rope_parameters["rope_theta"] *= 50
     before = describe_base(base)
     for read in (load_mixture, lambda path, base: build_mixture(open_checkpoint(path), base)):
         with pytest.raises(CheckpointError) as caught:
             read(folder, base)
-        expected = "model_type: llama there, gemma here" if other == "gemma" else "intermediate_size: 48 there, 64 here"
+        expected = {
+            "gemma": "model_type: llama there, gemma here",
+            "other dims": "intermediate_size: 48 there, 64 here",
+            "other rope": "rope_parameters.rope_theta: 10000.0 there, 500000.0 here",
+        }[other]
         assert expected in str(caught.value)
     assert describe_base(base) == before
     model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))
@@ -581,10 +606,8 @@ def test_an_expert_that_is_not_finite_is_not_exported(tmp_path):
 
 def test_what_is_given_in_vain_is_said(tmp_path):
     model = tiny_mixture()
-    assert model.save_checkpoint(tmp_path / "a", step=np.int64(3))
+    assert model.save_checkpoint(tmp_path / "a", step=np.int64(3)) == tmp_path / "a"
     assert json.loads((tmp_path / "a" / "config.json").read_text())["step"] == 3
-    with pytest.warns(UserWarning, match="nothing was saved: .* is a checkpoint already"):
-        assert not model.save_checkpoint(tmp_path / "a", step=4)
     with pytest.raises(UsageError, match="dtype, token: of a base model that is to be loaded"):
         DyLoRAMoE.from_checkpoint(tmp_path / "a", tiny_base(), token="x", dtype="float32")
 

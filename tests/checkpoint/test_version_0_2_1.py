@@ -7,6 +7,7 @@ here. Of the manifest, sizes and hashes are those of the files.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dylora_moe.training.batches import BlockCollator
 from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
 from dylora_moe.training.trainer import MoETrainer
 
-from ..support.mutations import CONFIG_0, CONFIG_1, files_of
+from ..support.mutations import CONFIG_0, CONFIG_1, edit_json, files_of
 from ..support.tiny import random_ids, tiny_base
 
 CONFIG = """\
@@ -185,6 +186,11 @@ def trainer(folder: Path) -> MoETrainer:
 def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
     """The tensors and the training state of a checkpoint, between the texts of that version."""
     shutil.copytree(checkpoint, folder)
+    for name in (formats.OPTIMIZER, "rng_state.pth"):  # which named no step
+        state = torch.load(folder / name, weights_only=True)
+        del state["global_step"]
+        torch.save(state, folder / name)
+    edit_json(folder / formats.TRAINER_STATE, without_new_sums)
     (folder / formats.CONFIG).write_text(CONFIG)
     for name in (CONFIG_0, CONFIG_1):
         (folder / name).write_text(ADAPTER_CONFIG)
@@ -199,12 +205,20 @@ def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
+def without_new_sums(state: dict) -> None:
+    (sums,) = state["stateful_callbacks"]["MoETrainer"]["attributes"]["by_rank"]
+    del sums["first_step"], sums["optimizer_steps"]
+
+
 def test_a_checkpoint_of_version_0_2_1_verifies_loads_and_resumes(tmp_path):
     through = trainer(tmp_path / "through")
     through.train()
     old = as_version_0_2_1_wrote_it(tmp_path / "through" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
     assert find_problems(old) == []
-    assert open_checkpoint(old).config.to_json().decode() == CONFIG
+    content = json.loads(open_checkpoint(old).config.to_json())
+    assert content.pop("format_version") == 2 and content["base_model"]["architecture"].pop("settings") is None
+    assert content["base_model"].pop("quantization") is None
+    assert content | {"format_version": 1} == json.loads(CONFIG)
 
     loaded = load_mixture(old, tiny_base())
     there = load_mixture(tmp_path / "through" / "checkpoint-2", tiny_base())

@@ -1,45 +1,28 @@
-"""Data to blocks: what is read, what is refused, what is learned, what is held out, and that documents stay apart."""
+"""Data to blocks: what is read, what is refused, what is learned, and what is held out."""
 
 import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
-import torch
 from datasets.exceptions import DatasetNotFoundError
-from torch.utils.data import DataLoader
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    GemmaConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-)
 
-from dylora_moe.data.blocks import data_fingerprint, load_blocks
+from dylora_moe.base.tiny import byte_tokenizer
+from dylora_moe.data.blocks import data_fingerprint
 from dylora_moe.data.documents import read_documents
 from dylora_moe.data.packing import COLUMNS
+from dylora_moe.data.python_texts import python_sources
 from dylora_moe.data.sources import DataSpec, read_rows
 from dylora_moe.errors import UsageError
-from dylora_moe.training.batches import BlockCollator, check_documents_apart
-from dylora_moe.training.demo import byte_tokenizer, python_sources
 
-BLOCK = 64
-EOS, PAD = 256, 257
-CHATML = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from ..support.data import BLOCK, CHATML, EOS, PAD, blocks_of, chat_tokenizer, pieces_of, write_rows
+
 GEMMA_LIKE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}<|im_start|>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
@@ -64,44 +47,8 @@ CHAT = [
 ]
 
 
-def chat_tokenizer(template=CHATML, eos="<|im_end|>"):
-    tokenizer = byte_tokenizer()
-    tokenizer.split_special_tokens = False
-    tokenizer.backend_tokenizer.encode_special_tokens = False
-    tokenizer.add_special_tokens(
-        {"bos_token": "<bos>", "eos_token": eos, "additional_special_tokens": ["<|im_start|>"]}
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]}, replace_extra_special_tokens=False)
-    tokenizer.chat_template = template
-    return tokenizer
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def texts(n, start=0):
     return [{"text": f"document {i} " + "abcdefghij"[i % 10] * (i % 37)} for i in range(start, start + n)]
-
-
-def blocks_of(*specs, tokenizer=None, **changes):
-    arguments = {"block_size": BLOCK, "seed": 0, **changes}
-    return load_blocks([DataSpec.parse(str(s)) for s in specs], tokenizer or byte_tokenizer(), **arguments)
-
-
-def pieces_of(dataset, tokenizer=None):
-    """(text, learned text) of each piece in the blocks, padding left out."""
-    tokenizer = tokenizer or byte_tokenizer()
-    found = []
-    for row in dataset:
-        starts = [i for i, p in enumerate(row["position_ids"]) if p == 0] + [len(row["position_ids"])]
-        for start, end in pairwise(starts):
-            ids, labels = row["input_ids"][start:end], row["labels"][start:end]
-            if ids[0] != tokenizer.pad_token_id:
-                assert all(label in (-100, i) for i, label in zip(ids, labels, strict=True))
-                found.append((tokenizer.decode(ids), tokenizer.decode([i for i in labels if i != -100])))
-    return found
 
 
 def pairs(n=24, **columns):
@@ -116,9 +63,11 @@ def pairs(n=24, **columns):
     ("text", "source", "weight", "name"),
     [
         ("a.jsonl", "a.jsonl", 1.0, "a"),
-        ("dir/a.b.jsonl=2.5", "dir/a.b.jsonl", 2.5, "a-b"),
+        ("dir/a.b.jsonl=2.5", "dir/a.b.jsonl", 2.5, "a.b"),
         ("org/name-x:config@main=3", "org/name-x:config@main", 3.0, "name-x"),
-        ("日本.txt", "日本.txt", 1.0, "data"),
+        ("dätä ✓.txt", "dätä ✓.txt", 1.0, "dätä ✓"),
+        ("da\u0308ta.tsv.gz", "da\u0308ta.tsv.gz", 1.0, "däta"),
+        ("a\x1b[2J\n::error::\udcff.jsonl", "a\x1b[2J\n::error::\udcff.jsonl", 1.0, "a-[2J-::error::-"),
     ],
 )
 def test_parse(text, source, weight, name):
@@ -147,19 +96,26 @@ def test_names_are_unique(tmp_path):
 
 
 def write_kind(path, rows):
-    table = datasets.Dataset.from_list(rows)
-    if path.suffix == ".parquet":
+    table, suffix = datasets.Dataset.from_list(rows), path.suffix.lower()
+    if suffix == ".gz":
+        plain = write_kind(path.with_suffix(""), rows)
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    elif suffix == ".parquet":
         table.to_parquet(path)
-    elif path.suffix == ".csv":
-        table.to_csv(path, index=False)
-    elif path.suffix == ".json":
+    elif suffix in (".csv", ".tsv"):
+        table.to_csv(path, index=False, sep="," if suffix == ".csv" else "\t")
+    elif suffix == ".json":
         path.write_text(json.dumps(rows))
     else:
         write_rows(path, rows)
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv"])
+SUFFIXES = [".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".TSV.GZ"]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("as_folder", [False, True])
 def test_every_kind_of_file_gives_the_same_blocks(tmp_path, suffix, as_folder):
     (tmp_path / "d[1]").mkdir()
@@ -209,7 +165,71 @@ def test_one_text_file_is_one_document_split_by_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "source", ["./a", "../a.jsonl", "/no/where", "~/none.txt", "a/b/c", "org/name.jsonl", "x.csv", "d/f.parq"]
+    "name", ["a::b.jsonl", "a*[1]?.jsonl", "a#%20\n\x1b&'.csv", "http:a.parquet", b"a\xff.jsonl.gz"]
+)
+def test_a_file_of_any_name_is_read(tmp_path, name):
+    write_rows(tmp_path / "a.jsonl", [{"text": "another"}])  # which a pattern would find
+    path = write_kind(Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + os.fsencode(name))), texts(40))
+    assert read_rows(str(path)).dataset["text"][:] == [row["text"] for row in texts(40)]
+
+
+def test_any_text_file_is_read_by_its_name(tmp_path):
+    for name in ("x.md", "x.py", "LICENSE", "x.rst.gz"):
+        content = f"The text of {name}. ".encode() * 20
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+        assert read_rows(str(tmp_path / name)).dataset["text"][:] == [content.decode()]
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (
+            {"text": "b", "more": 1},
+            r"d/b\.jsonl: cannot be read together with a\.jsonl: there are 1 new columns .*more",
+        ),
+        ({"text": ["x"]}, r"d/b\.jsonl: cannot be read together with a\.jsonl: Couldn't cast"),
+        (None, r"d/b\.jsonl: cannot be read as json: "),
+    ],
+)
+def test_the_file_of_a_folder_that_cannot_be_read_is_named(tmp_path, second, message):
+    (tmp_path / "d").mkdir()
+    for name in "abc":
+        write_rows(tmp_path / "d" / f"{name}.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert len(read_rows(str(tmp_path / "d")).dataset) == 6
+    if second is None:
+        (tmp_path / "d/b.jsonl").write_text('{"text": "a"}\n{"te')
+    else:
+        write_rows(tmp_path / "d/b.jsonl", [second])
+    with pytest.raises(UsageError, match=message):
+        read_rows(str(tmp_path / "d"))
+
+
+def test_pointers_of_git_lfs_in_folders(tmp_path):
+    (tmp_path / "a.md").write_text("a text")
+    assert len(read_rows(str(tmp_path)).dataset) == 1
+    (tmp_path / "b.md").write_bytes(LFS)
+    with pytest.raises(UsageError, match=r"b\.md: is a Git LFS pointer, .*git lfs pull"):
+        read_rows(str(tmp_path))
+    datasets.Dataset.from_list(texts(3)).save_to_disk(tmp_path / "saved")
+    next((tmp_path / "saved").glob("*.arrow")).write_bytes(LFS)
+    with pytest.raises(UsageError, match=r"\.arrow: is a Git LFS pointer"):
+        read_rows(str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "./a",
+        "../a.jsonl",
+        "/no/where",
+        "~/none.txt",
+        "a/b/c",
+        "org/name.jsonl",
+        "x.csv",
+        "d/f.parq",
+        "x.md",
+        "x.tsv.gz",
+    ],
 )
 def test_missing_path_is_not_downloaded(source, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: pytest.fail("went to the hub"))
@@ -217,6 +237,7 @@ def test_missing_path_is_not_downloaded(source, monkeypatch):
         blocks_of(source)
 
 
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 12345\n"
 BAD_FILES = {
     "empty": ("a.jsonl", b"", r"a\.jsonl: is empty \(0 bytes\)"),
     "bad json": ("a.jsonl", b'{"text": "x"}\n{"text": ', r"a\.jsonl: cannot be read as json: .*parse error"),
@@ -227,9 +248,14 @@ BAD_FILES = {
     "a header alone": ("a.csv", b"text\n", r"a\.csv: holds no rows"),
     "binary text": ("a.txt", b"a\0b", r"a\.txt: is not UTF-8 text"),
     "latin-1 text": ("a.txt", b"caf\xe9", r"a\.txt: is not UTF-8 text"),
-    "ending": ("a.xyz", b"x", r"a\.xyz: a data file must end in \.jsonl.*found \.xyz"),
+    "no kind of file": ("a.xyz", b"x\0", r"a\.xyz: is not UTF-8 text; .*Other files that are read end in \.jsonl"),
     "blank texts": ("a.jsonl", b'{"text": " "}\n{"text": null}\n', r"a\.jsonl: all 2 row\(s\) are without text"),
-    "one short": ("a.txt", b"short", r"a\.txt: has \d+ token\(s\) to train on in 1 document\(s\), one block needs 64"),
+    "one short": ("a.txt", b"short", r"a\.txt: has \d+ tokens to train on in 1 document, one block needs 64"),
+    "git lfs": ("a.jsonl", LFS, r"a\.jsonl: is a Git LFS pointer, .*git lfs pull"),
+    "git lfs text": ("a.md", LFS, r"a\.md: is a Git LFS pointer"),
+    "git lfs gzip": ("a.csv.gz", LFS, r"a\.csv\.gz: is a Git LFS pointer"),
+    "half a gzip": ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], r"a\.txt\.gz: is not a whole gzip file"),
+    "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz: cannot be read as json"),
     "schema": ("a.jsonl", b'{"words": "x", "id": 1}\n', r"found id, words; rename them to one of:\n  - messages"),
     "type": ("a.jsonl", b'{"text": ["x"]}\n', r"a\.jsonl, row 1: the column text must hold text, found list"),
     "role": (
@@ -295,8 +321,8 @@ def test_texts_like_times_in_every_form_of_json(tmp_path, content):
 
 
 def test_times_that_are_not_read_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("dylora_moe.data.sources._json_values", lambda *_: pytest.fail("read again"))
-    chat = [{"role": "user", "content": "a", "at": "2024-01-01"}, {"role": "assistant", "content": "b"}]
+    monkeypatch.setattr("dylora_moe.data.loaders._json_values", lambda *_: pytest.fail("read again"))
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write_rows(tmp_path / "a.jsonl", [{"messages": chat, "created": "2024-01-01"}] * 3)
     assert len(read_rows(str(path)).dataset) == 3
 
@@ -350,7 +376,7 @@ def test_weights_that_are_too_far_apart(tmp_path):
         ({"block_size": 1}, "block size must be at least 2"),
         ({"eval_fraction": 0.0}, "fraction must be above 0"),
         ({"eval_fraction": 1.0}, "fraction must be above 0"),
-        ({"max_eval_blocks": 0}, "at least 1 held-out block"),
+        ({"max_eval_blocks": 0}, "at least 1 evaluation block"),
         ({"seed": -1}, "seed must not be negative"),
     ],
 )
@@ -467,6 +493,14 @@ def test_text_is_learned_whole_with_one_eos(tmp_path):
             "A 3<eos>",
         ),
         ({"prompt": "Say", "completion": " yes"}, "Say 3 yes 3<eos>", " yes 3<eos>"),
+        ({"input": "Q", "output": "A"}, "### User:\nQ 3\n\n### Assistant:\nA 3<eos>", "A 3<eos>"),
+        ({"Instruction": "Q", " RESPONSE ": "A"}, "### User:\nQ 3\n\n### Assistant:\nA 3<eos>", "A 3<eos>"),
+        ({"query": "Q", "response": "A", "Query": "x"}, "### User:\nQ 3\n\n### Assistant:\nA 3<eos>", "A 3<eos>"),
+        (
+            {"system": "Be", "prompt": "Q", "completion": "A"},
+            "### System:\nBe 3\n\n### User:\nQ 3\n\n### Assistant:\nA 3<eos>",
+            "A 3<eos>",
+        ),
     ],
 )
 def test_pairs_without_a_chat_template(tmp_path, columns, text, learned):
@@ -581,6 +615,34 @@ def test_eos_is_learned_where_it_is_also_the_padding(tmp_path):
     assert len(ends) == sum(p == 0 for p in row["position_ids"]) - (row["labels"][-1] == -100)
 
 
+def test_tokens_that_the_model_does_not_know(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.split_special_tokens = False
+    tokenizer.backend_tokenizer.encode_special_tokens = False
+    tokenizer.add_tokens(["<call>"], special_tokens=True)
+    new = tokenizer.convert_tokens_to_ids("<call>")
+    rows = [{"text": row["text"] + "<call>" * (i < 3)} for i, row in enumerate(texts(40))]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    assert blocks_of(path, tokenizer=tokenizer, vocabulary=new + 1).sources[0].documents == 40
+    message = (
+        rf"a\.jsonl: the tokenizer makes 1 token\(s\), in 3 document\(s\), .* ends at id {new - 1}:\n"
+        rf"  - '<call>' \(id {new}\)\n.*resize_token_embeddings"
+    )
+    with pytest.raises(UsageError, match=message):
+        blocks_of(path, tokenizer=tokenizer, vocabulary=new)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_padding_that_the_model_does_not_know_is_replaced(tmp_path, packed):
+    path = write_rows(tmp_path / "a.jsonl", texts(40))
+    known = np.asarray(blocks_of(path, packed=packed, vocabulary=PAD + 1).train["input_ids"])
+    assert known.max() == PAD
+    replaced = blocks_of(path, packed=packed, vocabulary=PAD).train  # the last id that is known is EOS
+    ids, labels = np.asarray(replaced["input_ids"]), np.asarray(replaced["labels"])
+    assert np.array_equal(ids, np.where(known == PAD, EOS, known))
+    assert (labels[known == PAD] == -100).all()
+
+
 def test_tokenizer_without_eos(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
@@ -625,102 +687,19 @@ def test_pieces_without_labels_are_dropped_and_counted(tmp_path):
     assert all(any(label != -100 for label in row["labels"]) for row in blocks.train)
 
 
-CONFIGS = {
-    "gemma": GemmaConfig(head_dim=8, num_key_value_heads=1, num_attention_heads=2),
-    "llama": LlamaConfig(num_key_value_heads=1, num_attention_heads=2),
-    "qwen2": Qwen2Config(
-        num_key_value_heads=1, num_attention_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1
-    ),
-    "mistral": MistralConfig(num_key_value_heads=1, num_attention_heads=2, sliding_window=5),
-    "gpt2": GPT2Config(n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-    "gpt_neox": GPTNeoXConfig(num_attention_heads=2),
-}
-
-
-def tiny_model(name, attention="sdpa"):
-    config = CONFIGS[name]
-    config.update({"vocab_size": 258, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2})
-    config.update({"bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD})
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    with torch.no_grad():
-        for parameter in model.parameters():  # else attention is too weak to show a leak
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
-
-
-def largest_difference(model, batch):
-    """Between the logits of each document in its block and of the document alone."""
-    packed, worst = model(**batch).logits, 0.0
-    for row, positions in enumerate(batch["position_ids"]):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), len(positions)]
-        for start, end in pairwise(starts):
-            alone = model(input_ids=batch["input_ids"][row : row + 1, start:end], use_cache=False).logits[0]
-            worst = max(worst, (packed[row, start:end] - alone).abs().max().item())
-    return worst
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """For models this small more threads only wait for each other, on a busy machine for minutes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def batch(tmp_path_factory):
-    path = write_rows(tmp_path_factory.mktemp("data") / "a.jsonl", pairs(40, text="a document, short"))
-    return next(iter(DataLoader(blocks_of(path).train, batch_size=3, collate_fn=BlockCollator())))
-
-
-@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_documents_of_a_block_do_not_see_each_other(name, attention, mode, batch):
-    model = tiny_model(name, attention).train(mode != "eval")
-    if mode == "checkpointing":
-        model.gradient_checkpointing_enable()
-    assert (batch["position_ids"] == 0).sum() >= 3 * len(batch["position_ids"])
-    assert largest_difference(model, batch) <= 1e-5
-    if mode != "checkpointing":  # the control: with a cache, the default, they do
-        assert largest_difference(model, {**batch, "use_cache": True}) > 1e-2
-    assert largest_difference(model, {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}) > 1e-2
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_check_documents_apart(name):
-    model = tiny_model(name).train()
-    check_documents_apart(model)
-    assert model.training
-
-
-def test_check_documents_apart_finds_a_model_that_ignores_positions():
-    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=16, hidden_size=16, n_layer=2, n_head=2))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-
-    class IgnoresPositions(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.base = model
-
-        def forward(self, input_ids, position_ids=None, use_cache=None):
-            return self.base(input_ids=input_ids)
-
-    with pytest.raises(UsageError, match=r"IgnoresPositions .*see each other.*sdpa or eager"):
-        check_documents_apart(IgnoresPositions())
-
-
-def test_collator(batch):
-    assert {key: (value.dtype, tuple(value.shape)) for key, value in batch.items() if key != "use_cache"} == {
-        name: (torch.int64, (3, BLOCK)) for name in COLUMNS
-    }
-    assert batch["use_cache"] is False
-    with pytest.raises(ValueError, match=r"rows without position_ids.*remove_unused_columns=False"):
-        BlockCollator()([{"input_ids": [1], "labels": [1]}])
+def test_blocks_of_one_document_each(tmp_path):
+    rows = [*texts(60), {"text": "x" * (2 * BLOCK + 9)}]
+    blocks = blocks_of(write_rows(tmp_path / "a.jsonl", rows), packed=False)
+    (source,) = blocks.sources
+    assert source.blocks == len(blocks.train) == source.documents - source.held_out_documents + 2
+    for row in blocks.train:
+        ids, labels, mask = (np.asarray(row[name]) for name in ("input_ids", "labels", "attention_mask"))
+        length = mask.sum()
+        assert (mask[:length] == 1).all() and (ids[length:] == PAD).all() and PAD not in ids[:length]
+        assert labels[0] == -100 and (labels[1:length] == ids[1:length]).all() and (labels[length:] == -100).all()
+    assert blocks.padding_share == 1 - np.asarray(blocks.train["attention_mask"]).mean()
+    packed = blocks_of(tmp_path / "a.jsonl")
+    assert blocks.train_tokens == packed.train_tokens and blocks.padding_share > packed.padding_share
 
 
 # --- held out --------------------------------------------------------------------------------------------------------
@@ -798,7 +777,7 @@ FINGERPRINT = """
 import sys
 from dylora_moe.data.blocks import data_fingerprint, load_blocks
 from dylora_moe.data.sources import DataSpec
-from dylora_moe.training.demo import byte_tokenizer
+from dylora_moe.base.tiny import byte_tokenizer
 print(data_fingerprint(load_blocks([DataSpec(s) for s in sys.argv[1:]], byte_tokenizer(), block_size=64, seed=3)))
 """
 
@@ -834,6 +813,8 @@ def test_fingerprint_sees_content_order_and_nothing_else(tmp_path):
     first = data_fingerprint(blocks_of(write_rows(tmp_path / "a.jsonl", rows)))
     assert data_fingerprint(blocks_of(write_rows(tmp_path / "other.jsonl", rows))) == first
     assert data_fingerprint(blocks_of(tmp_path / "a.jsonl", seed=1)) != first
+    alone = data_fingerprint(blocks_of(tmp_path / "a.jsonl", packed=False))
+    assert alone == data_fingerprint(blocks_of(tmp_path / "other.jsonl", packed=False)) != first
     rows[5] = {"text": rows[5]["text"] + "!"}
     assert data_fingerprint(blocks_of(write_rows(tmp_path / "c.jsonl", rows))) != first
 

@@ -8,7 +8,15 @@ import sys
 
 import pytest
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Llama4TextConfig, MambaConfig, PhimoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    JambaConfig,
+    Llama4TextConfig,
+    Mamba2Config,
+    MambaConfig,
+    PhimoeConfig,
+)
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.mixture.targets import adapter_parameters, resolve_targets
@@ -45,6 +53,11 @@ DEEPSEEK = DeepseekV3Config(
     qk_nope_head_dim=4,
     v_head_dim=8,
 )
+STATE_SPACE = {
+    "mamba": MAMBA,
+    "mamba2": Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=8, num_heads=8, head_dim=8),
+    "jamba": JambaConfig(**MIXTURE_SIZES, mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1),
+}
 TARGETS = {
     "gemma": ["k_proj", "o_proj", "q_proj", "v_proj"],
     "llama": ["k_proj", "o_proj", "q_proj", "v_proj"],
@@ -144,20 +157,55 @@ def test_a_base_that_has_adapters_or_is_none_is_refused():
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_default_targets(kind):
-    resolved, outside = resolve_targets(tiny_base(kind), MoELoraConfig())
+    resolved, notes = resolve_targets(tiny_base(kind), MoELoraConfig())
     assert sorted(resolved.target_modules) == TARGETS[kind]
-    assert outside == []
+    assert notes == []
 
 
 def test_default_targets_are_such_as_peft_takes():
     base = AutoModelForCausalLM.from_config(MAMBA)
-    assert sorted(resolve_targets(base, MoELoraConfig())[0].target_modules) == ["dt_proj", "in_proj", "x_proj"]
+    assert sorted(resolve_targets(base, MoELoraConfig())[0].target_modules) == ["in_proj"]
     assert DyLoRAMoE(base, 2).num_experts == 2
     base = AutoModelForCausalLM.from_config(DEEPSEEK)
     expected = ["kv_a_proj_with_mqa", "o_proj", "q_a_proj", "q_b_proj"]
     assert sorted(resolve_targets(base, MoELoraConfig())[0].target_modules) == expected
     generated = DyLoRAMoE(base, 2).generate(random_ids(1, 4) % 64, max_new_tokens=3, do_sample=False)
     assert generated.shape == (1, 7)
+
+
+def without_a_gradient(config, targets):
+    """The targets whose experts get no gradient from a loss, and the notes."""
+    model = DyLoRAMoE(AutoModelForCausalLM.from_config(config), 2, lora=MoELoraConfig(r=2, target_modules=targets))
+    ids = random_ids(1, 9) % 64
+    model.train()(ids, labels=ids).loss.backward()
+    missing = {
+        name.split(".lora_")[0].rsplit(".", 1)[-1] for name, p in model.trained_parameters().items() if p.grad is None
+    }
+    return sorted(missing), model.notes
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+@pytest.mark.parametrize("kind", STATE_SPACE)
+def test_layers_that_are_read_without_a_call_get_no_experts(kind, targets):
+    missing, notes = without_a_gradient(STATE_SPACE[kind], targets)
+    assert missing == []
+    if targets or kind != "jamba":  # whose default are the projections of its attention
+        (note,) = notes
+        assert note.startswith(
+            "left out of the targets, since a Mamba layer reads their weights without calling them: "
+        )
+
+
+def test_such_layers_are_named_where_they_were_asked_for():
+    missing, notes = without_a_gradient(MAMBA, ["in_proj", "dt_proj"])
+    assert missing == ["dt_proj"]  # as it would be without a word, and with the default targets, too
+    (note,) = notes
+    assert note.startswith("experts may have no effect on some of the targets, since") and note.endswith(": dt_proj")
+
+
+def test_all_linear_of_a_base_with_stacked_experts_is_what_peft_takes():
+    missing, _ = without_a_gradient(DEEPSEEK, "all-linear")
+    assert missing == []
 
 
 def test_a_loaded_model_is_no_name():

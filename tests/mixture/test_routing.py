@@ -19,6 +19,7 @@ from transformers import (
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.base.preserve import seeded
+from dylora_moe.mixture.frozen_linear import is_slow
 
 from ..support.tiny import ARCHITECTURES, random_ids, randomise, tiny_base, tiny_mixture
 
@@ -438,7 +439,11 @@ def test_a_fresh_mixture_is_its_base(kind, dtype, experts):
     with torch.no_grad():
         assert torch.equal(model(ids).logits, expected)
     assert torch.equal(model(ids).logits, expected)
-    assert torch.equal(model.train()(ids).logits, expected)
+    trained = model.train()(ids).logits
+    if dtype == torch.float32 or not is_slow(dtype):
+        assert torch.equal(trained, expected)
+    else:  # products in float32, rounded
+        assert torch.allclose(trained, expected, atol=0.03)
 
 
 # ---- copies ----

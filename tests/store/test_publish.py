@@ -139,7 +139,7 @@ def test_a_target_that_is_no_folder_is_an_error(run, make):
     before = {path.name for path in run.iterdir()}
     with pytest.raises(UsageError, match=r"checkpoint-10 is .*, not a folder: move it away"):
         save(run, 10)
-    assert {path.name for path in run.iterdir()} == before | {LOCK}
+    assert {path.name for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize("error", [RuntimeError("expert_1 cannot be saved"), KeyboardInterrupt(), OSError(28, "full")])
@@ -173,7 +173,7 @@ def test_what_a_reader_would_refuse_is_not_published(run, spoil, message):
     with pytest.raises(UsageError, match=message), staged(run / "checkpoint-10") as folder:
         write_files(folder, 10)
         spoil(folder)
-    assert {path.name for path in run.iterdir()} == {LOCK}
+    assert list(run.iterdir()) == []
 
 
 def test_a_manifest_too_large_to_be_read_is_not_published(run, monkeypatch):
@@ -189,9 +189,18 @@ def test_a_manifest_too_large_to_be_read_is_not_published(run, monkeypatch):
 )
 def test_a_run_folder_that_is_none_is_an_error(tmp_path, parent, message):
     (tmp_path / "file").touch()
-    for action in (lambda run: save(run, 10), run_folder.check_writable, lambda run: run_folder.rotate(run, 1)):
+    saves = [lambda run: save(run, 10)] if parent == "file" else []  # a save makes what is missing
+    for action in (*saves, run_folder.check_writable, lambda run: run_folder.rotate(run, 1)):
         with pytest.raises(UsageError, match=message):
             action(tmp_path / parent)
+
+
+def test_a_save_makes_the_folder_around_it_which_goes_again_if_it_fails(tmp_path):
+    with pytest.raises(RuntimeError), staged(tmp_path / "grown/new/checkpoint-1"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    save(tmp_path / "grown/new", 1)
+    assert steps(tmp_path / "grown/new") == [1]
 
 
 # ---- hashing --------------------------------------------------------------------------------------------------------
@@ -484,6 +493,15 @@ def test_rotation_goes_by_step_over_complete_checkpoints_only(run):
     gone = {path.partition("/")[0] for path in before.keys() - after.keys()}
     assert gone == {"checkpoint-10", "checkpoint-20"}
     assert after.items() <= before.items()
+
+
+def test_row_38_rotation_leaves_a_checkpoint_in_which_somebody_has_put_a_file(run):
+    for step in (1, 2, 3):
+        save(run, step)
+    (run / "checkpoint-1" / "peft_adapters" / "notes.txt").touch()
+    (run / "checkpoint-2" / "empty").mkdir()
+    assert run_folder.rotate(run, 1) == [run / "checkpoint-2"]
+    assert (run / "checkpoint-1" / "peft_adapters" / "notes.txt").is_file()
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------

@@ -68,7 +68,12 @@ def training_files(folder: Path, step: int = 5) -> None:
     torch.save(optimizer.state_dict(), folder / formats.OPTIMIZER)
     torch.save({"last_epoch": step, "_last_lr": [0.1]}, folder / formats.SCHEDULER)
     torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
-    state = {"global_step": step, "max_steps": 10, "log_history": [{"loss": float("nan"), "step": step}]}
+    state = {
+        "global_step": step,
+        "train_batch_size": 4,
+        "max_steps": 10,
+        "log_history": [{"loss": float("nan"), "step": step}],
+    }
     state |= {
         "best_global_step": None,
         "stateful_callbacks": {"Saver": {"args": {}, "attributes": {"run": {"seed": 0}}}},

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 import train
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.errors import UsageError
-from dylora_moe.training import training_state
+from dylora_moe.training import checkpoint_callback
 from dylora_moe.training.run import load_data
 
 RANK = int(os.environ["RANK"])
@@ -94,7 +94,7 @@ def no_data(*args):
     return load_data(*args)
 
 
-rng_state = training_state.rng_state
+rng_state = checkpoint_callback.rng_state
 SPOILERS = {
     "stop": (train.PeftCheckpointCallback, "on_step_begin", stop_rank_1),
     "ctrl-c": (train.PeftCheckpointCallback, "on_step_begin", echoed_ctrl_c),
@@ -102,7 +102,7 @@ SPOILERS = {
     "count shards": (train.PeftCheckpointCallback, "on_step_begin", count_shards),
     "router drift": (train.PeftCheckpointCallback, "on_step_begin", router_drift),
     "NaN on rank 1": (train.PeftCheckpointCallback, "on_step_end", nan_on_rank_1),
-    "no generators on rank 1": (training_state, "rng_state", no_rng_state),
+    "no generators on rank 1": (checkpoint_callback, "rng_state", no_rng_state),
     "full disk": ("dylora_moe.checkpoint.write", "write_files", full_disk),
     "no data on rank 1": ("dylora_moe.training.run", "load_data", no_data),
 }

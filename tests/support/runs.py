@@ -13,8 +13,8 @@ from pathlib import Path
 
 import train
 from dylora_moe.base.preserve import seeded
+from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.store import run_folder
-from dylora_moe.training.demo import byte_tokenizer
 
 TEXT = "the router sends each token of a text to experts that know its kind and learns from what they make of it"
 

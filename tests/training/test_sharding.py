@@ -75,7 +75,6 @@ def test_every_setting_that_is_not_supported_is_named(launched):
         FSDP_FORWARD_PREFETCH="true",
         FSDP_ACTIVATION_CHECKPOINTING="true",
         FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD="true",
-        ACCELERATE_USE_PARALLELISM_CONFIG="true",
         FSDP_AUTO_WRAP_POLICY="NO_WRAP",
         FSDP_IGNORED_MODULES="lm_head",
         FSDP_RESHARD_AFTER_FORWARD="FULL_SHARD",
@@ -85,8 +84,8 @@ def test_every_setting_that_is_not_supported_is_named(launched):
     names = [line.split()[1].rstrip(":") for line in str(error.value).splitlines()[1:]]
     assert names == [
         "--fsdp_offload_params", "--fsdp_forward_prefetch", "--fsdp_activation_checkpointing",
-        "--fsdp_activation_checkpointing_offload", "--use_parallelism_config", "--fsdp_auto_wrap_policy",
-        "--fsdp_ignored_modules", "--fsdp_reshard_after_forward",
+        "--fsdp_activation_checkpointing_offload", "--fsdp_auto_wrap_policy", "--fsdp_ignored_modules",
+        "--fsdp_reshard_after_forward",
     ]  # fmt: skip
 
 
@@ -112,22 +111,18 @@ def test_one_process_trains_with_the_whole_base(launched, tmp_path, capsys):
 
 def test_accelerate_may_not_shard(launched, tmp_path):
     launched()
-    with pytest.raises(UsageError, match="Accelerate would shard the experts with the base"):
-        trainer(tmp_path / "run")
+    with pytest.raises(UsageError, match="Accelerate would shard or wrap the experts with the base"):
+        trainer(tmp_path / "run").train()
 
 
 @pytest.mark.parametrize("rows", [1, 4, 5, 7, 8])
-def test_every_rank_evaluates_as_many_batches_of_a_sharded_base(tmp_path, monkeypatch, rows):
+def test_every_rank_evaluates_as_many_batches(tmp_path, monkeypatch, rows):
     mine = trainer(tmp_path / "run", per_device_eval_batch_size=2)
     data = mine.eval_dataset["a"][:rows]
-
-    def labelled_rows(rank: int) -> list[int]:
-        monkeypatch.setattr("dylora_moe.training.ranks.world", lambda: (rank, 3))
-        return [int((batch["labels"] != -100).any(1).sum()) for batch in mine._own_batches(data)]
-
-    alone = [labelled_rows(rank) for rank in range(3)]
-    mine.mixture.sharded = True
-    together = [labelled_rows(rank) for rank in range(3)]
-    assert {len(batches) for batches in together} == {len(alone[0])}
-    assert [[n for n in batches if n] for batches in together] == alone
-    assert sum(map(sum, together)) == rows
+    labelled: list[list[int]] = []  # of each rank, the labelled rows of its batches
+    for rank in range(3):
+        monkeypatch.setattr("dylora_moe.training.ranks.world", lambda rank=rank: (rank, 3))
+        labelled.append([int((batch["labels"] != -100).any(1).sum()) for batch in mine._own_batches(data)])
+    own = [len(range(rank, rows, 3)) for rank in range(3)]
+    assert [sum(batches) for batches in labelled] == own
+    assert {len(batches) for batches in labelled} == {-(-own[0] // 2)}

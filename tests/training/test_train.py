@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import test_checkpoint_minimal
 import test_checkpoint_save_load
 import train
+from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base
 from dylora_moe.checkpoint import formats
+from dylora_moe.cli.main import main
 from dylora_moe.errors import UsageError
 from dylora_moe.store.lock import LOCK
 from dylora_moe.system.settings import spelled
@@ -76,8 +80,10 @@ def test_help_lists_the_flags(capsys):
         (["--lr-schedule", "zigzag"], "invalid choice: 'zigzag'"),
         (["--weights", "none"], "invalid choice: 'none'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
-        (["--exp", "3"], "unrecognized arguments: --exp 3"),
+        (["--exp", "3"], "unrecognized arguments: --exp (did you mean --experts?)"),
         (["--epochs", "2"], "--max-steps and --epochs contradict each other"),
+        (["--targets", ","], "--targets: expected names of linear layers, got none"),
+        (["--eval-data", "x", "--eval-fraction", "0.5"], "--eval-data and --eval-fraction contradict each other"),
         (["--top-k", "3"], "--top-k 3 and --experts 2 contradict each other"),
         (["--warmup", "2.5"], "--warmup 2.5: expected a whole number of steps, or a fraction below 1"),
         (["--early-stopping", "2"], "--early-stopping needs --eval-steps"),
@@ -125,6 +131,18 @@ def test_bad_data(tmp_path, capsys, name, content, text):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_token_that_the_base_does_not_know(tmp_path, capsys):
+    """As after a chat token was added to a tokenizer, and the embedding was not resized."""
+    shutil.copytree(material() / "base", tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    assert run(arguments(tmp_path / "run", "--model", str(tmp_path / "base"))) == 2
+    err = capsys.readouterr().err
+    assert "one.jsonl: the tokenizer makes 1 token(s), in 6 document(s), that the base model does not know" in err
+    assert "'<end>' (id 258)" in err and "resize_token_embeddings" in err and "Traceback" not in err
+
+
 @pytest.mark.parametrize(("flag", "text"), [("--output-dir", "--output-dir is needed"), ("--data", "--data is needed")])
 def test_what_is_needed(tmp_path, capsys, flag, text):
     words = arguments(tmp_path / "run")
@@ -168,6 +186,57 @@ def test_a_disk_that_is_full_at_the_first_save_leaves_nothing(tmp_path, capsys, 
     left = {path.name for path in tmp_path.glob("run/*")} - {LOCK}
     assert left == ({"notes.txt"} if there else set())
     assert (tmp_path / "run").exists() == there
+
+
+def test_what_a_run_did_not_make_is_never_removed(tmp_path, capsys, monkeypatch):
+    """Whatever the names of the files, and whenever they came there."""
+    run_dir = tmp_path / "run"
+    names = ("base", "code.jsonl", "tokenizer.json", ".base.partial")
+
+    def mistake(settings, device):
+        (run_dir / "base").mkdir()
+        for name in names[1:]:
+            (run_dir / name).write_text("mine")
+        raise UsageError("a mistake")
+
+    monkeypatch.setattr("dylora_moe.training.run.load_model", mistake)
+    assert run(arguments(run_dir)) == 2
+    assert {path.name for path in run_dir.iterdir()} == set(names)
+
+
+def test_a_tokenizer_of_the_user_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/tokenizer.json").write_text("mine")
+    assert run(arguments(tmp_path / "run", steps=2)) == 2
+    assert re.search(r"run holds already:\n.*tokenizer\.json: a file with another content", capsys.readouterr().err)
+    assert [path.read_text() for path in (tmp_path / "run").iterdir()] == ["mine"]
+
+
+def test_what_a_run_writes_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
+    """Beside the checkpoints, too: everything was renamed into place from a private folder, where it was flushed."""
+    published, flushed = set(), set()
+    rename, replace, fsync = os.rename, os.replace, os.fsync
+
+    def noted(call):
+        def renamed(source, target):
+            if tmp_path / "run" not in Path(target).parents:
+                return call(source, target)
+            inside = Path(source)
+            assert inside.name.startswith(".dylora-staging-") or inside.parent.name.startswith(".dylora-staging-")
+            files = [inside] if inside.is_file() else [path for path in inside.rglob("*") if path.is_file()]
+            assert {path.stat().st_ino for path in files} <= flushed, source
+            published.add(Path(target))
+            return call(source, target)
+
+        return renamed
+
+    monkeypatch.setattr(os, "rename", noted(rename))
+    monkeypatch.setattr(os, "replace", noted(replace))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (flushed.add(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    assert run(["--demo", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    found = {path for path in (tmp_path / "run").iterdir() if path.name != LOCK}
+    assert found == published
+    assert {"base", "code.jsonl", "tokenizer.json", "checkpoint-1"} <= {path.name for path in found}
 
 
 @pytest.mark.parametrize("code", ["EROFS", "EACCES"])
@@ -283,7 +352,10 @@ def test_folders_below_the_home_folder(tmp_path, monkeypatch):
         ("targets: {q_proj: 1}", "targets: expected a value, got {'q_proj': 1}"),
         ("max_steps: 2\nmax-steps: 3", "max_steps is there twice"),
         ("output_dir: ''", "--output-dir: expected a value, got an empty one"),
-        ("expertz: 2", "there is no setting 'expertz'"),
+        ("expertz: 2", "there is no setting 'expertz' (did you mean experts?)"),
+        ("lora: {r: 8}", "there is no setting 'lora'"),
+        ("data: [{a: b}]", "data: expected a value, got [{'a': 'b'}]"),
+        ("experts: " + "[" * 2000 + "]" * 2000, "is nested too deeply; expected one value for each setting"),
         ("- experts", "expected settings by name, found list"),
         ("experts: [", "is not valid YAML"),
         ("config: other.yaml", "there is no setting 'config'"),
@@ -298,6 +370,11 @@ def test_a_bad_settings_file(tmp_path, capsys, content, text):
     assert line.startswith("train.py: --config ") and text in line
     assert run(arguments(tmp_path / "run", "--config", str(tmp_path / "nothing.json"))) == 2
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"], ["q_proj, v_proj"]])
+def test_targets_with_and_without_commas(words):
+    assert parse(["--demo", "--targets", *words]).targets == ("q_proj", "v_proj")
 
 
 def test_the_demo_yields_to_flags_and_file(tmp_path):
@@ -355,11 +432,17 @@ def test_what_is_not_learned_is_said(tmp_path, capsys):
     first = words.index("--data") + 1
     rows = [{"prompt": f"{i} " * 90, "completion": "yes", "id": i} for i in range(30)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words[first], words[first + 2] = str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl")
+    chats = [
+        {"messages": [{"role": "user", "content": f"{i}", "name": "x"}, {"role": "assistant", "content": "yes" * 9}]}
+        for i in range(30)
+    ]
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    words[first], words[first + 2] = str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")
     words[words.index("--output-dir") + 1] = str(tmp_path / "other")
     assert run([word for word in words if word not in ("--dtype", "float16")]) == 0
     out = capsys.readouterr().out
     assert "data: a: columns that are not used: id\n" in out
+    assert "data: b: in its chats, nothing reads: name\n" in out
     assert re.search(
         r"data: a: [\d,]+ of [\d,]+ tokens lie in blocks without an answer, and are left out; a larger", out
     )
@@ -445,8 +528,9 @@ def test_what_a_run_says(tmp_path, capsys):
     assert run(arguments(tmp_path / "run", "--eval-steps", "6")) == 0
     out, err = capsys.readouterr()
     lines = out.splitlines()
-    assert lines[0] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
-    assert lines[1].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,160 parameters trained")
+    assert lines[0] == f"loading {material() / 'base'}"
+    assert lines[1] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
+    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,160 parameters trained")
     assert sum(line.startswith("data: ") for line in lines) == 2
     assert any(line.startswith("step  5/12  loss ") and "balance " in line and "usage " in line for line in lines)
     assert any(line.startswith("step  6/12  held out: one ") for line in lines)
@@ -466,7 +550,7 @@ def test_the_library_returns_how_the_run_ended_and_prints_the_progress_only(tmp_
     for found in result.held_out:
         assert found.before > 0 < found.after
         assert len(found.shares) == 2 and sum(found.shares) == pytest.approx(1)
-    assert said[0].startswith("base: ")
+    assert said[0].startswith("loading ")
     out, err = capsys.readouterr()
     assert [line for line in out.splitlines() if not line.startswith("step ")] == []
     assert err == ""
@@ -489,15 +573,33 @@ def test_the_scripts_pass_on_what_training_wrote(tmp_path, capsys):
         assert script.main(["--checkpoint", str(newest(tmp_path / "run"))]) == 0, capsys.readouterr()
 
 
-def test_the_command_to_go_on_with():
-    from dylora_moe.training.summary import resume_command
-
-    line = "python train.py --data 'a b=2' --output-dir x --resume"
-    for words in ([], ["--resume"], ["--resume=auto"], ["--resume", "x/checkpoint-4", "--resume_weights_only"]):
-        at = 2 if len(words) < 2 else 4
-        assert resume_command([*["--data", "a b=2", "--output-dir", "x"][:at], *words]) == (
-            line if at == 4 else "python train.py --data 'a b=2' --resume"
-        )
+def test_a_run_folder_with_its_base_in_it_can_be_moved(tmp_path, capsys):
+    """Validated, loaded, resumed and listed where it is now; the base model is named as the checkpoint sees it."""
+    shutil.copytree(material() / "base", tmp_path / "run" / "base")
+    words = arguments(tmp_path / "run", steps=4)
+    words[1] = str(tmp_path / "run" / "base")
+    assert run(words) == 0
+    moved = (tmp_path / "run").rename(tmp_path / "moved")
+    checkpoint = newest(moved)
+    assert json.loads((checkpoint / "config.json").read_text())["base_model"]["name"] == "../base"
+    adapter = json.loads((checkpoint / "peft_adapters/expert_0/expert_0/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == str(tmp_path / "run" / "base")  # stock PEFT knows no other form
+    for script in (test_checkpoint_minimal, test_checkpoint_save_load):
+        assert script.main(["--checkpoint", str(checkpoint)]) == 0, capsys.readouterr()
+    assert main(["verify", str(checkpoint)]) == main(["list", str(moved)]) == 0
+    assert DyLoRAMoE.from_checkpoint(checkpoint).base.config._name_or_path == str(moved / "base")
+    words = arguments(moved, "--resume", "--accept-changes", steps=8)
+    words[1] = str(moved / "base")
+    assert run(words) == 0
+    assert steps(moved) == [4, 8]
+    (moved / "base").rename(tmp_path / "base")
+    capsys.readouterr()
+    assert test_checkpoint_save_load.main(["--checkpoint", str(newest(moved))]) == 2
+    assert f"no file or folder '{moved / 'base'}'" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="say with base= where that model is now"):
+        DyLoRAMoE.from_checkpoint(newest(moved))
+    found = DyLoRAMoE.from_checkpoint(newest(moved), base=str(tmp_path / "base"))
+    assert found.base.config._name_or_path == str(tmp_path / "base")
 
 
 # ---- never a merged model ----

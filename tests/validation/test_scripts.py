@@ -6,6 +6,7 @@ import json
 import os
 import pkgutil
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +21,16 @@ from dylora_moe.base.find import find_base
 from dylora_moe.checkpoint.read import read_skills
 from dylora_moe.checkpoint.tensors import expert_tensors
 from dylora_moe.checkpoint.write import save_checkpoint
+from dylora_moe.errors import UsageError
+from dylora_moe.store.lock import writer_lock
+from dylora_moe.system import interrupts
 from dylora_moe.validation import subject, workspace
 from dylora_moe.validation.saved import fill_experts
 from train import PeftCheckpointCallback
 
 from ..support import scripts
+from ..support.hub_folders import in_hub_cache
+from ..support.saving import python
 from ..support.scripts import (
     EXPERT_0,
     EXPERT_1,
@@ -79,6 +85,15 @@ def test_quick(capsys):
         "✓ PASS: structure",
         "✓ ALL QUICK TESTS PASSED",
     ]
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), "False"), (("--dtype", "float32"), "True")])
+def test_the_files_of_a_checkpoint_are_checked_without_torch(saved, flags, expected):
+    """Importing torch takes longer than reading two gigabytes."""
+    argv = ["--checkpoint", str(saved), *flags]
+    code = f"import sys, test_checkpoint_minimal as t; print(t.main({argv!r}), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=scripts.ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"0 {expected}"
 
 
 def test_minimal(capsys, tiny):
@@ -385,6 +400,27 @@ def test_other_weights_than_the_checkpoint_was_trained_on(capsys, saved, tmp_pat
     assert "not checked under random weights" in outcome.out
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+def test_one_row_of_the_base_that_changed_in_place_is_seen(capsys, saved, tiny, tmp_path, name):
+    """Whether or not the logits of the probe show it."""
+    shutil.copytree(tiny, tmp_path / "base")
+    edit_tensors(tmp_path / "base" / "model.safetensors", lambda tensors: tensors[name][1].mul_(-3))
+    outcome = run(full, capsys, "--checkpoint", saved, "--model", tmp_path / "base")
+    assert outcome.failed() == ["consistency"]
+    assert "✗ probe: was computed with other base weights" in outcome.out
+
+
+def test_a_base_whose_config_changed_in_place_is_refused(capsys, tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "base")
+    assert run(full, capsys, "--model", tmp_path / "base", "--output-dir", tmp_path / "out").code == 0
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 50
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    outcome = run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint")
+    assert outcome.code == 2
+    assert "(rope_parameters.rope_theta: 10000.0 there, 500000.0 here): restore it" in outcome.err
+
+
 def test_experts_of_little_effect_are_seen(capsys, tiny, tmp_path):
     """As after the first steps of a run: spoiling them changes less than the tolerance, but more than loading."""
     model = DyLoRAMoE.from_base(str(tiny), 2)
@@ -472,6 +508,10 @@ def test_a_base_model_that_is_no_longer_there_is_not_looked_for_elsewhere(capsys
     outcome = run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint")
     assert outcome.code == 2
     assert f"There is no file or folder '{base}'" in outcome.err
+    assert "say with --model where that model is now" in outcome.err
+    assert (
+        run(full, capsys, "--checkpoint", tmp_path / "out" / "checkpoint", "--model", tmp_path / "elsewhere").code == 0
+    )
     assert run(minimal, capsys, "--checkpoint", tmp_path / "out" / "checkpoint").code == 0  # which needs none
 
 
@@ -788,3 +828,36 @@ def test_what_an_impatient_user_left_is_removed_at_exit(temporary, monkeypatch):
     workspace._remove_what_is_left()
     assert not folder.exists()
     workspace._temporary.clear()
+
+
+def test_an_early_signal_leaves_the_lock_of_another_process(tmp_path, monkeypatch):
+    """It takes the lock while this one is about to look at the folder."""
+    holders = []
+
+    def overtaken(folder):
+        holders.append(python("with writer_lock(sys.argv[1]): print('holding', flush=True); sys.stdin.read()", folder))
+        assert holders[0].stdout.readline() == "holding\n"
+        raise interrupts.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr("dylora_moe.store.run_folder.make_run_dir", overtaken)
+    with pytest.raises(interrupts.Interrupted), workspace.output_folder(tmp_path):
+        pytest.fail("must not be entered")
+    with pytest.raises(UsageError, match=rf"another process .*\(process {holders[0].pid} on"), writer_lock(tmp_path):
+        pytest.fail("a second writer got in")
+    holders[0].communicate()
+
+
+# ---- a checkpoint that came through the Hub ----
+
+
+@pytest.mark.parametrize("through", ["a download", "the cache"])
+def test_a_checkpoint_that_came_through_the_hub(capsys, saved, tmp_path, through):
+    folder = copy_of(saved, tmp_path)
+    (folder / "README.md").write_text("of the Hub")
+    if through == "the cache":
+        folder = in_hub_cache(folder, tmp_path / "cache")
+    outcome = run(full, capsys, "--checkpoint", folder)
+    assert outcome.verdicts() == FULL_LINES[1:], outcome.out
+    assert "beside the checkpoint's files, not read: README.md" in outcome.out
+    total = outcome.lines[-1]
+    assert run(minimal, capsys, "--checkpoint", saved).lines[-1] == total  # of the content, not of the links
