@@ -14,11 +14,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from dylora_moe.distributed import ranks
 from dylora_moe.errors import CheckpointError, UsageError, shown
 from dylora_moe.system import command_line
 from dylora_moe.system.command_line import PASSED, run
 from dylora_moe.system.interrupts import Interrupted, handled
-from dylora_moe.training import ranks
 from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
 from dylora_moe.training.settings import parse
 

@@ -22,6 +22,8 @@ LEVELS = (
     {"skills"},
     {"checkpoint"},
     {"api"},
+    {"distributed", "reporting"},
+    {"stages"},
     {"training", "growth", "sharing", "serving"},
     {"validation"},
     {"cli"},

@@ -29,9 +29,10 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from ..errors import UsageError, counted
-from .documents import Document, Documents, check_vocabulary, read_documents
+from .documents import Document, Documents, check_vocabulary
 from .packing import COLUMNS, PADDED_COLUMNS, Packed, as_dataset, pack
-from .sources import DataSpec, read_rows
+from .sources import DataSpec
+from .texts import Divide, Text, divided, read_text
 
 EVAL_FRACTION = 0.05
 HELD_OUT_BLOCKS = 64  # the most per data set
@@ -69,7 +70,8 @@ class SourceStats:
 class TokenBlocks:
     """Training blocks, and the held-out blocks of each data set or those of the evaluation data.
 
-    Each row has `input_ids`, `labels` and `position_ids`, lists of `block_size` integers. A label is at the position of
+    Each row has `input_ids`, `labels` and `position_ids`, lists of `block_size` integers; training rows have `source`,
+    the index of their data set, as well. A label is at the position of
     its own token, because the model shifts them. It is -100 where nothing is learned: in prompts, in padding, and at
     the first token of each piece. Blocks that are not packed have an `attention_mask` instead of `position_ids`.
     """
@@ -105,6 +107,7 @@ def load_blocks(
     packed: bool = True,
     vocabulary: int | None = None,
     token: str | None = None,
+    divide: Divide | None = None,
 ) -> TokenBlocks:
     """Read, split, pack and mix data sets. The same arguments and files give the same blocks.
 
@@ -119,16 +122,20 @@ def load_blocks(
         packed: whether documents share a block. A model that lets them see each other needs `packed=False`.
         vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
+        divide: divides data sets into several by their documents. The parts of `name` are `name-1`, `name-2`, ...
 
     Raises:
         UsageError: if an argument, a source or its content is unusable.
     """
     _check_arguments(specs, block_size, seed, eval_fraction, max_eval_blocks)
-    names, eval_names = (_unique_names([spec.name for spec in some]) for some in (specs, eval_specs))
     fraction = 0.0 if eval_specs else eval_fraction
     most = max_eval_blocks or (None if eval_specs else HELD_OUT_BLOCKS)
     most_tokens = math.inf if most is None else most * block_size
-    splits = [_read_split(spec, tokenizer, token, seed, fraction, most_tokens) for spec in specs]
+    texts = [read_text(spec, tokenizer, token) for spec in specs]
+    if divide is not None:
+        texts = divided(texts, divide)
+    splits = [_split(text, seed, fraction, most_tokens) for text in texts]
+    names, eval_names = (_unique_names(some) for some in ([t.name for t in texts], [s.name for s in eval_specs]))
     tests = [_read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
     if vocabulary is not None:
         for split in [*splits, *tests]:
@@ -137,7 +144,7 @@ def load_blocks(
     layout = _Layout(block_size, _padding(tokenizer, vocabulary), packed)
     parts = [_pack_split(split, held_out, layout, most) for split in splits]
     train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
-    mixed, drawn = _mix(train, [spec.weight for spec in specs], seed, mixing)
+    mixed, drawn = _mix(train, [text.spec.weight for text in texts], seed, mixing)
     evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
     examples = evaluation
     if eval_specs:
@@ -226,13 +233,10 @@ class _Split:
     by_tokens: bool  # whether the last tokens of a single document are held out
 
 
-def _read_split(
-    spec: DataSpec, tokenizer: Any, token: str | None, seed: int, fraction: float, max_tokens: float
-) -> _Split:
-    rows = read_rows(spec.source, token)
-    read = read_documents(rows.dataset, tokenizer, spec.source)
+def _split(text: Text, seed: int, fraction: float, max_tokens: float) -> _Split:
+    spec, read = text.spec, text.read
     if not fraction:
-        return _Split(spec, read, rows.skipped_files, read.items, [], held_out=set(), by_tokens=False)
+        return _Split(spec, read, text.skipped_files, read.items, [], held_out=set(), by_tokens=False)
     by_key = {document.key: document for document in read.items}
     by_tokens = len(by_key) == 1
     if by_tokens:
@@ -242,7 +246,7 @@ def _read_split(
     return _Split(
         spec=spec,
         read=read,
-        skipped_files=rows.skipped_files,
+        skipped_files=text.skipped_files,
         train=train,
         evaluation=evaluation,
         # Of a document split by tokens the whole text, on which no other data set may train either.
@@ -253,12 +257,12 @@ def _read_split(
 
 def _read_evaluation(spec: DataSpec, tokenizer: Any, token: str | None, seed: int, max_tokens: float) -> _Split:
     """Read evaluation data. No data set trains on a document of it, not even on one that `max_tokens` leaves out."""
-    rows = read_rows(spec.source, token)
-    read = read_documents(rows.dataset, tokenizer, spec.source)
+    text = read_text(spec, tokenizer, token)
+    read = text.read
     by_key = {document.key: document for document in read.items}
     chosen = [by_key[key] for key in _drawn(by_key, seed, len(by_key), max_tokens)]
     held_out = {document.text_key for document in read.items}
-    return _Split(spec, read, rows.skipped_files, [], chosen, held_out, by_tokens=False)
+    return _Split(spec, read, text.skipped_files, [], chosen, held_out, by_tokens=False)
 
 
 def _split_documents(
@@ -392,4 +396,4 @@ def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> 
         random.Random(seed).shuffle(order)
         mixed = mixed.select(order)
     drawn = np.bincount(np.asarray(mixed["source"]), minlength=len(parts)).tolist()
-    return mixed.remove_columns("source"), drawn
+    return mixed, drawn

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -183,8 +183,9 @@ class ExpertStates:
         for index in experts:
             self._mature[index] = index not in new
 
-    def mark_immature(self) -> None:
-        self._mature = [False] * len(self)
+    def mark_immature(self, experts: Iterable[int]) -> None:
+        for index in experts:
+            self._mature[index] = False
 
     def participants(self, unchanged: Unchanged | None, training: bool) -> Participants:
         """Return which experts take part in a forward pass; `unchanged` is what the watch has returned."""

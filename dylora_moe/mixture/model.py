@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -101,6 +101,8 @@ class Mixture(nn.Module):
     # ---- its parts ----
 
     base_revision: str | None = None
+    _trained: frozenset[int] = frozenset()  # the experts that are trained
+    _trains_router = True
     sharded = False  # by sharding.shard: a forward pass then needs every rank
 
     @property
@@ -175,8 +177,9 @@ class Mixture(nn.Module):
         cast(Any, self.peft_model.base_model).set_adapter([*active, expert_name(self.num_experts - 1)])
         for name, parameter in self.base.named_parameters():  # in layers that are wrapped now, those of the base, too
             parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None and trainable.get(name, True))
+        self._trained |= {self.num_experts - 1}
         if self.num_experts == 2:
-            self.router.requires_grad_(True)
+            self.router.requires_grad_(self._trains_router)
         if self._usage is not None:
             self.reset_usage()
         self.train(self.training)  # the new modules, too
@@ -188,10 +191,23 @@ class Mixture(nn.Module):
         PEFT's `set_adapter`, `load_adapter` and `disable_adapter` freeze experts: call this before building an
         optimizer.
         """
+        self.train_only(range(self.num_experts), router=True)
+
+    def train_only(self, experts: Iterable[int], *, router: bool = False) -> None:
+        """Make these experts trainable, and the router as well if there are several experts; all else is frozen.
+
+        Raises:
+            UsageError: if there is no such expert.
+        """
+        experts = list(experts)
+        for expert in experts:
+            check_expert(expert, self.num_experts)
+        self._trained, self._trains_router = frozenset(experts), router
         cast(Any, self.peft_model.base_model).set_adapter([expert_name(i) for i in range(self.num_experts)])
-        for name, parameter in self.base.named_parameters():
-            parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None)
-        self.router.requires_grad_(self.num_experts > 1)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for parameter in self.trained_parameters().values():
+            parameter.requires_grad_(True)
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Refuse an optimizer that would not train every expert and the router, and nothing else.
@@ -202,11 +218,16 @@ class Mixture(nn.Module):
         check_optimizer(optimizer, self.trained_parameters(), self)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters to train by name: those of all experts, and of the router if there are several."""
+        """Return the parameters to train by name, of experts and router, as `train_only` has chosen them.
+
+        At first these are all, but for the router of a single expert.
+        """
+        names = {expert_name(i) for i in self._trained}
+        router = self._trains_router and self.num_experts > 1
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if EXPERT_PARAMETER.search(name) or (name.startswith(ROUTER) and self.num_experts > 1)
+            if ((found := EXPERT_PARAMETER.search(name)) and found[1] in names) or (router and name.startswith(ROUTER))
         }
 
     @property
@@ -219,12 +240,12 @@ class Mixture(nn.Module):
         self._states.set(states)
 
     def mark_mature(self, experts: Sequence[int] | None = None) -> None:
-        """Mark experts (all by default) as mature, once the run that trained them has finished."""
-        self._states.mark_mature(range(self.num_experts) if experts is None else experts)
+        """Mark experts (by default those that are trained) as mature, once the run has finished."""
+        self._states.mark_mature(sorted(self._trained) if experts is None else experts)
 
     def mark_immature(self) -> None:
-        """Mark all experts as immature, when a run that trains them begins."""
-        self._states.mark_immature()
+        """Mark the experts that are trained as immature, when a run begins."""
+        self._states.mark_immature(self._trained)
 
     def train(self, mode: bool = True) -> Mixture:
         self._forget()

@@ -63,7 +63,7 @@ def build_parser(
 
 def spelled(name: str) -> str:
     """Return the flag of a field."""
-    return "--" + name.replace("_", "-")
+    return "--" + name.rstrip("_").replace("_", "-")  # "from" is no name of a field, "from_" is
 
 
 def given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -86,6 +86,7 @@ def read_config(settings: type, parser: Parser, path: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in _load(path).items():
         name = str(key).replace("-", "_")
+        name = f"{name}_" if f"{name}_" in known else name
         if name not in known:
             hint = did_you_mean(name, known)
             raise UsageError(f"--config {path}: there is no setting {key!r}{hint}; see {parser.prog} --help")

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainingArguments
 
 from ..base.load import resolve_device
+from ..distributed.sharding import is_set
 from ..errors import UsageError, listed
 from .settings import TrainSettings
-from .sharding import is_set
 
 if TYPE_CHECKING:
     from transformers import Trainer  # the callback does not need it
@@ -62,7 +62,7 @@ WITH_EVERY_TRAINER: Refused = {
     "fp16_full_eval": (_is_empty, f"it would round the experts; {HALF}"),
     "fsdp": (
         _is_empty,
-        f"Accelerate {SHARDS}, and shard the mixture before, with dylora_moe.training.sharding.shard",
+        f"Accelerate {SHARDS}, and shard the mixture before, with dylora_moe.distributed.sharding.shard",
     ),
     "label_smoothing_factor": (
         _is_empty,
@@ -149,7 +149,7 @@ ENVIRONMENT: Refused = {
     "ACCELERATE_USE_DEEPSPEED": (lambda _: not is_set("ACCELERATE_USE_DEEPSPEED"), f"DeepSpeed {SHARDS}"),
     "ACCELERATE_USE_FSDP": (
         lambda _: not is_set("ACCELERATE_USE_FSDP"),
-        f"Accelerate {SHARDS}, and shard the mixture before, with dylora_moe.training.sharding.shard",
+        f"Accelerate {SHARDS}, and shard the mixture before, with dylora_moe.distributed.sharding.shard",
     ),
     "ACCELERATE_USE_MEGATRON_LM": (lambda _: not is_set("ACCELERATE_USE_MEGATRON_LM"), f"Megatron-LM {SHARDS}"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
@@ -252,7 +252,8 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
         logging_steps=settings.logging_steps, logging_first_step=True, logging_nan_inf_filter=False,
         report_to=settings.report_to, disable_tqdm=not sys.stderr.isatty(), log_level="error",
         use_cpu=on_cpu, dataloader_pin_memory=not on_cpu,
-        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None, ddp_find_unused_parameters=False,
+        ddp_backend="gloo" if on_cpu and "WORLD_SIZE" in os.environ else None, 
+        ddp_find_unused_parameters=settings.route == "specialised",  # a block trains one expert of several
     )  # fmt: skip
     if arguments.n_gpu > 1:  # one process uses one GPU: no DataParallel
         arguments._n_gpu = 1

@@ -31,7 +31,8 @@ class BlockCollator:
     Positions that begin anew with each document keep the documents of a block apart, where the cache is off and there
     is no attention mask. The Trainer must not remove them: it needs `remove_unused_columns=False`.
 
-    Rows of one document each have an `attention_mask` instead, and are cut to the longest document of the batch.
+    Rows of one document each have an `attention_mask` instead, and are cut to the longest document of the batch. Rows
+    that say which `expert` they train (`PlannedBlocks`) keep that.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -46,6 +47,9 @@ class BlockCollator:
         if names is PADDED_COLUMNS:
             longest = int(batch["attention_mask"].sum(-1).max())
             batch = {name: values[:, :longest] for name, values in batch.items()}
+        if "expert" in rows[0]:
+            experts = tuple(row["expert"] for row in rows)
+            batch["expert"] = experts[0] if len(set(experts)) == 1 else experts
         batch["use_cache"] = False
         return batch
 

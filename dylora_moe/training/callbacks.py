@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from ..distributed import ranks
 from ..errors import printable
 from ..system.command_line import say
 from ..system.interrupts import Interrupted
-from . import ranks
 
 # Within this time, a second Ctrl-C of several processes is the first one, which torchrun hands on to its workers.
 ECHO_SECONDS = 3.0

@@ -15,11 +15,12 @@ from transformers.trainer_callback import ExportableState
 from ..base.preserve import rng_state
 from ..checkpoint.probe import probe_outputs
 from ..checkpoint.write import save_checkpoint
+from ..distributed import ranks
 from ..errors import UsageError, listed
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
 from ..store import run_folder
-from . import ranks, training_state
+from . import training_state
 from .arguments import check_arguments
 from .resume import ARGUMENTS, STOCK_TRAINER, check_unused
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,10 +13,11 @@ from ..checkpoint import formats
 from ..checkpoint.verify import SoundCheckpoint, checkpoint_folder, open_checkpoint
 from ..checkpoint.write import describe_mixture
 from ..constants import IMMATURE, MATURE
+from ..distributed import ranks
 from ..errors import CheckpointError, UsageError, listed
 from ..mixture.model import Mixture
 from ..store import run_folder
-from . import ranks, training_state
+from . import training_state
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -23,8 +25,8 @@ if TYPE_CHECKING:
 
 # These may differ between a run and its resumption: they change what is shown and kept, not what is learned.
 FREE_SETTINGS = (
-    "accept_changes", "config", "demo", "device", "eval_steps", "gradient_checkpointing", "hf_token", "logging_steps",
-    "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
+    "accept_changes", "config", "demo", "device", "eval_steps", "from_", "gradient_checkpointing", "hf_token",
+    "logging_steps", "output_dir", "report_to", "resume", "resume_weights_only", "save_steps", "save_total_limit",
 )  # fmt: skip
 # These a checkpoint fixes, besides the number of experts: the key of each in the entry of an expert in config.json.
 FIXED_BY_CHECKPOINT = {"lora_r": "r", "lora_alpha": "lora_alpha", "targets": "target_modules"}
@@ -42,7 +44,8 @@ class Start:
 
     folder: Path | None = None  # the checkpoint to go on from; None for fresh experts
     weights_only: bool = False  # whether only experts, router and skill library are taken from it
-    step: int = 0  # with weights_only, the step to go on at
+    step: int = 0  # with weights_only or grows, the step to go on at
+    grows: bool = False  # whether the mixture of the checkpoint is to grow, rather than its run to go on
     lines: list[str] = field(default_factory=list)  # what to tell the user about the choice
 
 
@@ -77,6 +80,36 @@ def choose(run_dir: Path, resume: str | None, weights_only: bool, words: Words =
     return _named(run_dir, Path(resume), weights_only, words)
 
 
+def choose_growth(run_dir: Path, named: str | None, resume: str | None, data: Sequence[str]) -> Start:
+    """Return the checkpoint whose mixture is to grow, or with `resume` the one whose growth goes on.
+
+    Args:
+        named: The path of a checkpoint, which grows in another run folder; None for the newest one of this folder.
+        resume: See `choose`.
+        data: The data sets, which tell whether the newest checkpoint has grown with them already.
+
+    Raises:
+        UsageError: If there is none, or the run folder holds checkpoints that do not go together with the choice.
+    """
+    if resume is not None and (run_folder.checkpoints(run_dir) or named is None):
+        start = choose(run_dir, resume, False)
+        if start.folder is None:
+            raise UsageError(f"--grow: there is no checkpoint in {run_dir} to go on from")
+        there = training_state.run_settings(training_state.read_trainer_state(start.folder))
+        if there.get("grow") and there.get("data") == list(data):
+            return start
+        return replace(start, step=_step(start.folder) or 0, grows=True)
+    if named is not None:
+        return replace(_named(run_dir, Path(named), False, FLAGS._replace(named="--from ")), grows=True)
+    newest = run_folder.latest(run_dir)
+    if newest is None:
+        raise UsageError(
+            f"--grow: there is no complete checkpoint in {run_dir}; train there first, or name one with --from "
+            "CHECKPOINT"
+        )
+    return Start(newest.path, step=newest.step, grows=True)
+
+
 def check_unused(run_dir: Path, step: int = 0, words: Words = ARGUMENTS) -> None:
     """Check that a run which begins at a step meets no checkpoint of another run in its folder.
 
@@ -99,7 +132,7 @@ def _newest(run_dir: Path, weights_only: bool) -> Start:
     complete, broken = run_folder.checkpoints(run_dir), run_folder.incomplete(run_dir)
     if complete:
         lines = [f"passed over {path}: {reason}" for path, reason in broken]
-        return Start(complete[-1].path, weights_only, complete[-1].step if weights_only else 0, lines)
+        return Start(complete[-1].path, weights_only, complete[-1].step if weights_only else 0, lines=lines)
     if broken:
         lines = [f"{path.name}: {reason}" for path, reason in broken]
         raise UsageError(
@@ -172,7 +205,7 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> dict[str, str]:
         there = there | {"base_weights": here.get("base_weights")}
     for name in sorted(set(there) | set(here)):
         content = BY_CONTENT.get(name, name)
-        if there.get(name) == here.get(name) or there.get(content) == here.get(content):
+        if name == "stage" or there.get(name) == here.get(name) or there.get(content) == here.get(content):
             continue
         if name == "held_out":
             if _contents(there.get(name)) != _contents(here.get(name)):  # the data sets may have been renamed

@@ -8,36 +8,30 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from ..base.find import find_base
-from ..base.load import load_base, load_tokenizer
-from ..base.preserve import seeded
 from ..base.tiny import write_tiny_base
-from ..checkpoint.read import load_into, read_skills
-from ..data.blocks import TokenBlocks, load_blocks
 from ..data.python_texts import python_help, python_sources
-from ..data.sources import DataSpec
+from ..distributed import ranks, sharding
 from ..errors import UsageError
-from ..mixture.config import MoELoraConfig, RouterConfig
-from ..mixture.model import Mixture
-from ..skills.library import NAME_BYTES, SkillLibrary
-from ..skills.novelty import NoveltyDetector
+from ..stages.plan import Plan, PlannedBlocks
+from ..stages.setup import stage_lines, trained_blocks
 from ..store import run_folder
 from ..store.claim import Claim
 from ..store.claim import claimed as claimed_by_one
 from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
-from ..system import interrupts, machine
-from . import ranks, sharding, training_state
+from ..system import interrupts
+from . import training_state
 from .arguments import training_arguments
-from .batches import BlockCollator, known_tokens, why_not_packed
+from .batches import BlockCollator
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
-from .resume import Start, check, choose, compared_settings
+from .prepare import Prepared, prepare, run_steps
+from .resume import Start, choose, choose_growth
 from .settings import TrainSettings
 from .summary import RunResult, check_results, describe_run, held_out_results, resuming_line, save_results
 from .trainer import MoETrainer
@@ -59,46 +53,50 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
         settings = resuming_after_restart(settings, say)
         run_dir = Path(settings.output_dir)
         with claimed(run_dir) as claim:
-            start = ranks.on_first(lambda: choose(run_dir, settings.resume, settings.resume_weights_only))
+            start = ranks.on_first(lambda: _choose(run_dir, settings))
             ranks.on_first(lambda: check_results(run_dir))
             for line in start.lines:
                 say(line)
             if settings.demo:
                 ranks.on_first(lambda: claim.made.extend(write_demo(settings)))
                 settings = with_demo(settings)
-            say(f"loading {settings.base_model}")
-            with ranks.together():
-                # A base that is to be sharded is read into the memory of the CPU first.
-                model, tokenizer = load_model(settings, torch.device("cpu") if how else arguments.device)
-                blocks = load_data(settings, model, tokenizer)
-            for line in [*model.notes, *describe_run(model, blocks)]:
+            say(f"loading {settings.model or start.folder if settings.grow else settings.base_model}")
+            # A base that is to be sharded is read into the memory of the CPU first.
+            run = prepare(settings, start, torch.device("cpu") if how else arguments.device)
+            names = [source.name for source in run.blocks.sources]
+            for line in [*run.model.notes, *describe_run(run.model, run.blocks), *stage_lines(run.stage, names)]:
                 say(line)
-            compared = compared_settings(settings, model, blocks)
-            skills, ended = take_over(start, compared, model, settings.accept_changes)
+            if not run.stage.trained:
+                return RunResult(start.step, start.folder, nothing_new=True)
             if how is not None:
-                say(sharding.shard(model, arguments.device, how))
-            add_skills(skills, model, blocks)
+                say(sharding.shard(run.model, arguments.device, how))
             early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
             stop = StopSignals(warn, early)
-            saver = PeftCheckpointCallback(skills, compared, interrupted=stop.ended_early)
-            arguments.eval_on_start = not start.folder or start.weights_only  # the loss that the experts start from
-            trainer = make_trainer(model, arguments, blocks, [early, saver, stop], start.step)
-            if start.folder and ended:
+            saver = PeftCheckpointCallback(run.skills, run.compared, interrupted=stop.ended_early)
+            arguments.eval_on_start = not run.resumes  # the loss that the experts start from
+            trainer = make_trainer(settings, arguments, run, [early, saver, stop])
+            if run.ended and start.folder:
                 state = training_state.read_trainer_state(start.folder)
                 trainer.state.global_step = state["global_step"]
                 trainer.state.log_history = state.get("log_history") or []
             else:
-                for line in ranks.on_first(lambda: save_tokenizer(tokenizer, run_dir, start, claim)):
+                for line in ranks.on_first(lambda: save_tokenizer(run.tokenizer, run_dir, start, claim)):
                     say(line)
                 if start.folder:
                     say(resuming_line(start))
-                train(trainer, start, stop, claim)
+                train(trainer, str(start.folder) if run.resumes else None, stop, claim)
             newest = run_folder.latest(run_dir)
             saved = newest.path if newest else start.folder
             held_out = [] if stop.received else held_out_results(trainer)
-            result = RunResult(trainer.state.global_step, saved, stop.received, ended, held_out)
-            ranks.on_first(lambda: save_results(run_dir, result, model, blocks))
+            result = RunResult(trainer.state.global_step, saved, stop.received, run.ended, held_out=held_out)
+            ranks.on_first(lambda: save_results(run_dir, result, run.model, run.blocks))
             return result
+
+
+def _choose(run_dir: Path, settings: TrainSettings) -> Start:
+    if settings.grow:
+        return choose_growth(run_dir, settings.from_, settings.resume, settings.data)
+    return choose(run_dir, settings.resume, settings.resume_weights_only)
 
 
 # ---- a restart ----
@@ -193,119 +191,36 @@ def write_demo(settings: TrainSettings) -> list[Made]:
     return publish_written(run_dir, write)
 
 
-# ---- what is trained, on what ----
-
-
-def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, PreTrainedTokenizerBase]:
-    """Return the mixture with fresh experts, and the tokenizer of its base model."""
-    source, weights = find_base(settings.base_model, weights=settings.weights, token=settings.hf_token)
-    tokenizer = load_tokenizer(source, token=settings.hf_token)
-    base = load_base(source, weights, dtype=settings.dtype, device=str(device), seed=settings.seed)
-    targets = None if settings.targets is None else list(settings.targets)
-    lora = MoELoraConfig(
-        r=settings.lora_r,
-        lora_alpha=cast(int, settings.lora_alpha),  # PEFT computes with a float as well
-        lora_dropout=settings.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
-    router = RouterConfig(settings.temperature, settings.top_k, settings.balance_coefficient)
-    with seeded(settings.seed):
-        model = Mixture(base, settings.experts, lora=lora, router=router, label_smoothing=settings.label_smoothing)
-    model.base_revision = source.revision
-    if source.note:
-        model.notes.append(source.note)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
-    counts = model.parameter_counts()
-    # Each parameter has its value and two moments, in float32.
-    machine.need_disk(12 * (counts["experts"] + counts["router"]), settings.output_dir, "one checkpoint")
-    return model, tokenizer
-
-
-def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedTokenizerBase) -> TokenBlocks:
-    """Return the token blocks of --data. If they are not packed, the model gets a note that says why.
-
-    Raises:
-        UsageError: If the data cannot be read, or the model does not take it.
-    """
-    most = getattr(model.base.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and settings.block_size > most:
-        raise UsageError(
-            f"--block-size {settings.block_size}: the base model has {most} positions; use at most that many"
-        )
-    why_not = why_not_packed(model.base)
-    blocks = load_blocks(
-        [DataSpec.parse(text) for text in settings.data],
-        tokenizer,
-        block_size=settings.block_size,
-        seed=settings.seed,
-        packed=why_not is None,
-        vocabulary=known_tokens(model.base),
-        mixing=settings.mixing,
-        eval_specs=[DataSpec.parse(text) for text in settings.eval_data],
-        eval_fraction=settings.eval_fraction,
-        max_eval_blocks=settings.eval_blocks,
-        token=settings.hf_token,
-    )
-    if why_not is not None:
-        model.notes.append(
-            f"{why_not}: each document has a block of its own, and {100 * blocks.padding_share:.0f} % of the blocks is "
-            "padding"
-        )
-    return blocks
-
-
-def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> None:
-    """Add a skill for each data set that has none yet: where the base model embeds its text."""
-    for name, rows in blocks.examples.items():
-        short = name.encode()[:NAME_BYTES].decode(errors="ignore")
-        if short not in skills.names:
-            some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
-            embedding = NoveltyDetector.embed(model, some["input_ids"].to(model.device), some.get("attention_mask"))
-            skills.add(short, embedding)
-
-
 # ---- training ----
 
 
 def make_trainer(
-    model: Mixture,
+    settings: TrainSettings,
     arguments: TrainingArguments,
-    blocks: TokenBlocks,
+    run: Prepared,
     callbacks: Sequence[TrainerCallback | None],
-    start_step: int,
 ) -> MoETrainer:
+    train: Any = run.blocks.train
+    if settings.route == "specialised":
+        train, experts = trained_blocks(run.blocks, run.stage)
+        last_step = run_steps(settings, len(train)) + (run.stage.first_step if run.stage.grows else 0)
+        plan = Plan(run.stage.first_step, run.stage.branch_step, last_step, experts)
+        micro_batches = settings.grad_accum * ranks.world()[1]
+        train = PlannedBlocks(train, plan, settings.batch_size, micro_batches, settings.seed)
+        arguments.max_steps = last_step
     return MoETrainer(
-        model=model,
+        model=run.model,
         args=arguments,
-        train_dataset=blocks.train,
-        eval_dataset=blocks.evaluation,
+        train_dataset=train,
+        eval_dataset=run.blocks.evaluation,
         data_collator=BlockCollator(),
         callbacks=[callback for callback in callbacks if callback is not None],
-        start_step=start_step,
+        start_step=0 if run.resumes else run.stage.first_step,
     )
 
 
-def take_over(
-    start: Start, compared: dict[str, Any], model: Mixture, accept_changes: bool
-) -> tuple[SkillLibrary, bool]:
-    """Check the checkpoint to go on from, and read from it what the Trainer does not read.
-
-    Returns:
-        Its skill library, and whether the run that wrote it came to its end, so that nothing is left to train.
-    """
-    with ranks.together():
-        if start.folder is None:
-            return SkillLibrary(), False
-        checkpoint, ended = check(start.folder, compared, model, start.weights_only, accept_changes=accept_changes)
-        if start.weights_only or ended:
-            load_into(checkpoint, model)
-        return read_skills(checkpoint), ended
-
-
-def train(trainer: MoETrainer, start: Start, stop: StopSignals, claim: Claim) -> None:
+def train(trainer: MoETrainer, resumed: str | None, stop: StopSignals, claim: Claim) -> None:
     """Train, and keep the run folder from then on if there is a checkpoint in it."""
-    resumed = None if start.folder is None or start.weights_only else str(start.folder)
     interrupts.check()  # a library may have swallowed a signal while it was reading
     try:
         with stop:

@@ -12,15 +12,21 @@ from ..base.find import DEFAULT_MODEL
 from ..constants import MAX_EXPERTS, MAX_SEED
 from ..errors import UsageError
 from ..system.command_line import number, path
-from ..system.settings import build_parser, flag, given, read_config
+from ..system.settings import build_parser, flag, given, read_config, spelled
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 MIXINGS = ("equal", "proportional")
+ROUTES = ("specialised", "joint")
 REPORTS = ("none", "tensorboard", "wandb", "trackio")
 DEMO = {  # the settings of --demo, over which a --config file and flags win
     "experts": 2, "lora_r": 8, "lora_alpha": 16, "targets": ("all-linear",), "block_size": 128, "batch_size": 8,
     "max_steps": 60, "save_steps": 30, "learning_rate": 1e-2, "device": "cpu", "output_dir": "runs/demo",
 }  # fmt: skip
+# What a checkpoint has fixed for the mixture that grows from it.
+FIXED_IN_GROWTH = (
+    "experts", "lora_r", "lora_alpha", "lora_dropout", "targets", "top_k", "temperature", "balance_coefficient",
+    "route", "demo",
+)  # fmt: skip
 RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # whoever sets the one discards a weaker setting of the other
 
 
@@ -45,7 +51,12 @@ class TrainSettings:
         None, "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)"
     )
     device: str = flag("auto", "auto, cpu, cuda or mps (default: auto)")
-    experts: int = flag(2, "number of experts (default: 2)", type=number(int, 1, MAX_EXPERTS))
+    experts: int | None = flag(
+        None,
+        "number of experts (default: one for each data set; with --route joint 2); if there are more experts than data "
+        "sets, the documents are clustered",
+        type=number(int, 1, MAX_EXPERTS),
+    )
     lora_r: int = flag(16, "rank of each expert (default: 16)", type=number(int, 1))
     lora_alpha: float = flag(32, "each expert is scaled by alpha / r (default: 32)", type=number(float, above=0))
     lora_dropout: float = flag(0.05, "dropout of the experts' inputs (default: 0.05)", type=number(float, 0, 0.99))
@@ -58,6 +69,13 @@ class TrainSettings:
     top_k: int | None = flag(None, "experts per token once mature (default: min(2, experts))", type=number(int, 1))
     temperature: float = flag(1.0, "temperature of the router's softmax (default: 1.0)", type=number(float, above=0))
     balance_coefficient: float = flag(0.01, "weight of the load-balancing loss (default: 0.01)", type=number(float, 0))
+
+    route: str = flag(
+        "specialised",
+        "specialised: each data set is a skill that trains an expert of its own, and the router is fitted to their "
+        "texts; joint: all data train all experts and the router together (default: specialised)",
+        choices=ROUTES,
+    )
 
     data: tuple[str, ...] = flag(
         (), "file, folder or data set of the Hub; repeatable", "data", action="append", metavar="NAME_OR_PATH[=WEIGHT]"
@@ -97,6 +115,21 @@ class TrainSettings:
         None, "stop after N evaluations without improvement", type=number(int, 1), metavar="N"
     )
 
+    grow: bool = flag(
+        False,
+        "go on from the newest checkpoint of the run folder: each --data that is new gets an expert of its own, the "
+        "others stay as they are",
+        "growth",
+    )
+    from_: str | None = flag(
+        None,
+        "with --grow: go on from this checkpoint, in a new run folder",
+        type=path,
+        metavar="CHECKPOINT",
+        dest="from_",
+    )
+    update: bool = flag(False, "with --grow: data of a known skill train the expert that has it further")
+
     output_dir: str = flag(
         "", "run folder, for checkpoints and tokenizer (default with --demo: runs/demo)", "run", type=path
     )
@@ -125,6 +158,11 @@ class TrainSettings:
         """The name of the base model: `model`, or the default."""
         return self.model or DEFAULT_MODEL
 
+    @property
+    def num_experts(self) -> int:
+        """The number of experts: `experts`, or what follows from the data."""
+        return self.experts or 1
+
     def __post_init__(self) -> None:
         """Check what no single flag can see, and divide targets at commas."""
         if self.targets is not None:
@@ -132,6 +170,13 @@ class TrainSettings:
             object.__setattr__(self, "targets", names)
             if not names:
                 raise UsageError("--targets: expected names of linear layers, got none; as in --targets q_proj v_proj")
+        if self.grow:
+            self._check_growth()
+        elif self.from_ or self.update:
+            raise UsageError(f"--{'from' if self.from_ else 'update'} needs --grow")
+        if self.experts is None and not self.grow:
+            experts = 2 if self.route == "joint" else max(len(self.data), 1)
+            object.__setattr__(self, "experts", experts)
         if not self.output_dir:
             raise UsageError("--output-dir is needed: the folder for checkpoints")
         if not self.data and not self.demo:
@@ -142,7 +187,12 @@ class TrainSettings:
             raise UsageError(
                 "--eval-data and --eval-fraction contradict each other: with --eval-data nothing is held out"
             )
-        if self.top_k and self.top_k > self.experts:
+        if self.route == "specialised" and not self.grow and self.num_experts < len(self.data):
+            raise UsageError(
+                f"--experts {self.experts}: each of the {len(self.data)} data sets needs an expert of its own; leave "
+                "--experts out, or train all experts on all data with --route joint"
+            )
+        if self.top_k and not self.grow and self.top_k > self.num_experts:
             raise UsageError(f"--top-k {self.top_k} and --experts {self.experts} contradict each other")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise UsageError(f"--warmup {self.warmup:g}: expected a whole number of steps, or a fraction below 1")
@@ -152,6 +202,16 @@ class TrainSettings:
             raise UsageError("--resume-weights-only needs --resume")
         if self.report_to != "none" and importlib.util.find_spec(self.report_to) is None:
             raise UsageError(f"--report-to {self.report_to}: the package {self.report_to} is not installed")
+
+    def _check_growth(self) -> None:
+        """Check that nothing is asked for which the checkpoint that grows has fixed."""
+        fixed = [name for name in FIXED_IN_GROWTH if getattr(self, name) != getattr(type(self), name)]
+        if fixed:
+            raise UsageError(
+                f"{', '.join(map(spelled, fixed))}: --grow takes it from the checkpoint that grows; leave it out"
+            )
+        if self.resume_weights_only:
+            raise UsageError("--resume-weights-only and --grow contradict each other: --grow takes only the weights")
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> TrainSettings:

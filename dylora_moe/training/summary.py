@@ -15,13 +15,13 @@ import torch
 
 from ..checkpoint.tensors import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
+from ..distributed import ranks
 from ..errors import UsageError, counted
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated
 from ..store.files import FileProblem, read_json
 from ..store.whole_files import publish_files
 from ..system.settings import spelled
-from . import ranks
 from .resume import Start
 from .settings import TrainSettings
 from .trainer import MoETrainer
@@ -52,6 +52,7 @@ class RunResult:
     saved: Path | None  # the newest checkpoint
     stopped_by: signal.Signals | None = None  # what stopped it before its end
     nothing_left: bool = False  # whether the run that was to be resumed had come to its end already
+    nothing_new: bool = False  # whether all data were known already, so that nothing was trained
     held_out: list[HeldOut] = field(default_factory=list)  # empty for a run that a signal stopped
 
 
@@ -117,6 +118,8 @@ def _not_learned(source: SourceStats) -> Iterator[str]:
 
 
 def resuming_line(start: Start) -> str:
+    if start.grows:
+        return f"growing from {start.folder}"
     if not start.weights_only:
         return f"resuming from {start.folder}"
     return f"experts and router from {start.folder}; all else fresh, from step {start.step}"
@@ -144,6 +147,11 @@ def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str
             f"stopped by {result.stopped_by.name} at step {result.step}; saved {result.saved}",
             f"go on with: {resume_command(argv)}",
         ]
+    if result.nothing_new:
+        return [
+            "nothing was trained: all of it is known already",
+            f"train the experts that have it further: {resume_command(argv, '--update', resume=False)}",
+        ]
     ended = f"{result.saved} is the last checkpoint of a run that has ended: there is nothing left to train"
     steps, epochs = settings.max_steps, settings.epochs or 1
     longer = f"--max-steps {2 * steps}" if steps else f"--epochs {2 * epochs:g}"
@@ -158,7 +166,7 @@ def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str
     ]
 
 
-def resume_command(argv: Sequence[str], *more: str) -> str:
+def resume_command(argv: Sequence[str], *more: str, resume: bool = True) -> str:
     """Return the command line that resumes a run: its own, with --resume and `more`, each flag once, no secret.
 
     What launched several processes, torchrun or accelerate, cannot be told from inside them.
@@ -175,7 +183,7 @@ def resume_command(argv: Sequence[str], *more: str) -> str:
     ]
     launcher = "python" if ranks.world()[1] == 1 else "<launcher>"
     words = [word for group in kept for word in group]
-    return " ".join([launcher, shlex.join(["train.py", *words, "--resume"]), *more])
+    return " ".join([launcher, shlex.join(["train.py", *words, *(["--resume"] if resume else [])]), *more])
 
 
 def _by_flag(argv: Sequence[str]) -> list[tuple[str, list[str]]]:

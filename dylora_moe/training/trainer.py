@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
@@ -30,11 +30,14 @@ from ..checkpoint.probe import probe_outputs
 from ..checkpoint.read import load_into
 from ..checkpoint.verify import open_checkpoint
 from ..checkpoint.write import save_checkpoint
-from ..constants import IGNORED_LABEL
+from ..constants import IGNORED_LABEL, NEW
+from ..distributed import ranks, sharding
 from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.router import Usage
-from . import ranks, sharding, training_state
+from ..stages.plan import Branch, PlannedBlocks
+from ..stages.schedule import begin_later, move_scheduler
+from . import training_state
 from .arguments import check_trainer
 from .callbacks import EvaluationStopped, ProgressBar, ProgressLines
 from .checkpoint_callback import best_step
@@ -52,6 +55,9 @@ class MoETrainer(Trainer):
     schedule must be a LambdaLR, as are all of Transformers that depend on the step alone. For FSDP2, pass a model that
     `sharding.shard` has sharded: Accelerate would shard the experts as well.
 
+    Where the training data are `PlannedBlocks`, each block trains the expert that the plan names, alone, and the router
+    is left as it is. Otherwise all experts and the router are trained together.
+
     Args:
         eval_dataset: A dict of data sets. The loss of each is `eval_<name>_loss`, their mean is `eval_loss`.
         start_step: The step at which schedule and data begin, where optimizer and generators are fresh.
@@ -60,6 +66,9 @@ class MoETrainer(Trainer):
 
     def __init__(self, *args: Any, start_step: int = 0, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.plan = self.train_dataset.plan if isinstance(self.train_dataset, PlannedBlocks) else None
+        if self.plan is not None:
+            self.add_callback(Branch(self.plan))
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
         self._resumed: SavedState | None = None  # what goes on in this run
@@ -92,7 +101,10 @@ class MoETrainer(Trainer):
                 callback.trainer_saves = False
         self.remove_callback(_Resumption)
         self.add_callback(_Resumption(self))  # the last one: all others have begun before
-        self.mixture.reset_usage()
+        if self.plan is None:
+            self.mixture.reset_usage()
+        else:
+            self.mixture.train_only(self.plan.trained)
         self._resumed, self._first_step, self._evaluation_seconds = None, self.start_step, 0.0
         if not self.start_step:
             return super().train(self._chosen(resume_from_checkpoint), *args, **kwargs)
@@ -130,9 +142,10 @@ class MoETrainer(Trainer):
     # ---- optimizer ----
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Make an AdamW over all experts and the router, with the names of the parameters in its state."""
+        """Make an AdamW over what is trained, with the names of the parameters in its state."""
         if self.optimizer is None:
-            self.mixture.train_all_experts()
+            if self.plan is None:  # otherwise `train` has chosen
+                self.mixture.train_all_experts()
             args = self.args
             self.optimizer = torch.optim.AdamW(
                 list(self.mixture.trained_parameters().items()),
@@ -143,6 +156,18 @@ class MoETrainer(Trainer):
                 fused=self.mixture.device.type in ("cpu", "cuda"),
             )
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the learning-rate schedule of the steps from the plan's first one on."""
+        if self.plan is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        first = self.plan.first_step
+        return begin_later(cast(LambdaLR, super().create_scheduler(num_training_steps - first, optimizer)), first)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self.plan is not None:
+            return SequentialSampler(cast(Any, self.train_dataset))
+        return super()._get_train_sampler(train_dataset)
 
     # ---- checkpoints ----
 
@@ -221,7 +246,8 @@ class MoETrainer(Trainer):
 
         def read_training_state() -> None:
             folder, step = checkpoint.folder, checkpoint.config.step
-            self._resumed = training_state.read(folder, step, self.mixture, self.optimizer)
+            new = [expert.name for expert in checkpoint.config.experts if expert.state == NEW]
+            self._resumed = training_state.read(folder, step, self.mixture, self.optimizer, new)
 
         with ranks.together():
             checkpoint = open_checkpoint(resume_from_checkpoint)
@@ -359,15 +385,6 @@ class _Resumption(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_sums()
         self.trainer.evaluate_again()
-
-
-def move_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Set the learning rate to that after `step` steps, which LambdaLR computes in the same way."""
-    scheduler.last_epoch, scheduler._step_count = step, step + 1
-    rates = [base * scale(step) for base, scale in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def _over_ranks(usage: Usage | None) -> Usage | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from pathlib import Path
@@ -24,10 +24,11 @@ from ..checkpoint import formats
 from ..checkpoint.findings import Rules, get, natural, nothing_or, number, short, text
 from ..checkpoint.safetensors_file import read_json
 from ..checkpoint.verify import TRAINER_RULES
+from ..distributed import ranks
 from ..errors import CheckpointError
+from ..mixture.experts import EXPERT_PARAMETER
 from ..mixture.model import Mixture
 from ..store.files import FileProblem, explained
-from . import ranks
 
 MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
 REMEDY = "--resume-weights-only goes on with a fresh optimizer"
@@ -79,7 +80,9 @@ def write(
         UsageError: If a file cannot be written.
     """
     step = {STEP: trainer_state.global_step}
-    _save(optimizer.state_dict() | step, folder / formats.OPTIMIZER)
+    moments = optimizer.state_dict()
+    moments["state"] = dict(sorted(moments["state"].items()))  # not in the order in which parameters were first trained
+    _save(moments | step, folder / formats.OPTIMIZER)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Please also save or load the state of the optimizer")
         _save(scheduler.state_dict(), folder / formats.SCHEDULER)
@@ -107,7 +110,9 @@ def _rng_name(rank: int, size: int) -> str:
 # ---- reading ----
 
 
-def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = None) -> SavedState:
+def read(
+    folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = None, new: Collection[str] = ()
+) -> SavedState:
     """Read the training state of a checkpoint for this rank, and check all of it.
 
     Args:
@@ -115,6 +120,7 @@ def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = 
         model: The mixture that is trained on.
         optimizer: The one that goes on; without it, an AdamW with one group of parameters. Of one that is no Adam,
             whatever moments there are must fit the parameters.
+        new: The experts that were never trained, by name. They may have no moments.
 
     Raises:
         CheckpointError: With every problem of the first file that has any.
@@ -132,7 +138,8 @@ def read(folder: Path, step: int, model: Mixture, optimizer: Optimizer | None = 
             _check_step(folder, name, found.get(STEP), step)
         return found
 
-    moments = _read_moments(folder, read_file(formats.OPTIMIZER), model.trained_parameters(), optimizer)
+    trained = model.trained_parameters()
+    moments = _read_moments(folder, read_file(formats.OPTIMIZER), trained, optimizer, _of_experts(new, trained))
     found = sorted({int(each["step"]) for each in moments.values() if "step" in each})
     if found != counts if counts is not None else len(found) > 1 or max(found, default=0) > step:
         expected = f"one number until {step}" if counts is None else counts
@@ -313,9 +320,13 @@ def _check_scheduler(folder: Path, step: int) -> None:
 
 
 def _read_moments(
-    folder: Path, saved: dict[str, Any], here: Mapping[str, torch.Tensor], optimizer: Optimizer | None
+    folder: Path,
+    saved: dict[str, Any],
+    here: Mapping[str, torch.Tensor],
+    optimizer: Optimizer | None,
+    new: Sequence[set[str]],
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the saved moments of each of these parameters, by name.
+    """Return the saved moments of each of these parameters, by name. The parameters of a new expert may have none.
 
     Raises:
         CheckpointError: If parameters are missing, unknown or out of order, or moments are not theirs; it lists them.
@@ -324,14 +335,16 @@ def _read_moments(
     if groups is None or not isinstance(moments, dict):
         raise _refused(folder, formats.OPTIMIZER, ["is not the state of an optimizer with named parameters"])
     there = {name: index for index, name in enumerate(name for group in groups for name in group)}
-    problems = [f"has no moments for {n}" for n in sorted(here) if n not in there or there[n] not in moments]
+    missing = [n for n in sorted(here) if n not in there or there[n] not in moments]
+    untrained = set().union(*(names for names in new if names <= set(missing) & there.keys()))
+    problems = [f"has no moments for {n}" for n in missing if n not in untrained]
     problems += [f"has moments for {n}, which is not trained here" for n in sorted(set(there) - set(here))]
     groups_here = 1 if optimizer is None else len(optimizer.param_groups)
     if len(groups) != groups_here:
         problems.append(f"has {len(groups)} parameter groups, the optimizer has {groups_here}")
     if not problems:
         problems = [line for group in groups for line in _out_of_order(group, here)]
-    if not problems and len(moments) != len(here):
+    if not problems and len(moments) != len(here) - len(untrained):
         problems = ["has moments for parameters without a name"]
     keys: tuple[str, ...] | None = MOMENTS
     if optimizer is not None:
@@ -344,7 +357,13 @@ def _read_moments(
         raise _refused(
             folder, formats.OPTIMIZER, [f"{problem}; build the experts as they were" for problem in problems]
         )
-    return {name: moments[there[name]] for name in here}
+    return {name: moments[there[name]] for name in here if name not in untrained}
+
+
+def _of_experts(experts: Collection[str], parameters: Iterable[str]) -> list[set[str]]:
+    """Return the names of the parameters of each of these experts."""
+    owners = {name: found[1] for name in parameters if (found := EXPERT_PARAMETER.search(name))}
+    return [{name for name, owner in owners.items() if owner == expert} for expert in experts]
 
 
 def _names_by_group(groups: Any) -> list[list[str]] | None:
@@ -397,4 +416,5 @@ def load_moments(moments: Mapping[str, dict[str, torch.Tensor]], optimizer: Opti
     """Load moments by the names of the parameters. Learning rate, weight decay and the like are those of this run."""
     own = optimizer.state_dict()
     names = [name for group in own["param_groups"] for name in group["param_names"]]  # torch numbers them in this order
-    optimizer.load_state_dict(own | {"state": {index: moments[name] for index, name in enumerate(names)}})
+    state = {index: moments[name] for index, name in enumerate(names) if name in moments}
+    optimizer.load_state_dict(own | {"state": state})

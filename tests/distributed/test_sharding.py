@@ -10,7 +10,7 @@ import torch
 import train
 from dylora_moe import DyLoRAMoE
 from dylora_moe.errors import UsageError
-from dylora_moe.training import sharding
+from dylora_moe.distributed import sharding
 
 from ..support.runs import arguments
 from ..support.tiny import tiny_base
@@ -121,7 +121,7 @@ def test_every_rank_evaluates_as_many_batches(tmp_path, monkeypatch, rows):
     data = mine.eval_dataset["a"][:rows]
     labelled: list[list[int]] = []  # of each rank, the labelled rows of its batches
     for rank in range(3):
-        monkeypatch.setattr("dylora_moe.training.ranks.world", lambda rank=rank: (rank, 3))
+        monkeypatch.setattr("dylora_moe.distributed.ranks.world", lambda rank=rank: (rank, 3))
         labelled.append([int((batch["labels"] != -100).any(1).sum()) for batch in mine._own_batches(data)])
     own = [len(range(rank, rows, 3)) for rank in range(3)]
     assert [sum(batches) for batches in labelled] == own

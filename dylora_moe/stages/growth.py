@@ -1,0 +1,145 @@
+"""Growing a mixture: which data sets bring something new, and the experts that are added for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..data.blocks import TokenBlocks
+from ..data.documents import Document
+from ..errors import UsageError
+from ..mixture.model import Mixture
+from ..mixture.targets import replace_config
+from ..reporting.results import Decision
+from ..skills.features import WINDOW, read_states, windows_of
+from ..skills.library import SkillLibrary
+from ..skills.novelty import NoveltyDetector, Verdict
+from .plan import copy_expert
+from .setup import Stage, Trained, skill_names
+
+WINDOWS = 16  # of a data set, by which it is judged as a whole
+DOCUMENTS = 48  # that are judged one by one, to see whether a data set is mixed
+MIXED_SHARE = 1 / 3  # of the documents of a mixed data set, its smaller part has at least so many
+LEAST_DOCUMENTS = 4  # of a part
+
+
+@dataclass
+class Judge:
+    """Decides of each data set whether it is known or new. A mixed one is divided (`data.blocks.load_blocks`).
+
+    Attributes:
+        decisions: of the data sets and the parts of those that were divided, in order.
+        parts: of each divided data set, the part of each document.
+    """
+
+    detector: NoveltyDetector
+    decisions: list[Decision] = field(default_factory=list)
+    parts: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, sources: list[str], data: list[list[Document]]) -> list[list[int]]:
+        """Return the part of each document. Raises UsageError if a data set has too little text to be judged."""
+        return [self._divide(source, documents) for source, documents in zip(sources, data, strict=True)]
+
+    def _divide(self, source: str, documents: list[Document]) -> list[int]:
+        chosen = [documents[i] for i in evenly(len(documents), DOCUMENTS)]
+        verdicts = self.detector.judge_documents([document.ids for document in chosen])
+        new = sum(verdict is not None and not verdict.known for verdict in verdicts)
+        known = sum(verdict is not None and verdict.known for verdict in verdicts)
+        if min(new, known) >= max(LEAST_DOCUMENTS, MIXED_SHARE * (new + known)):
+            labels = self._part_of_each(documents)
+            if len(set(labels)) == 2:
+                self.parts[source] = "".join(map(str, labels))
+                for part in (0, 1):
+                    self._decide(source, [d for d, label in zip(documents, labels, strict=True) if label == part])
+                return labels
+        self._decide(source, documents, (known, new))
+        return [0] * len(documents)
+
+    def _part_of_each(self, documents: list[Document]) -> list[int]:
+        """Return 0 for documents like the first one that can be judged, known or new, and 1 for the others."""
+        verdicts = self.detector.judge_documents([document.ids for document in documents])
+        known = [None if verdict is None else verdict.known for verdict in verdicts]
+        first = next(value for value in known if value is not None)
+        return [int(value is not None and value != first) for value in known]
+
+    def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> None:
+        windows = windows_of(np.concatenate([document.ids for document in documents]))
+        some = [windows[i] for i in evenly(len(windows), WINDOWS)]
+        if not some:
+            raise UsageError(
+                f"{source}: has too little text to tell whether it is new; give at least {2 * WINDOW} tokens"
+            )
+        verdict: Verdict = self.detector.judge(read_states(self.detector.model, some))
+        known, new = counts or ((len(documents), 0) if verdict.known else (0, len(documents)))
+        tokens = sum(map(len, some))
+        self.decisions.append(
+            Decision(source, tokens, verdict.known, verdict.skill, verdict.distance, verdict.threshold, new, known)
+        )
+
+
+@dataclass(frozen=True)
+class Divided:
+    """Divides data sets as an earlier run has divided them: `parts` of its stage."""
+
+    parts: dict[str, str]
+
+    def __call__(self, sources: list[str], data: list[list[Document]]) -> list[list[int]]:
+        found = []
+        for source, documents in zip(sources, data, strict=True):
+            labels = [int(label) for label in self.parts.get(source, "0" * len(documents))]
+            if len(labels) != len(documents):
+                raise UsageError(
+                    f"{source}: expected the {len(labels)} documents of the run that is resumed, found "
+                    f"{len(documents)}; give it the same data"
+                )
+            found.append(labels)
+        return found
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most so many indices of `count` things, evenly spaced."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
+def check_skills(library: SkillLibrary, num_experts: int, where: str) -> None:
+    """Raise UsageError if a mixture cannot be grown, because an expert has no skill with text."""
+    having = {skill.expert for skill in library if len(skill.features) and len(skill.states)}
+    without = [i for i in range(num_experts) if i not in having]
+    if without:
+        raise UsageError(
+            f"{where} cannot be grown: no skill is known of {len(without)} of its {num_experts} experts, as after "
+            "--route joint; train it with --route specialised"
+        )
+
+
+def grow(
+    model: Mixture, library: SkillLibrary, blocks: TokenBlocks, judge: Judge, *, first_step: int, update: bool
+) -> Stage:
+    """Add an expert for each data set that is new: a copy of the expert of the nearest skill.
+
+    Args:
+        update: whether a known data set trains the expert that has its skill; otherwise it trains nothing.
+    """
+    names = [source.name for source in blocks.sources]
+    decisions = [_named(decision, name) for decision, name in zip(judge.decisions, names, strict=True)]
+    new = [decision.skill for decision in decisions if not decision.known]
+    skills = dict(zip(new, skill_names(new, library.names), strict=True))
+    data: list[Trained | None] = []
+    for decision in decisions:
+        nearest = library[str(decision.nearest)]
+        if not decision.known:
+            data.append(Trained(skills[decision.skill], _add_expert(model, nearest.expert or 0)))
+        else:
+            data.append(Trained(nearest.name, nearest.expert) if update else None)
+    return Stage(first_step, None, data, decisions, judge.parts)
+
+
+def _named(decision: Decision, name: str) -> Decision:
+    return Decision(**vars(decision) | {"skill": name})
+
+
+def _add_expert(model: Mixture, nearest: int) -> int:
+    index = model.add_expert(replace_config(model.expert_configs[nearest]))
+    copy_expert(model, nearest, index)
+    return index
