@@ -24,8 +24,9 @@ from ..data.sources import DataSpec
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
 from ..mixture.model import Mixture
-from ..skills.library import NAME_BYTES, SkillLibrary
-from ..skills.novelty import NoveltyDetector
+from ..skills.features import collect
+from ..skills.library import Skill, SkillLibrary
+from ..skills.sizes import NAME_BYTES, SampleSizes
 from ..store import run_folder
 from ..store.claim import Claim
 from ..store.claim import claimed as claimed_by_one
@@ -256,13 +257,12 @@ def load_data(settings: TrainSettings, model: Mixture, tokenizer: PreTrainedToke
 
 
 def add_skills(skills: SkillLibrary, model: Mixture, blocks: TokenBlocks) -> None:
-    """Add a skill for each data set that has none yet: where the base model embeds its text."""
+    """Add a skill for each data set that has none yet."""
     for name, rows in blocks.examples.items():
         short = name.encode()[:NAME_BYTES].decode(errors="ignore")
-        if short not in skills.names:
-            some = {key: torch.tensor(values) for key, values in rows[: min(4, len(rows))].items()}
-            embedding = NoveltyDetector.embed(model, some["input_ids"].to(model.device), some.get("attention_mask"))
-            skills.add(short, embedding)
+        if short not in skills:
+            found = collect(model, rows.select(range(min(4, len(rows)))), SampleSizes(64, 16))
+            skills.add(Skill(short, tokens=found.tokens, features=found.features, states=found.states))
 
 
 # ---- training ----
