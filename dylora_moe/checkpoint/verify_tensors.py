@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..constants import NEW, NO_EXPERT
+from ..skills.sizes import NAME_BYTES, NO_LOSS, SampleSizes, sample_sizes
 from ..store.files import FileProblem, parse_json
 from . import formats
 from .config import BESIDE, CheckpointConfig, ExpertEntry
@@ -25,7 +26,8 @@ from .safetensors_file import Scan, TensorInfo, read_array
 
 Size = tuple[int, int]  # of a layer: inputs and outputs
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-MAX_SKILLS = 1 << 20
+MAX_SKILLS = 1 << 16
+SAMPLE_PARTS = ("rows", "keys", "scales", "counts")  # without the values, any of which will do
 GO_BACK = "go back to a checkpoint before"
 FACTS = ("base_weights", "device_type", "dtype", "machine")
 # Without effect in a plain LoRA; with another value the tensors would mean something else, or more would be loaded.
@@ -223,31 +225,71 @@ def check_router(contents: Contents, config: CheckpointConfig) -> None:
 
 
 def check_skills(contents: Contents) -> None:
-    """Check the names, the embeddings and the experts of the skill library, also if config.json is wrong."""
-    name = formats.SKILLS
+    """Check the skill library, against the experts and the width of the router unless config.json is wrong."""
+    name, config = formats.SKILLS, contents.config
     scan = contents.scan(name)
     if scan is None:
         return
     tensors = scan.tensors
-    rows = tensors["names"].shape[0] if "names" in tensors and tensors["names"].shape else 0
-    expected = {"names": ("U8", (rows, 32)), "embeddings": ("F32", (rows, 64)), "experts": ("I64", (rows,))}
-    if not _check_tensors(contents, name, tensors, expected, f"for {rows} skills"):
+    n = tensors["names"].shape[0] if "names" in tensors and tensors["names"].shape else 0
+    expected: dict[str, tuple] = {"names": ("U8", (n, NAME_BYTES)), "losses": ("F32", (n,))}
+    expected |= {tensor: ("I64", (n,)) for tensor in ("experts", "tokens", "features.rows", "states.rows")}
+    widths = {}
+    for kind in ("features", "states"):
+        shape = tensors[f"{kind}.values"].shape if f"{kind}.values" in tensors else ()
+        rows, widths[kind] = shape if len(shape) == 2 else (0, 0)
+        if rows and kind == "features" and config:
+            widths[kind] = config.router.width
+        expected[f"{kind}.values"] = ("I8", (rows, widths[kind]))
+        expected[f"{kind}.keys"] = ("I64", (rows,))
+        expected |= {f"{kind}.{part}": ("F32", (rows,)) for part in ("scales", "counts")}
+    if not _check_tensors(contents, name, tensors, expected, f"for {n} skills"):
         return
-    if rows > MAX_SKILLS:
-        contents.expect(name, "", f"at most {MAX_SKILLS} skills", rows)
+    rows = sum(tensors[f"{kind}.keys"].shape[0] for kind in widths)
+    if n > MAX_SKILLS or rows > n * sum(SampleSizes()):
+        contents.expect(name, "", f"at most {MAX_SKILLS} skills of {sum(SampleSizes())} rows", f"{n} of {rows} in all")
         return
-    values = contents.read(name, lambda path: {key: read_array(path, key, tensors[key]) for key in expected})
+    small = [tensor for tensor in expected if not tensor.endswith(".values")]
+    values = contents.read(name, lambda path: {key: read_array(path, key, tensors[key]) for key in small})
     if values is None:
         return
+    _check_finite(contents, name, scan)
     _check_skill_names(contents, values["names"])
-    count = contents.config.num_experts if contents.config else None
-    wrong = (values["experts"] < NO_EXPERT) | (values["experts"] >= (count or 1 << 62))
+    count = config.num_experts if config else None
+    _check_each(contents, "experts", values["experts"], f"-1 or an expert below {count}", NO_EXPERT, count)
+    _check_each(contents, "tokens", values["tokens"], "a number from 0")
+    losses = values["losses"]
+    _check_each(contents, "losses", np.where(losses == NO_LOSS, 0, losses), "-1 or a number from 0")
+    largest = max((4 * expert.parameters for expert in config.experts), default=0) if config else 1 << 48
+    sizes = sample_sizes(largest, widths["features"], widths["states"])
+    for kind, most in sizes._asdict().items():
+        _check_sample(contents, kind, {part: values[f"{kind}.{part}"] for part in SAMPLE_PARTS}, most)
+
+
+def _check_each(
+    contents: Contents, tensor: str, found: np.ndarray, expected: str, least: float = 0, below: int | None = None
+) -> None:
+    wrong = (found < least) | (found >= (below or math.inf))
     for row in wrong.nonzero()[0][:3]:
-        contents.expect(name, f"tensor experts, skill {row}", f"-1 or an expert below {count}", values["experts"][row])
-    with np.errstate(all="ignore"):
-        lengths = np.linalg.norm(values["embeddings"].astype(np.float64), axis=1)
-    for row in (~(np.abs(lengths - 1) < 1e-3)).nonzero()[0][:3]:  # NaN included
-        contents.expect(name, f"tensor embeddings, skill {row}", "a vector of length 1", f"{lengths[row]:.4g}")
+        contents.expect(formats.SKILLS, f"tensor {tensor}, skill {row}", expected, found[row])
+
+
+def _check_sample(contents: Contents, kind: str, parts: dict[str, np.ndarray], most: int) -> None:
+    """Check the rows of each skill: how many there are, and their keys, scales and counts."""
+    name, rows = formats.SKILLS, parts["rows"]
+    _check_each(contents, f"{kind}.rows", rows, f"0 to {most} rows, a tenth of an expert's bytes", 0, most + 1)
+    total = len(parts["keys"])
+    if (rows < 0).any() or (rows > total).any() or rows.sum() != total:
+        contents.expect(name, f"tensor {kind}.rows", f"{total} in all, as in {kind}.keys", rows.sum())
+        return
+    for tensor in ("scales", "counts"):
+        if (parts[tensor] <= 0).any():
+            contents.expect(name, f"tensor {kind}.{tensor}", "numbers above 0", parts[tensor].min())
+    for index, keys in enumerate(np.split(parts["keys"], rows.cumsum()[:-1])):
+        if len(keys) and (keys[0] < 0 or (keys[1:] <= keys[:-1]).any()):
+            what = f"tensor {kind}.keys, skill {index}"
+            contents.expect(name, what, "keys from 0 in ascending order, none twice", "others")
+            return
 
 
 def _check_skill_names(contents: Contents, names: np.ndarray) -> None:

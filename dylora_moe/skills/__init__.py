@@ -1,1 +1,1 @@
-"""What each expert is good at, and whether a text is something new."""
+"""What each expert is good at: samples of its text as numbers, from which the router is fitted and novelty is judged."""

@@ -1,129 +1,162 @@
-"""Novelty: whether a text is a new skill, or one that an expert has already."""
+"""Novelty: whether a text is one of the skills that the library knows.
+
+    detector = NoveltyDetector(model, library)
+    verdict = detector.judge(collect(model, blocks, sizes).states.rows())
+    verdicts = detector.judge_documents(documents)  # lists of token ids
+
+A text is described by the mean of the base model's last hidden states, without experts, over four windows of 128
+tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of all skills
+(https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
+(https://doi.org/10.1016/S0047-259X(03)00096-4).
+
+The threshold of a skill is the geometric mean of two distances to it: the one within which 90 % of its own text lies,
+and the one beyond which 90 % of the nearest other skill lies. Both are cross-validated in four folds, because a skill's
+own windows are far too near to a mean and a covariance that were computed from them. Where there is one skill only, the
+base model's reading of random tokens stands for another one.
+"""
 
 from __future__ import annotations
 
-import inspect
-import math
-from typing import Any
-from weakref import WeakKeyDictionary
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import PreTrainedModel
 
-from ..base.preserve import untouched
 from ..errors import UsageError
+from ..mixture.expert_matrices import weight_of
 from ..mixture.model import Mixture
-from .library import EMBEDDING_DIM, SkillLibrary
+from .features import read_states, windows_of
+from .library import SkillLibrary
+
+GROUP = 4  # windows that are judged together
+FOLDS = 4
+OWN, OTHER = 0.9, 0.1  # quantiles of the distances to a skill
+
+
+class Verdict(NamedTuple):
+    """Whether a text is known, the nearest skill, the distance to it, and up to which distance it would be known."""
+
+    known: bool
+    skill: str
+    distance: float
+    threshold: float
 
 
 class NoveltyDetector:
-    """Decides whether a text is far from every skill of a library.
+    """Judges text by the skills of a library that have states.
 
-    The embedding of a text is the mean of the base model's last hidden states, without experts. All hidden states of a
-    language model point in similar directions (https://huggingface.co/papers/1909.00512). The mean is therefore centred
-    and whitened by the hidden states of random tokens. A fixed random matrix then projects it to 64 dimensions, which
-    preserves cosines up to about 1/sqrt(64) (https://doi.org/10.1090/conm/026/737400).
-
-    Measured on SmolLM2-135M with 600 tokens each of Python, English prose and C headers, compared with the mean of four
-    other texts of each kind: without whitening the median cosine was 0.97 to the own kind and 0.94 to the nearest other
-    kind (10 of 12 texts were nearest to their own). With whitening it was 0.85 and 0.66 (12 of 12), and the largest
-    cosine to another kind 0.75.
-
-    Args:
-        library: the known skills.
-        threshold: the cosine to the nearest skill below which a text is new.
+    Raises:
+        UsageError: if there is none.
     """
 
-    def __init__(self, library: SkillLibrary, threshold: float = 0.75):
-        if not -1 <= threshold <= 1:
-            raise UsageError(f"a novelty threshold is a cosine from -1 to 1, got {threshold!r}")
-        self.library = library
-        self.threshold = threshold
+    def __init__(self, model: Mixture, library: SkillLibrary):
+        self.model = model
+        self.states = {skill.name: skill.states.rows().double() for skill in library if len(skill.states) >= 2 * FOLDS}
+        if not self.states:
+            raise UsageError(
+                "novelty cannot be judged: no skill of the library has text; add one by SkillLibrary.update with what "
+                "skills.features.collect finds in its training blocks"
+            )
+        self._background = None if len(self.states) > 1 else background(model).double()
+        self._metric = Metric(list(self.states.values()))
+        self._thresholds: dict[int, dict[str, float]] = {}
 
-    @staticmethod
-    def embed(model: Mixture, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Embed the rows of `input_ids` (B, T) together: (64,) in float32. Modes and RNG are not changed.
+    def judge(self, states: torch.Tensor) -> Verdict:
+        """Judge a text by the states (K, H) of its windows. With more than four, the median of groups of four counts.
 
         Raises:
-            UsageError: if there is no token, or the base model has no weights.
+            UsageError: if there is no state, or of another width.
         """
-        keep = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        if not keep.any():
-            raise UsageError("there is no token to embed")
-        if not model.has_base_weights:
-            raise UsageError("embedding a text needs the weights of the base model")
-        if model not in _whitening:
-            _whitening[model] = Whitening(_hidden_states(model, _random_tokens(model)))
-        mean = _whitening[model](_hidden_states(model, input_ids, keep).mean(0))  # (hidden_size,)
-        return F.normalize(mean @ _projection(len(mean)), dim=0)
+        groups = _groups(states.double())
+        verdicts = [self._judge(group) for group in groups]
+        return sorted(verdicts, key=lambda v: v.distance / v.threshold)[(len(verdicts) - 1) // 2]
 
-    def is_novel(self, embedding: torch.Tensor) -> bool:
-        """Return whether no skill of the library is as similar to an embedding (64,) as the threshold."""
-        nearest = self.library.nearest(embedding)
-        return not nearest or nearest[0].similarity < self.threshold
+    def judge_documents(self, documents: Sequence[Sequence[int]]) -> list[Verdict | None]:
+        """Judge each document by four windows of it, evenly spaced; None where it has less than 32 tokens."""
+        found: list[Verdict | None] = []
+        for ids in documents:
+            windows = windows_of(np.asarray(ids, dtype=np.int32))
+            chosen = [windows[i * len(windows) // min(GROUP, len(windows))] for i in range(min(GROUP, len(windows)))]
+            found.append(self.judge(read_states(self.model, chosen)) if len(ids) >= 32 else None)
+        return found
 
+    def _judge(self, group: torch.Tensor) -> Verdict:
+        thresholds = self._thresholds_for(len(group))
+        distances = self._metric.distances(group.mean(0, keepdim=True))[0]  # (S,)
+        pairs = zip(self.states, distances.tolist(), strict=True)
+        name, distance = min(pairs, key=lambda pair: pair[1] / thresholds[pair[0]])
+        return Verdict(distance <= thresholds[name], name, distance, thresholds[name])
 
-class Whitening:
-    """Centres and scales states so that their variance is about the same in all directions.
+    def _thresholds_for(self, size: int) -> dict[str, float]:
+        if size not in self._thresholds:
+            self._thresholds[size] = self._calibrate(size)
+        return self._thresholds[size]
 
-    Args:
-        states: (n, d) in float32, from which the scales are computed. A tenth of their mean variance is added to the
-            variance of every direction, so that directions of little variance remain small.
-    """
-
-    def __init__(self, states: torch.Tensor):
-        self.mean = states.mean(0)
-        _, singular, self.directions = torch.linalg.svd(states - self.mean, full_matrices=False)  # (m,), (m, d)
-        variances = singular.square() / (len(states) - 1)
-        least = 0.1 * variances.sum() / states.shape[1]
-        self.rest = least.rsqrt()
-        self.scales = (variances + least).rsqrt() - self.rest
-
-    def __call__(self, state: torch.Tensor) -> torch.Tensor:
-        """Whiten a state (d,)."""
-        state = state - self.mean
-        return self.rest * state + (self.scales * (self.directions @ state)) @ self.directions
-
-
-_whitening: WeakKeyDictionary[Mixture, Whitening] = WeakKeyDictionary()  # computed once, because the base is frozen
-
-
-def _hidden_states(model: Mixture, input_ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the base's last hidden states (n, d) of the tokens in `input_ids` (B, T) that `keep` (B, T) selects.
-
-    In float32 on the CPU. The first token of a row attracts attention, so its state is unlike all others: it is left
-    out if there are others.
-    """
-    embeddings: Any = model.get_input_embeddings()
-    input_ids = input_ids.to(embeddings.weight.device)
-    keep = (torch.ones_like(input_ids) if keep is None else keep.to(input_ids.device)).bool()
-    with untouched(model), model.disable_experts():
-        hidden = _last_hidden_states(model.base, input_ids, keep.long())  # (B, T, d)
-    later = keep & (keep.cumsum(-1) > 1)
-    return hidden[later if later.any() else keep].float().cpu()
+    def _calibrate(self, size: int) -> dict[str, float]:
+        """The threshold of each skill for texts of `size` windows."""
+        skills = list(self.states.values())
+        found: list[list[torch.Tensor]] = [[] for _ in skills]  # distances (G, S) of held-out groups of each skill
+        for fold in range(FOLDS):
+            train = [states[torch.arange(len(states)) % FOLDS != fold] for states in skills]
+            metric = Metric(train)
+            for index, states in enumerate(skills):
+                held = states[fold::FOLDS]
+                found[index].append(metric.distances(_means(held, size)))
+            if self._background is not None:
+                others = metric.distances(_means(self._background, size))
+        distances = [torch.cat(some) for some in found]
+        thresholds = {}
+        for index, name in enumerate(self.states):
+            own = distances[index][:, index].quantile(OWN)
+            away = [d[:, index].quantile(OTHER) for i, d in enumerate(distances) if i != index]
+            nearest = min(away) if away else others[:, index].quantile(OTHER)
+            thresholds[name] = float((own * nearest).sqrt())
+        return thresholds
 
 
-def _last_hidden_states(base: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """Return what the decoder passes to the head, (B, T, d). The whole model runs, which gathers a sharded one."""
-    found = []
-    handle = base.get_decoder().register_forward_hook(lambda _, args, output: found.append(output[0]))
-    one = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
-    try:
-        base(input_ids, attention_mask=attention_mask, use_cache=False, **one)
-    finally:
-        handle.remove()
-    return found[0]
+class Metric:
+    """Mahalanobis distances to the means of some groups of states, with the covariance within the groups."""
+
+    def __init__(self, groups: Sequence[torch.Tensor]):
+        self.means = torch.stack([group.mean(0) for group in groups])  # (S, H)
+        within = torch.cat([group - group.mean(0) for group in groups])  # (K, H)
+        freedom = max(1, len(within) - len(groups))
+        self.precision = torch.linalg.inv(ledoit_wolf(within, freedom))  # (H, H)
+
+    def distances(self, states: torch.Tensor) -> torch.Tensor:
+        """(K, H) -> (K, S)"""
+        apart = states.unsqueeze(1) - self.means  # (K, S, H)
+        return ((apart @ self.precision) * apart).sum(-1).clamp(min=0).sqrt()
 
 
-def _random_tokens(model: Mixture) -> torch.Tensor:
-    """Return tokens (4, 128), the same on every machine."""
-    embeddings: Any = model.get_input_embeddings()
-    length = min(128, getattr(model.config.get_text_config(), "max_position_embeddings", 128))
-    return torch.randint(0, embeddings.num_embeddings, (4, length), generator=torch.Generator().manual_seed(0))
+def ledoit_wolf(centred: torch.Tensor, freedom: int) -> torch.Tensor:
+    """Return the covariance (H, H) of centred rows (K, H), shrunk towards a multiple of the identity."""
+    covariance = centred.T @ centred / freedom
+    width, number = centred.shape[1], len(centred)
+    scale = covariance.diagonal().mean()
+    target = scale * torch.eye(width, dtype=centred.dtype)
+    spread = (covariance - target).square().sum()
+    noise = (centred.square().sum(1).square().sum() / number - covariance.square().sum()) / number
+    share = float((noise / spread.clamp(min=1e-30)).clamp(0, 1)) if number > 1 else 1.0
+    return (1 - share) * covariance + share * target + 1e-9 * scale * torch.eye(width, dtype=centred.dtype)
 
 
-def _projection(hidden_size: int) -> torch.Tensor:
-    """Return a random matrix (hidden_size, 64), the same on every machine."""
-    generator = torch.Generator().manual_seed(hidden_size)
-    return torch.randn(hidden_size, EMBEDDING_DIM, generator=generator) / math.sqrt(EMBEDDING_DIM)
+def _groups(states: torch.Tensor) -> list[torch.Tensor]:
+    if not len(states):
+        raise UsageError("text cannot be judged: there are less than two tokens")
+    whole = [states[start : start + GROUP] for start in range(0, len(states) - GROUP + 1, GROUP)]
+    return whole or [states]
+
+
+def _means(states: torch.Tensor, size: int) -> torch.Tensor:
+    """Means of `size` states each, (G, H): as many groups as there are, each state in several of them."""
+    rolled = [states.roll(shift, 0) for shift in range(min(size, len(states)))]
+    return torch.stack(rolled).mean(0)
+
+
+def background(model: Mixture) -> torch.Tensor:
+    """Return the states (32, H) of windows of random tokens, the same on every machine."""
+    generator = np.random.Generator(np.random.PCG64(0))
+    vocabulary = weight_of(model.get_input_embeddings()).shape[0]
+    return read_states(model, generator.integers(0, vocabulary, (32, 128)).astype(np.int32))

@@ -14,7 +14,7 @@ from ..checkpoint import formats
 from ..checkpoint.tensors import expert_tensors, router_tensors, tensor_digests
 from ..constants import expert_name
 from ..mixture.model import Mixture
-from ..skills.library import EMBEDDING_DIM, SkillLibrary
+from ..skills.library import Skill, SkillLibrary
 from ..store.files import parallel
 from ..store.manifest import survey
 from .report import CheckResult
@@ -46,7 +46,7 @@ def save_with(callback_class: type) -> Callable[[Mixture, Path], None]:
     def save(model: Mixture, target: Path) -> None:
         skills = SkillLibrary()
         for index in range(min(2, model.num_experts)):
-            skills.add(f"skill_{index}", torch.eye(EMBEDDING_DIM)[index], expert=index)
+            skills.add(Skill(f"skill_{index}", expert=index))
         callback = callback_class(skills=skills, name=target.name)
         args = SimpleNamespace(output_dir=str(target.parent), should_save=True, save_total_limit=None)
         state = SimpleNamespace(global_step=0, best_global_step=None)

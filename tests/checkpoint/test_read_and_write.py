@@ -38,7 +38,7 @@ from dylora_moe.checkpoint.verify import find_problems, inspect_checkpoint, open
 from dylora_moe.checkpoint.write import export_expert, save_checkpoint
 from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.mixture.config import MoELoraConfig
-from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.skills.library import Skill, SkillLibrary
 from dylora_moe.store import run_folder
 from dylora_moe.store.lock import LOCK
 from dylora_moe.store.manifest import FolderGone
@@ -227,7 +227,7 @@ def test_what_verify_would_refuse_is_not_published(tmp_path):
     with pytest.raises(UsageError, match=r"expert_1/adapter_model.safetensors: tensor .*q_proj.lora_A.weight.* NaN"):
         save_checkpoint(tmp_path / "a", model)
     skills = SkillLibrary()
-    skills.add("Rust", torch.ones(64), expert=7)
+    skills.add(Skill("Rust", expert=7))
     with pytest.raises(UsageError, match="below 2, found 7"):
         save_checkpoint(tmp_path / "a", tiny_mixture(), skills=skills)
     with pytest.raises(UsageError, match=r"scheduler.pt: expected in this checkpoint"):
@@ -344,8 +344,10 @@ def test_load_gives_the_same_bits(tmp_path):
     assert probe_difference(loaded, probe).largest == 0
     assert changed_tensors(loaded, probe) == []
     skills = read_skills(open_checkpoint(tmp_path / "a"))
-    assert (skills.names, skills.experts) == (["Python", "prose ✓"], [0, -1])
-    assert torch.equal(skills.embeddings, two_skills().embeddings)
+    assert [(skill.name, skill.expert, skill.loss) for skill in skills] == [("Python", 0, 1.5), ("prose ✓", None, None)]
+    for name in ("features", "states"):
+        read, saved = (getattr(library["Python"], name).tensors() for library in (skills, two_skills()))
+        assert len(read[0]) and all(map(torch.equal, read, saved))
     assert files_of(save_again(tmp_path / "b", loaded)) == files_of(tmp_path / "a")
 
 

@@ -266,6 +266,17 @@ def every(key: str):
     return lambda change: lambda t: [t.update({k: change(v)}) for k, v in t.items() if f"lora_{key}" in k]
 
 
+def of_65_rows(library: dict) -> None:
+    found = {
+        "rows": torch.tensor([65, 0]),
+        "keys": torch.arange(65),
+        "scales": torch.ones(65),
+        "counts": torch.ones(65),
+    }
+    found |= {"values": torch.ones(65, 32, dtype=torch.int8)}
+    library.update({f"features.{part}": tensor for part, tensor in found.items()})
+
+
 TRAINER = formats.TRAINER_STATE
 ROUTER, SKILLS, PROBE = formats.ROUTER, formats.SKILLS, formats.PROBE
 GATE, NAMES, VECTORS = formats.GATE, "names", "embeddings"
@@ -310,12 +321,19 @@ CASES = {
     "25 router zero": (put(ROUTER, GATE, torch.zeros(2, 32)), "router", "zeros only"),
     "25 router tensor renamed": (tensors(ROUTER, lambda t: t.update(w=t.pop(GATE))), "router", "w:"),
     "25 A zero": (put(ADAPTER_0, A, torch.zeros(4, 32)), ADAPTER_0, A, "zeros only"),
-    "25 skills of another shape": (put(SKILLS, "embeddings", torch.ones(2, 63)), "(2, 64)", "(2, 63)"),
+    "25 skills of another shape": (put(SKILLS, "losses", torch.ones(3)), "(2,)", "(3,)"),
+    "25 skills of another width": (put(SKILLS, "features.values", torch.ones(5, 31, dtype=torch.int8)), "(5, 32)"),
+    "25 skills in float32": (put(SKILLS, "states.values", torch.ones(4, 32)), "states.values", "I8", "F32"),
     "25 skill without a name": (put(SKILLS, "names", torch.zeros(2, 32, dtype=torch.uint8)), "UTF-8"),
     "25 skill's name not UTF-8": (at(SKILLS, "names", 0, 255), "skill 0", "UTF-8"),
-    "25 skill that is no direction": (put(SKILLS, "embeddings", torch.ones(2, 64)), "length 1"),
-    "25 skill NaN": (at(SKILLS, "embeddings", 1, float("nan")), "skill_library", "skill 0", "nan"),
+    "25 skill NaN": (at(SKILLS, "features.scales", 1, float("nan")), "skill_library", "features.scales", "NaN"),
+    "25 skill scaled by zero": (at(SKILLS, "states.scales", 1, 0), "skill_library", "states.scales", "above 0"),
     "25 skill of expert -2": (at(SKILLS, "experts", 1, -2), "skill_library", "found -2"),
+    "25 skill of a negative loss": (at(SKILLS, "losses", 0, -2), "losses, skill 0", "found -2"),
+    "25 skill of negative tokens": (at(SKILLS, "tokens", 1, -2), "tokens, skill 1", "found -2"),
+    "25 skill with a row twice": (at(SKILLS, "features.keys", 1, 0), "features.keys, skill 0", "none twice"),
+    "25 skill with more rows than there are": (at(SKILLS, "states.rows", 0, 5), "4 in all", "found 5"),
+    "25 skill larger than its share": (tensors(SKILLS, of_65_rows), "0 to 64 rows", "found 65"),
     "25 probe NaN": (at(PROBE, "routed", 0, float("nan")), "probe", "routed", "NaN"),
     "25 probe tokens out of range": (at(PROBE, "input_ids", 0, 97), "probe", "input_ids", "found 97"),
     "25 probe columns out of range": (at(PROBE, "vocabulary", 0, -1), "probe", "vocabulary", "found -1"),

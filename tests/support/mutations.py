@@ -24,7 +24,8 @@ from dylora_moe.base.preserve import seeded
 from dylora_moe.checkpoint import formats
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.mixture.config import MoELoraConfig, RouterConfig
-from dylora_moe.skills.library import EMBEDDING_DIM, SkillLibrary
+from dylora_moe.skills.library import Skill, SkillLibrary
+from dylora_moe.skills.samples import Sample
 from dylora_moe.store.manifest import MANIFEST
 
 from .tiny import tiny_base
@@ -53,9 +54,14 @@ def tiny_mixture(kind: str = "llama", experts=2, *, r: int = 4, seed: int = 0, t
 
 
 def two_skills() -> SkillLibrary:
-    skills = SkillLibrary()
-    skills.add("Python", torch.arange(1.0, EMBEDDING_DIM + 1), expert=0)
-    skills.add("prose ✓", -torch.ones(EMBEDDING_DIM))
+    """One skill with both samples, and one of which nothing is known."""
+    skills, generator = SkillLibrary(), torch.Generator().manual_seed(0)
+    samples = [
+        Sample.of(torch.arange(rows), torch.randn(rows, 32, generator=generator), torch.full((rows,), 3.0))
+        for rows in (5, 4)
+    ]
+    skills.add(Skill("Python", 0, tokens=640, loss=1.5, features=samples[0], states=samples[1]))
+    skills.add(Skill("prose ✓"))
     return skills
 
 
