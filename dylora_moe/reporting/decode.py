@@ -1,4 +1,4 @@
-"""From parsed JSON to dataclasses, by their type annotations: every field is there, no other is, and each has its type."""
+"""Parsed JSON becomes dataclasses, strictly: every field is there, no other is, and each has its annotated type."""
 
 from __future__ import annotations
 
