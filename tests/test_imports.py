@@ -17,7 +17,7 @@ PACKAGE = ROOT / "dylora_moe"
 LEVELS = (
     {"constants", "errors"},
     {"system", "store", "data"},
-    {"base"},
+    {"base", "reporting"},
     {"mixture"},
     {"skills"},
     {"checkpoint"},
@@ -32,7 +32,7 @@ LEVELS = (
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 # May a module be imported without torch? What the command line and the commit protocol are made of.
-TORCH_FREE_ROOMS = {"constants", "errors", "system", "store", "data"}
+TORCH_FREE_ROOMS = {"constants", "errors", "system", "store", "data", "reporting"}
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 
 

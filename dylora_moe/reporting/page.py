@@ -1,0 +1,87 @@
+"""The page: report.html, made of results and template.html. It needs no script, no network and no font of its own."""
+
+from __future__ import annotations
+
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from ..errors import shown
+from . import sections
+from .results import Results
+from .sentences import FORGOTTEN, decision_words, names, percent, summary
+
+MARKER = "dylora-moe report"  # by which a page of an earlier run is known
+MAX_BYTES = 200_000
+TOKENS = (1200, 400, 100)  # of the examples together: the most that keep the page within MAX_BYTES
+LONGEST_NAME, LONGEST_PATH = 60, 120
+MOST_WORDS, MOST_PATHS = 12, 3
+UNKNOWN = "\u2013"
+
+
+def render(results: Results) -> str:
+    """Return the page: the same for the same results, and at most `MAX_BYTES` long."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_visible,
+    )
+    environment.filters |= {"loss": _loss, "percent": percent, "share": _share, "short": _short, "names": names}
+    template, page = environment.get_template("template.html"), ""
+    for most_tokens in TOKENS:
+        page = template.render(_contents(results, most_tokens))
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    return page
+
+
+def _contents(results: Results, most_tokens: int) -> dict[str, Any]:
+    shown_skills = results.skills[: sections.MOST_ROWS]
+    return {
+        "marker": MARKER,
+        "results": results,
+        "skills": shown_skills,
+        "marks": sections.skill_marks(results),
+        "left_out": results.skills[sections.MOST_ROWS :],
+        "summary": summary(results),
+        "losses": sections.loss_table(results),
+        "stages": sections.shown_stages(results),
+        "changes": sections.last_changes(results),
+        "forgotten": FORGOTTEN,
+        "curves": sections.curves(results),
+        "usage": [(skill, sections.usage(skill)) for skill in shown_skills if skill.usage],
+        "confidence": sections.confidence(results),
+        "texts": sections.texts(results, most_tokens),
+        "decisions": [(n, decision, decision_words(decision)) for n, decision in sections.decisions(results)],
+        "most_words": MOST_WORDS,
+        "most_paths": MOST_PATHS,
+        "longest_path": LONGEST_PATH,
+    }
+
+
+def _visible(value: object) -> object:
+    """Make the control characters of any text visible: they could hide or reorder what stands beside them."""
+    if type(value) is not str:
+        return value
+    return "".join(c if _is_harmless(c) else shown(c) for c in value)
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or character in "\n\t" or unicodedata.category(character) == "Zs"
+
+
+def _short(text: str, most: int = LONGEST_NAME) -> str:
+    return text if len(text) <= most else text[:most] + "\u2026"
+
+
+def _loss(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.3f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.0f} %"
