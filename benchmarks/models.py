@@ -198,7 +198,7 @@ def flops(base: PreTrainedModel, length: int, adapters: float, experts: int, r: 
     config = base.config.get_text_config()
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     attention = config.num_hidden_layers * 2 * 2 * (length / 2) * width
-    gate = config.num_hidden_layers * config.hidden_size * experts if experts > 1 else 0
+    gate = base.get_input_embeddings().weight.shape[1] * experts if experts > 1 else 0
     forward = 2 * (matrices + adapters * lora + gate) + attention
     step = 2 * 2 * matrices + 3 * 2 * (adapters * lora + gate) + 3 * attention
     return forward, step

@@ -111,7 +111,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def same_weights(a: str, b: str) -> bool:
-    """Return whether two fingerprints agree in what both have: some, and all of version 0.2.1, have no `whole`."""
+    """Return whether two fingerprints agree in what both have: some have no `whole`."""
     return all(mine == yours for mine, yours in zip(a.split(":"), b.split(":"), strict=False))
 
 

@@ -22,7 +22,8 @@ FLOAT32 = 1e-6  # GGUF files hold numbers in float32, so that 1e-05 is 9.9999997
 class ArchitectureEntry:
     """What tells one base model from another: sizes, a SHA-256 over names and shapes of parameters, and settings.
 
-    The settings are the values of the base's config that change what it computes; format version 1 has none.
+    The settings are the values of the base's config that change what it computes; None in a checkpoint that was
+    converted from version 0.2.1, which kept none.
     """
 
     model_type: str
@@ -32,7 +33,7 @@ class ArchitectureEntry:
     intermediate_size: int | list[int] | None
     vocab_size: int | None
     fingerprint: str
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any] | None
 
     def differences(self, here: Mapping[str, Any]) -> list[str]:
         """Describe all in which another architecture, as of `base.fingerprint.architecture`, differs; [] if in nothing.
@@ -61,7 +62,7 @@ class BaseModelEntry:
     revision: str | None
     dtype: str  # such as "bfloat16"
     architecture: ArchitectureEntry
-    quantization: dict[str, Any] | None = None  # with which it was loaded: arguments of BitsAndBytesConfig
+    quantization: dict[str, Any] | None  # with which it was loaded: arguments of BitsAndBytesConfig
 
     def located(self, checkpoint: Path) -> str | None:
         """Return the hub id, or the absolute path, of the base model that a checkpoint folder names."""

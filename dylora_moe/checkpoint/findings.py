@@ -45,6 +45,7 @@ class Contents:
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
     scans: dict[str, Scan] = field(default_factory=dict)  # of the safetensors files that have been read already
+    is_old: bool = False  # whether version 0.2.1 has written it: nothing else is checked then
     identity: Identity | None = None  # of the folder; None before it is published
 
     @property

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 
-FORMAT_VERSION = 2  # of what is written
-FORMAT_VERSIONS = (1, 2)  # that can be read; in version 1, config.json has no settings of the base model
+FORMAT_VERSION = 2
+OLD_VERSION = 1  # of DyLoRA-MoE 0.2.1, which `dylora-moe convert` reads
 MODEL_TYPE = "dylora-moe"
 
 CHECKPOINT = "checkpoint"  # what a script names the one that it writes

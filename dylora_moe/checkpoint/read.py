@@ -197,7 +197,7 @@ def _check_architecture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> N
     trained_on = checkpoint.config.base_model
     found = trained_on.architecture.differences(architecture(base))
     there, here = trained_on.quantization, quantization(base)
-    if there != here and trained_on.architecture.settings is not None:  # version 1 does not say
+    if there != here and trained_on.architecture.settings is not None:  # a converted one does not say
         found.append(f"quantization: {there} there, {here} here")
     if found:
         problem = f"was saved on another base model, {trained_on.name} ({'; '.join(found)}); load it on that one"

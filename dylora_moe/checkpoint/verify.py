@@ -133,8 +133,9 @@ def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents
         _guarded(contents, lambda c: _check_file_set(c, config, besides))
         for check in (check_experts, check_router, check_probe):
             _guarded(contents, check, config)
-    _guarded(contents, check_skills)
-    _guarded(contents, lambda c: _check_training(c, values))
+    if not contents.is_old:
+        _guarded(contents, check_skills)
+        _guarded(contents, lambda c: _check_training(c, values))
     contents.problems = sorted(set(contents.problems))
     contents.beside.sort()
     return contents

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from typing import Any
 
 from ..constants import BITSANDBYTES, MAX_EXPERTS, STATES, expert_name
@@ -25,14 +26,13 @@ def check_config(contents: Contents) -> CheckpointConfig | None:
     if found is None:
         return None
     version = found.get("format_version")
-    if natural(version) and version not in formats.FORMAT_VERSIONS:
-        known = " or ".join(map(str, formats.FORMAT_VERSIONS))
-        text = f"format_version: expected {known}, found {short(version)}"
-        contents.report(name, text, "a later version of this package has written it: update, or restore it from a copy")
+    if natural(version) and version != formats.FORMAT_VERSION:
+        contents.is_old = version == formats.OLD_VERSION
+        text = f"format_version: expected {formats.FORMAT_VERSION}, found {short(version)}"
+        contents.report(name, text, _remedy(contents))
         return None
-    rules = tuple(rule for rule in _CONFIG_RULES if version != 1 or rule[0] not in _SINCE_VERSION_2)
-    right = _only_keys(contents, "", found, rules)
-    right &= contents.follow(name, found, rules)
+    right = _only_keys(contents, "", found, _CONFIG_RULES)
+    right &= contents.follow(name, found, _CONFIG_RULES)
     if not right:
         return None
     experts = found["experts"]
@@ -42,6 +42,13 @@ def check_config(contents: Contents) -> CheckpointConfig | None:
     for index, expert in enumerate(experts):
         right &= _check_expert_entry(contents, index, expert)
     return CheckpointConfig.from_json(found) if right else None
+
+
+def _remedy(contents: Contents) -> str:
+    if not contents.is_old:
+        return "a later version of this package has written it: update, or restore it from a copy"
+    convert = f"dylora-moe convert {shlex.quote(str(contents.folder))} NEW_FOLDER"
+    return f"it is of DyLoRA-MoE 0.2.1, whose router read every layer: {convert}"
 
 
 def _check_expert_entry(contents: Contents, index: int, expert: object) -> bool:
@@ -89,7 +96,7 @@ def _sha256(value: object) -> bool:
 
 _CONFIG_RULES: Rules = (
     ("model_type", repr(formats.MODEL_TYPE), lambda v: v == formats.MODEL_TYPE),
-    ("format_version", "a version that can be read", lambda v: natural(v) and v in formats.FORMAT_VERSIONS),
+    ("format_version", f"{formats.FORMAT_VERSION}", lambda v: natural(v) and v == formats.FORMAT_VERSION),
     ("num_experts", f"1 to {MAX_EXPERTS}", lambda v: natural(v, 1, MAX_EXPERTS)),
     ("experts", "a list", lambda v: isinstance(v, list)),
     ("step", "a whole number", natural),
@@ -106,7 +113,7 @@ _CONFIG_RULES: Rules = (
     ("base_model.architecture.intermediate_size", "positive whole numbers or null", _sizes),
     ("base_model.architecture.vocab_size", "a positive whole number or null", nothing_or(_size)),
     ("base_model.architecture.fingerprint", "a SHA-256", _sha256),
-    ("base_model.architecture.settings", "an object", lambda v: isinstance(v, dict)),
+    ("base_model.architecture.settings", "an object or null", nothing_or(lambda v: isinstance(v, dict))),
     ("router.width", "a positive whole number", _size),
     ("router.temperature", "a positive number", lambda v: number(v) and v > 0),
     ("router.top_k", "null or a positive whole number", nothing_or(_size)),
@@ -114,7 +121,6 @@ _CONFIG_RULES: Rules = (
     ("router.decay", "a number above 0 and at most 1", lambda v: number(v) and 0 < v <= 1),
     ("router.prior_tokens", "a positive number", lambda v: number(v) and v > 0),
 )
-_SINCE_VERSION_2 = ("base_model.architecture.settings", "base_model.quantization")
 _EXPERT_RULES: Rules = (
     ("r", "a positive whole number", _size),
     ("lora_alpha", "a positive number", lambda v: number(v) and v > 0),

@@ -3,6 +3,7 @@
 dylora-moe verify runs/first/checkpoint-100
 dylora-moe verify runs/first/checkpoint-100 --json result.json
 dylora-moe list runs/first
+dylora-moe convert OLD NEW
 """
 
 from __future__ import annotations
@@ -11,13 +12,14 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..system import command_line
+from . import convert, verify
 from . import list as list_command
-from . import verify
 
 # Command: its module, which has `add_flags` and `run`, and what --help says of it.
 COMMANDS = {
     "verify": (verify, "exit code 0: complete and sound, 1: problems, all of which are listed, 2: not a folder"),
     "list": (list_command, "one line for each checkpoint of a run folder"),
+    "convert": (convert, "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router"),
 }
 
 

@@ -18,7 +18,7 @@ from ..constants import EXPERT_PREFIX, IMMATURE, MATURE, NEW, STATES
 from ..errors import UsageError, listed
 from .config import MoELoraConfig
 from .expert_matrices import Unchanged, Watch, weight_of
-from .forward_pass import Participants
+from .forward_pass import Groups
 from .routed_linear import RoutedLinear
 
 ROUTER = "router."  # begins the names of its parameters in a mixture
@@ -187,12 +187,12 @@ class ExpertStates:
         for index in experts:
             self._mature[index] = False
 
-    def participants(self, unchanged: Unchanged | None, training: bool) -> Participants:
-        """Return which experts take part in a forward pass; `unchanged` is what the watch has returned."""
+    def routed(self, unchanged: Unchanged | None) -> tuple[Groups, bool]:
+        """Return the experts that are routed over, and whether those that were trained are all mature."""
         new = self.new(unchanged)
         trained = tuple(i for i in range(len(self)) if i not in new)
-        mature = all(self._mature[i] for i in trained)
-        return Participants(trained, new, sparse=bool(trained) and mature and not training)
+        groups = tuple(group for group in (trained, new) if group)
+        return groups, bool(trained) and all(self._mature[i] for i in trained)
 
     def forget(self) -> None:
         """Read all tensors again the next time: an expert that was trained may have been reset."""

@@ -15,26 +15,10 @@ from .expert_matrices import Unchanged
 
 # The only expert of every token (NO_EXPERT: the base alone); a tuple: of every token in that row of the batch.
 Expert = int | tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class Participants:
-    """Which experts take part in a forward pass, and how.
-
-    `new` experts were never trained. They are left out of the softmax of the others (`trained`), and their own weight
-    counts the others in. Since their B is zero they change no output, but they receive a gradient. Their sum is kept
-    apart from that of the others, so that adding it (zero) leaves the others' bits.
-    """
-
-    trained: tuple[int, ...]
-    new: tuple[int, ...]
-    sparse: bool  # each token has its top-k experts only
-
-    @property
-    def only(self) -> int | None:
-        """The only expert in its softmax: its weight is 1 whatever the router says."""
-        normalised = self.trained or self.new
-        return normalised[0] if len(normalised) == 1 else None
+# The experts that are routed over: those that were trained, and those that were not. The latter are left out of the
+# softmax of the others, and their own weight counts the others in. Since their B is zero they change no output, but
+# they receive a gradient. Their sum is kept apart, so that adding it (zero) leaves the others' bits.
+Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclass(eq=False)
@@ -55,18 +39,20 @@ class ForwardPass:
 
     Args:
         expert: an expert whose whole update every token gets, as PEFT computes it.
-        participants: the experts that are routed over; None if all tokens go to `expert`.
+        groups: the experts that are routed over; none if all tokens go to a given expert.
+        sparse: whether each token has its top-k experts only.
         unchanged: what was derived from the parameters; None in training, where they change.
         records: whether somebody wants the routing probabilities.
         linear: a context for the operations of the pass.
         routing: the weights of the experts whose sum every layer adds; None outside of the decoder.
         probabilities: (B, T, N) over all experts, if `records` and the tokens are routed.
-        sums: (B, T, N + 2), what a cache keeps of the tokens (`routing.RouteCache`), if they are routed.
+        sums: what a cache keeps of the tokens (`routing.RouteCache`), if they are routed.
         lasts: False if the pass was begun by the decoder, and ends with it.
     """
 
     expert: Expert
-    participants: Participants | None = None
+    groups: Groups = ()
+    sparse: bool = False
     unchanged: Unchanged | None = None
     records: bool = False
     linear: AbstractContextManager = field(default_factory=nullcontext)
@@ -77,12 +63,9 @@ class ForwardPass:
     terms: list[Term] = field(default_factory=list)
     _dispatches: dict[Hashable, Dispatch] = field(default_factory=dict)
 
-    def enter(self, routing: tuple[RoutingWeights, ...]) -> None:
-        """Begin the decoder: from here on, every layer adds the experts by these weights."""
+    def route(self, routing: tuple[RoutingWeights, ...] | None) -> None:
+        """Let every layer add the experts by these weights, or refuse to run if there are none."""
         self.routing, self.terms, self._dispatches = routing, [], {}
-
-    def leave(self) -> None:
-        self.routing, self.terms, self._dispatches = None, [], {}
 
     def dispatch(self, routing: RoutingWeights, layout: Layout, groupable: bool, device: torch.device) -> Dispatch:
         """Return the dispatch of these experts. In evaluation it is made once for all layers that are alike.

@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, D width of the input embeddings, N experts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -146,7 +146,7 @@ def _left(tokens: torch.Tensor, decay: float) -> torch.Tensor:
 
 def count_tokens(
     shape: tuple[int, int],
-    attention_mask: torch.Tensor | None,
+    attention_mask: Any,
     position_ids: torch.Tensor | None,
     seen: torch.Tensor,
 ) -> Tokens:
@@ -156,12 +156,18 @@ def count_tokens(
 
     Args:
         shape: (B, T).
-        attention_mask: (B, at least T), of which the last T count; another form masks no token here.
+        attention_mask: (B, at least T), of which the last T count, or what a base has made of such a mask: (B, 1, T,
+            at least T), or several by kind of layer.
         position_ids: (B, T) or (1, T); of three dimensions, those of text are the first.
         seen: (B,) bool, whether there were tokens before.
     """
     attended = seen.new_ones(shape)
-    if attention_mask is not None and attention_mask.dim() == 2:
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()), None)
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4:  # padding does not see itself
+        own = attention_mask.diagonal(attention_mask.shape[3] - shape[1], 2, 3)[:, 0]  # (B, T)
+        attention_mask = own == 0 if own.is_floating_point() else own
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         attended = attention_mask[:, -shape[1] :].to(seen.device, torch.bool)
     begins = attended & (attended.cumsum(1) == 1) & ~seen.unsqueeze(1)
     if position_ids is not None:

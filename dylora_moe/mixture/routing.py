@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,7 +28,7 @@ from ..errors import UsageError
 from .dispatch import RoutingWeights
 from .expert_matrices import Watch
 from .experts import ExpertStates
-from .forward_pass import CurrentPass, Expert, ForwardPass, Participants
+from .forward_pass import CurrentPass, Expert, ForwardPass, Groups
 from .routed_linear import RoutedLinear
 from .router import Router, count_tokens
 
@@ -39,16 +40,16 @@ CACHES = ("past_key_values", "cache_params")  # names of the argument, and of th
 class RouteCache(DynamicLayer):
     """One more layer of a KV cache: the router's sums after each token, so that beams and crops apply to them as well.
 
-    keys: (B, 1, T, N + 2) in float32: the sums s of the trained and then the new experts, n, and 1 if there was a token
-    that is not padding.
+    keys: (B, 1, T, K) in float32: the sums (s, n) of each group of experts, and 1 if there was a token that is not
+    padding.
     """
 
     def add(self, sums: torch.Tensor) -> None:
-        """Add the sums (B, T, N + 2) of the next tokens."""
+        """Add those (B, T, K) of the next tokens."""
         self.update(sums.unsqueeze(1), sums.new_empty(len(sums), 1, sums.shape[1], 0))
 
     def last(self) -> torch.Tensor | None:
-        """Return the sums (B, N + 2) after the last token; None if there is none."""
+        """Return those (B, K) after the last token; None if there is none."""
         return self.keys[:, 0, -1] if self.get_seq_length() and self.keys is not None else None
 
 
@@ -69,8 +70,8 @@ class Routing:
         self.current = CurrentPass()
         self.forced: Expert = None
         decoder = base.get_decoder()
-        decoder.register_forward_pre_hook(EnterDecoder(self), with_kwargs=True)
-        decoder.register_forward_hook(LeaveDecoder(self), always_call=True)
+        decoder.register_forward_pre_hook(self.enter, with_kwargs=True)
+        decoder.register_forward_hook(self.leave, always_call=True)
         self.attach(decoder_layers(base))
 
     def attach(self, layers: nn.ModuleList) -> None:
@@ -113,8 +114,9 @@ class Routing:
         expert = self.forced if expert is None else expert
         if expert is not None:
             return ForwardPass(expert)
-        participants = self.states.participants(unchanged, self.router.training)
-        return ForwardPass(participants.only, participants, unchanged, record)
+        groups, mature = self.states.routed(unchanged)
+        only = groups[0][0] if len(groups[0]) == 1 else None  # its weight is 1 whatever the router says
+        return ForwardPass(only, groups, mature and not self.router.training, unchanged, record)
 
     @contextmanager
     def force(self, expert: Expert) -> Iterator[None]:
@@ -130,22 +132,23 @@ class Routing:
             with self.current.turn():
                 self.forced = before
 
-    def enter(self, decoder: nn.Module, arguments: Mapping[str, Any]) -> None:
-        """Compute the routing weights for the arguments of the decoder, by name."""
+    def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Compute the routing weights for the arguments of the decoder: its pre-forward hook."""
         state = self.current.state
         if state is None:  # the base or its decoder was called by itself
             state = self.current.state = self._begin()
             state.lasts = False
         state.sums = None
-        participants = state.participants
-        if participants is None or self.router.num_experts == 1:
-            state.enter(())
+        if sum(map(len, state.groups)) < 2:
+            state.route(())
             return
-        state.sums, sums = self._sums(decoder, arguments, participants)
-        state.enter(self._weights(state, participants, sums))
+        if args:
+            kwargs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
+        state.sums, sums = self._sums(decoder, kwargs, state.groups)
+        state.route(self._weights(state, sums))
 
-    def leave(self, output: Any) -> None:
-        """End the decoder, and keep the sums of its tokens in the cache that it returns, if it does.
+    def leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
+        """End the decoder, and keep the sums of its tokens in the cache that it returns, if it does: its forward hook.
 
         Args:
             output: what the decoder has returned; None if it has failed.
@@ -153,7 +156,7 @@ class Routing:
         state = self.current.state
         if state is None:
             return
-        state.leave()
+        state.route(None)
         if not state.lasts:
             self.current.state = None
         cache = None if state.sums is None or output is None else _find_cache(output)
@@ -166,58 +169,42 @@ class Routing:
     # ---- weights ----
 
     def _sums(
-        self, decoder: nn.Module, arguments: Mapping[str, Any], participants: Participants
+        self, decoder: nn.Module, arguments: Mapping[str, Any], groups: Groups
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return what a cache keeps of each token, and the router's sums of the trained and of the new experts."""
+        """Return what a cache keeps of each token, and the router's sums of each group."""
         embeddings = arguments.get("inputs_embeds")
         if embeddings is None:
             embeddings = cast(Any, decoder).get_input_embeddings()(arguments["input_ids"])  # (B, T, D)
-        groups = [group for group in (participants.trained, participants.new) if group]
-        before = _before(arguments, sum(map(len, groups)))
+        sizes = [len(group) + 1 for group in groups]
+        before = _before(arguments, sum(sizes) + 1)
         if before is None:
-            before = embeddings.new_zeros(len(embeddings), sum(map(len, groups)) + 2, dtype=torch.float32)
-        seen = before[:, -1].bool()
+            before = embeddings.new_zeros(len(embeddings), sum(sizes) + 1, dtype=torch.float32)
+        *past, seen = before.split([*sizes, 1], 1)  # seen: (B, 1)
         shape = (embeddings.shape[0], embeddings.shape[1])
-        tokens = count_tokens(shape, arguments.get("attention_mask"), arguments.get("position_ids"), seen)
-        found, start = [], 0
-        for group in groups:
-            past = torch.cat([before[:, start : start + len(group)], before[:, -2:-1]], 1)  # (B, N of it + 1)
-            found.append(self.router.sums(embeddings, tokens, group, past))
-            start += len(group)
-        seen = seen.unsqueeze(1) | ((tokens.counted | tokens.begins).cumsum(1) > 0)  # (B, T)
-        kept = [*(sums[..., :-1] for sums in found), found[0][..., -1:], seen.unsqueeze(-1)]
-        return torch.cat([part.detach().to(torch.float32) for part in kept], -1), found
+        tokens = count_tokens(
+            shape, arguments.get("attention_mask"), arguments.get("position_ids"), seen.squeeze(1).bool()
+        )
+        found = [self.router.sums(embeddings, tokens, *each) for each in zip(groups, past, strict=True)]
+        seen = seen.bool() | ((tokens.counted | tokens.begins).cumsum(1) > 0)  # (B, T)
+        kept = [part.detach().to(torch.float32) for part in (*found, seen.unsqueeze(-1))]
+        return torch.cat(kept, -1), found
 
-    def _weights(
-        self, state: ForwardPass, participants: Participants, sums: list[torch.Tensor]
-    ) -> tuple[RoutingWeights, ...]:
-        """The weights of the trained experts, and in training those of the new ones.
+    def _weights(self, state: ForwardPass, sums: list[torch.Tensor]) -> tuple[RoutingWeights, ...]:
+        """The weights of the first group, and in training those of the new experts beside it.
 
-        An expert that is the only one in its softmax has none: it is added as PEFT adds it, whether or not there are
-        new ones beside it.
+        An expert that is alone in the first group has none: it is added as PEFT adds it.
         """
-        trained, new = participants.trained, participants.new
-        trains, records = torch.is_grad_enabled(), state.records
-        if len(trained) <= 1 and not trains and not records:
-            return ()
-        logits = self.router.logits(sums[0], trained or new)  # (B, T, N trained)
-        if not trained or not new:
-            if records:
-                state.probabilities = logits.softmax(-1)
-            return (self._softmax(trained or new, logits, participants.sparse),)
-        weights: tuple[RoutingWeights, ...] = ()
-        if participants.only is None:
-            weights = (self._softmax(trained, logits, participants.sparse),)
-        if not trains and not records:  # what the new ones add is zero
-            return weights
-        of_new = self.router.logits(sums[1], new)  # (B, T, N new)
-        if trains:
-            own = torch.sigmoid(of_new - logits.logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
-            weights += (RoutingWeights(new, own.flatten(0, -2)),)
-        if records:
-            order = torch.tensor(trained + new, device=of_new.device).argsort()
-            state.probabilities = torch.cat([logits, of_new], -1).softmax(-1).index_select(-1, order)
-        return weights
+        logits = [self.router.logits(*each) for each in zip(sums, state.groups, strict=True)]  # (B, T, N) each
+        if state.records:
+            order = sorted(range(self.router.num_experts), key=sum(state.groups, ()).__getitem__)
+            state.probabilities = torch.cat(logits, -1).softmax(-1)[..., order]
+        weights = []
+        if state.expert is None:
+            weights.append(self._softmax(state.groups[0], logits[0], state.sparse))
+        if len(logits) > 1 and torch.is_grad_enabled():  # otherwise, what the new ones add is zero
+            own = torch.sigmoid(logits[1] - logits[0].logsumexp(-1, keepdim=True))  # e^l / (sum over trained + e^l)
+            weights.append(RoutingWeights(state.groups[1], own.flatten(0, -2)))
+        return tuple(weights)
 
     def _softmax(self, experts: tuple[int, ...], logits: torch.Tensor, sparse: bool) -> RoutingWeights:
         """logits (B, T, N)"""
@@ -241,8 +228,8 @@ class Routing:
             module.__dict__["_gradient_checkpointing_func"] = CheckpointedLayer(self.current, function)
 
 
-def _before(arguments: Mapping[str, Any], num_experts: int) -> torch.Tensor | None:
-    """Return the router's sums (B, N + 2) in the cache that the decoder is given; None if there is no token in it.
+def _before(arguments: Mapping[str, Any], width: int) -> torch.Tensor | None:
+    """Return the router's sums (B, width) in the cache that the decoder is given; None if there is no token in it.
 
     Raises:
         UsageError: if the cache cannot hold them, or was filled without the router or with other experts.
@@ -260,7 +247,7 @@ def _before(arguments: Mapping[str, Any], num_experts: int) -> torch.Tensor | No
     last = None if route is None else route.last()
     if last is None and not _length(cache):
         return None
-    if last is None or last.shape[1] != num_experts + 2:
+    if last is None or last.shape[1] != width:
         raise UsageError(
             "the cache was filled without these experts' router (by the base model, with one expert for all tokens, or "
             "before an expert was added): go on the same way, or start with a new cache"
@@ -283,45 +270,21 @@ def _find_cache(output: Any) -> Cache | None:
     return getattr(found, "self_attention_cache", found)
 
 
-class EnterDecoder:
-    """The pre-forward hook of the decoder. A class, so that a model can be copied and pickled."""
-
-    def __init__(self, routing: Routing):
-        self.routing = routing
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if args:
-            kwargs = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-        self.routing.enter(module, kwargs)
-
-
-class LeaveDecoder:
-    """The forward hook of the decoder."""
-
-    def __init__(self, routing: Routing):
-        self.routing = routing
-
-    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
-        self.routing.leave(output)
-
-
+@dataclass
 class CheckpointedLayer:
     """Stands in for a layer's `_gradient_checkpointing_func`: checkpoints the layer with the state of its pass."""
 
-    def __init__(self, current: CurrentPass, checkpoint: Callable):
-        self.current = current
-        self.checkpoint = checkpoint
+    current: CurrentPass
+    checkpoint: Callable
 
     def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        state = self.current.state
-        if state is None:
-            return self.checkpoint(function, *args, **kwargs)
-        first, state = state, state.again()
+        first = self.current.state
+        again = first and first.again()
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if self.current.state is first:
+            if again is None or self.current.state is first:
                 return function(*args, **kwargs)
-            with self.current.running(state.again()):
+            with self.current.running(again.again()):
                 return function(*args, **kwargs)
 
         return self.checkpoint(run, *args, **kwargs)

@@ -199,7 +199,7 @@ class MoETrainer(Trainer):
             return
         self._tr_loss += sums.loss
         self._total_loss_scalar, self._globalstep_last_logged = sums.total_loss, sums.last_logged
-        self._first_step = sums.first_step or 0
+        self._first_step = sums.first_step
         if sums.usage is not None:
             self.mixture._usage = [torch.tensor(values, device=self.mixture.device) for values in sums.usage]
 

@@ -46,8 +46,8 @@ class Sums:
     total_loss: float  # until the last log
     last_logged: int  # the step of the last log
     usage: list[list[float]] | None  # of each expert since the last log: first choices, and probabilities
-    first_step: int | None = None  # the step after which `total_loss` begins; None in version 0.2.1, as is the next
-    optimizer_steps: list[int] | None = None  # how often parameters were updated: each number once
+    first_step: int  # the step after which `total_loss` begins
+    optimizer_steps: list[int]  # how often parameters were updated: each number once
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,7 @@ def read(
 
     def read_file(name: str) -> dict[str, Any]:
         found = read_tensors(folder, name)
-        if counts is not None or STEP in found:  # in version 0.2.1, most files name no step
-            _check_step(folder, name, found.get(STEP), step)
+        _check_step(folder, name, found.get(STEP), step)
         return found
 
     trained = model.trained_parameters()
@@ -250,8 +249,8 @@ def _sums_rules(step: int, num_experts: int) -> Rules:
         ("total_loss", "a number", number),
         ("last_logged", f"a step until {step}", is_step),
         ("usage", f"two lists of {num_experts} numbers from 0, or null", nothing_or(is_usage)),
-        ("first_step", f"a step until {step}, or null", nothing_or(is_step)),
-        ("optimizer_steps", "a list of whole numbers from 1, or null", nothing_or(is_counts)),
+        ("first_step", f"a step until {step}", is_step),
+        ("optimizer_steps", "a list of whole numbers from 1", is_counts),
     )
 
 

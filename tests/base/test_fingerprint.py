@@ -135,7 +135,7 @@ def test_every_byte_of_parameters_and_persistent_buffers_counts(where, tmp_path)
     after = weights_fingerprint(model)
     assert before.split(":")[:2] == after.split(":")[:2]
     assert not same_weights(before, after)
-    assert same_weights(":".join(before.split(":")[:2]), after)  # that of version 0.2.1 cannot tell
+    assert same_weights(":".join(before.split(":")[:2]), after)  # a sample cannot tell
     with torch.no_grad():
         tensor.view(-1)[index] /= -4
     assert weights_fingerprint(model) == before

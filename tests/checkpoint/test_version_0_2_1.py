@@ -1,4 +1,4 @@
-"""A checkpoint that version 0.2.1 wrote verifies, loads and resumes.
+"""A checkpoint that version 0.2.1 wrote is refused, and converted.
 
 Its texts are literal, as that version wrote them for the tiny Llama of these tests; the tensors around them are made
 here. Of the manifest, sizes and hashes are those of the files.
@@ -7,21 +7,27 @@ here. Of the manifest, sizes and hashes are those of the files.
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
-from transformers import TrainingArguments
+from safetensors.torch import load_file, save
 
+import test_checkpoint_minimal as minimal
+import test_checkpoint_save_load as full
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import seeded
 from dylora_moe.checkpoint import formats
 from dylora_moe.checkpoint.read import load_mixture
-from dylora_moe.checkpoint.verify import find_problems, open_checkpoint
-from dylora_moe.training.batches import BlockCollator
-from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
-from dylora_moe.training.trainer import MoETrainer
+from dylora_moe.checkpoint.verify import find_problems
+from dylora_moe.checkpoint.write import save_checkpoint
+from dylora_moe.cli.main import main
+from dylora_moe.errors import CheckpointError
+from dylora_moe.mixture.config import RouterConfig
+from dylora_moe.training.resume import check
 
 from ..support.mutations import CONFIG_0, CONFIG_1, edit_json, files_of
 from ..support.tiny import random_ids, tiny_base
@@ -164,36 +170,30 @@ MANIFEST_TAIL = """
 """
 
 
-def trainer(folder: Path) -> MoETrainer:
-    """4 steps of 4 rows; a checkpoint after 2 of them."""
-    ids = random_ids(16, 12).tolist()
-    rows = [{"input_ids": row, "labels": row, "position_ids": list(range(12))} for row in ids]
-    arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=4, save_steps=2, learning_rate=1e-2, per_device_train_batch_size=4,
-        use_cpu=True, remove_unused_columns=False, label_names=["labels"], report_to="none",
-    )  # fmt: skip
+@pytest.fixture
+def old(tmp_path) -> Path:
+    """A checkpoint between the texts of that version, with gates that read every layer."""
+    folder = tmp_path / "old" / "checkpoint-2"
     with seeded(0):
-        model = DyLoRAMoE(tiny_base(), 2)
-    return MoETrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=BlockCollator(),
-        callbacks=[PeftCheckpointCallback()],
-    )
-
-
-def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
-    """The tensors and the training state of a checkpoint, between the texts of that version."""
-    shutil.copytree(checkpoint, folder)
-    for name in (formats.OPTIMIZER, "rng_state.pth"):  # which named no step
-        state = torch.load(folder / name, weights_only=True)
-        del state["global_step"]
-        torch.save(state, folder / name)
-    edit_json(folder / formats.TRAINER_STATE, without_new_sums)
+        save_checkpoint(folder, trained(DyLoRAMoE(tiny_base(), 2)), step=2)
+    gates = {f"gates.{layer}.weight": torch.ones(2, 32) for layer in range(3)}
+    (folder / formats.ROUTER).write_bytes(save(gates, metadata={"format": "pt"}))
     (folder / formats.CONFIG).write_text(CONFIG)
     for name in (CONFIG_0, CONFIG_1):
         (folder / name).write_text(ADAPTER_CONFIG)
+    write_manifest(folder)
+    return folder
+
+
+def trained(model: DyLoRAMoE) -> DyLoRAMoE:
+    with torch.no_grad():
+        for index in range(model.num_experts):
+            for tensor in model.expert_tensors(index).values():
+                tensor.normal_(std=0.1)
+    return model
+
+
+def write_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
     entries = [
         MANIFEST_ENTRY.replace("NAME", name)
@@ -202,34 +202,80 @@ def as_version_0_2_1_wrote_it(checkpoint: Path, folder: Path) -> Path:
         for name, data in files_of(folder).items()
     ]
     (folder / "manifest.json").write_text(MANIFEST_HEAD + ",\n".join(entries) + MANIFEST_TAIL)
-    return folder
 
 
-def without_new_sums(state: dict) -> None:
-    (sums,) = state["stateful_callbacks"]["MoETrainer"]["attributes"]["by_rank"]
-    del sums["first_step"], sums["optimizer_steps"]
+def test_it_is_refused_with_the_command_that_converts_it(old, capsys):
+    convert = f"dylora-moe convert {old} NEW_FOLDER"
+    (problem,) = find_problems(old)
+    assert problem.startswith("config.json: format_version: expected 2, found 1; it is of DyLoRA-MoE 0.2.1")
+    assert problem.endswith(convert)
+    with pytest.raises(CheckpointError, match=convert):
+        load_mixture(old, tiny_base())
+    for weights_only in (False, True):  # on resume
+        with pytest.raises(CheckpointError, match=convert):
+            check(old, {}, DyLoRAMoE(tiny_base(), 2), weights_only, accept_changes=True)
+    assert (full.main(["--checkpoint", str(old)]), minimal.main(["--checkpoint", str(old)])) == (1, 1)
+    assert capsys.readouterr().out.count(convert) == 2
 
 
-def test_a_checkpoint_of_version_0_2_1_verifies_loads_and_resumes(tmp_path):
-    through = trainer(tmp_path / "through")
-    through.train()
-    old = as_version_0_2_1_wrote_it(tmp_path / "through" / "checkpoint-2", tmp_path / "old" / "checkpoint-2")
-    assert find_problems(old) == []
-    content = json.loads(open_checkpoint(old).config.to_json())
-    assert content.pop("format_version") == 2 and content["base_model"]["architecture"].pop("settings") is None
-    assert content["base_model"].pop("quantization") is None
-    assert content | {"format_version": 1} == json.loads(CONFIG)
+def test_it_is_converted(old, tmp_path, capsys):
+    before, new = files_of(old), tmp_path / "new"
+    assert main(["convert", str(old), str(new)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"✓ {new}: converted from {old}, 2 experts (immature)\n")
+    assert "nearly the same weight until the router is trained" in out
+    assert files_of(old) == before and sorted(path.name for path in tmp_path.glob("[!.]*")) == ["new", "old"]
+    after = files_of(new)
+    adapters = {name: data for name, data in before.items() if name.startswith(formats.ADAPTERS)}
+    assert len(adapters) == 4 and {name: data for name, data in after.items() if name in adapters} == adapters
+    assert set(after) - set(adapters) == {"config.json", "manifest.json", "router.safetensors", formats.SKILLS}
+    assert main(["verify", str(new)]) == 0
 
-    loaded = load_mixture(old, tiny_base())
-    there = load_mixture(tmp_path / "through" / "checkpoint-2", tiny_base())
-    assert loaded.expert_states == ["immature", "immature"]
-    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), there.parameters(), strict=True))
+    model = load_mixture(new, tiny_base())
+    there = load_file(new / CONFIG_0.replace("adapter_config.json", "adapter_model.safetensors"))
+    assert all(torch.equal(tensor, there[name]) for name, tensor in model.expert_tensors(0).items())
+    assert model.router.config == RouterConfig(top_k=2)
+    with torch.no_grad(), model._routing.run(record=True) as state:
+        model.base(random_ids(4, 12))
+    shares = state.probabilities  # (4, 12, 2)
+    assert 0 < (shares - 0.5).abs().max() < 0.01
 
-    resumed = trainer(tmp_path / "old")
-    resumed.train(resume_from_checkpoint=str(old))
-    assert resumed.state.global_step == 4
-    expected = through.mixture.state_dict()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.mixture.state_dict().items())
-    assert not torch.equal(
-        next(iter(loaded.expert_tensors(0).values())), next(iter(resumed.mixture.expert_tensors(0).values()))
-    )
+
+def rewritten(change) -> Callable[[Path], None]:
+    def spoil(old: Path) -> None:
+        edit_json(old / formats.CONFIG, change)
+        write_manifest(old)
+
+    return spoil
+
+
+def flip(old: Path) -> None:
+    path = old / CONFIG_0.replace("adapter_config.json", "adapter_model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+# What is wrong with the old checkpoint; the new one, in the old one's parent; exit code; message.
+REFUSED = {
+    "corrupt": (flip, "new", 1, r"expert_0/adapter_model\.safetensors: expected .*its content was changed"),
+    "no such folder": (shutil.rmtree, "new", 2, "expected a checkpoint folder, found nothing"),
+    "new exists": (lambda old: (old.parent / "new").mkdir(), "new", 2, "new exists already: name a new folder"),
+    "new inside": (lambda old: None, "checkpoint-2/new", 2, "is inside the old checkpoint"),
+    "of today": (rewritten(lambda c: c.update(format_version=2)), "new", 2, "has format version 2 already"),
+    "of tomorrow": (rewritten(lambda c: c.update(format_version=3)), "new", 1, "expected format version 1"),
+    "no base": (rewritten(lambda c: c.pop("base_model")), "new", 1, "expected format version 1 and a base model"),
+    "too wide": (rewritten(lambda c: c["router"].update(hidden_size=1 << 30)), "new", 1, "expected the sizes of"),
+    "another rank": (rewritten(lambda c: c["experts"][1].update(r=8)), "new", 1, "r: expected 8"),
+    "base beside": (rewritten(lambda c: c["base_model"].update(name="../x")), "../new", 2, "name a new folder in"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_converted(old, capsys, case):
+    spoil, name, code, text = REFUSED[case]
+    spoil(old)
+    before = set(old.parent.parent.rglob("*"))
+    assert main(["convert", str(old), str(old.parent / name)]) == code
+    assert re.search(text, capsys.readouterr().err)
+    assert set(old.parent.parent.rglob("*")) == before

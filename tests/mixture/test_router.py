@@ -102,6 +102,19 @@ def test_which_tokens_count(mask, positions, seen, counted, begins):
     assert found.begins[0].int().tolist() == begins
 
 
+@pytest.mark.parametrize("by_kind", [False, True])
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("cached", [0, 3])
+def test_padding_is_told_by_what_a_base_has_made_of_the_mask(by_kind, additive, cached):
+    seen = torch.zeros(2, dtype=torch.bool)
+    mask = torch.tensor([[1] * cached + [1, 1, 1, 1], [0] * cached + [0, 0, 1, 1]])
+    whole = mask[:, None, None].bool() & torch.ones(4, cached + 4).tril(cached).bool()  # (2, 1, 4, cached + 4)
+    whole = torch.where(whole, 0.0, torch.finfo(torch.float32).min) if additive else whole
+    found = count_tokens((2, 4), {"sliding_attention": whole} if by_kind else whole, None, seen)
+    assert all(map(torch.equal, found, count_tokens((2, 4), mask, None, seen)))
+    assert not torch.equal(found.counted, count_tokens((2, 4), None, None, seen).counted)
+
+
 def test_autocast_leaves_the_router_in_float32():
     gate, embeddings, all_of = router(), torch.randn(2, 5, WIDTH), tokens([[1] * 5] * 2)
     expected = gate.sums(embeddings, all_of)

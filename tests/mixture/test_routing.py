@@ -9,12 +9,15 @@ import torch
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import (
     DynamicCache,
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     MambaConfig,
     MambaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    QuantizedCache,
 )
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
@@ -24,6 +27,12 @@ from dylora_moe.mixture.frozen_linear import is_slow
 from ..support.tiny import ARCHITECTURES, random_ids, randomise, tiny_base, tiny_mixture
 
 DROPPED = MoELoraConfig(r=4, lora_dropout=0.2)
+GEMMA3 = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 4,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+}  # fmt: skip
+GENERATE = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
 
 
 def gradients(model):
@@ -114,10 +123,24 @@ def test_each_document_of_a_block_is_routed_as_if_alone():
 @torch.no_grad()
 def test_embeddings_are_routed_as_their_tokens():
     model, ids = tiny_mixture(), random_ids(2, 6)
-    assert torch.equal(route(model, ids), route(model, inputs_embeds=model.get_input_embeddings()(ids)))
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(route(model, ids), route(model, inputs_embeds=embeddings))
+    for options in ({}, {"use_cache": False}):
+        options = GENERATE | {"do_sample": False} | options
+        new = model.generate(inputs_embeds=embeddings, **options)
+        assert torch.equal(new, model.generate(ids, **options)[:, 6:])
 
 
-GENERATE = {"max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
+@torch.no_grad()
+def test_a_quantized_cache_keeps_the_route_as_it_is():
+    model, ids = tiny_mixture(), random_ids(2, 12)
+    cache, routes, logits = QuantizedCache("fp8", config=model.config), [], []
+    for part in ids.split([5, 1, 6], 1):
+        with model._routing.run(record=True) as state:
+            logits.append(model.base(part, past_key_values=cache, use_cache=True).logits)
+        routes.append(state.probabilities)
+    assert torch.allclose(torch.cat(routes, 1), route(model, ids), atol=1e-6)
+    assert not torch.allclose(torch.cat(logits, 1), model(ids).logits, atol=1e-5)  # attention does not
 
 
 @pytest.mark.parametrize(
@@ -142,6 +165,24 @@ def test_ways_to_generate_are_the_same_without_a_cache(options):
 
 
 @torch.no_grad()
+def test_a_multimodal_base_is_routed_on_text():
+    """It gives its decoder embeddings, and masks that it has made."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=GEMMA3, vision_config=vision | {"image_size": 8, "patch_size": 4},
+                          mm_tokens_per_image=4, image_token_index=96)  # fmt: skip
+    with seeded(0):
+        model = DyLoRAMoE(Gemma3ForConditionalGeneration(config), 3, lora=MoELoraConfig(r=4, lora_dropout=0.0))
+    model, ids, mask = randomise(model.eval()), random_ids(2, 9), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, :3] = 0
+    options = GENERATE | {"do_sample": False}
+    cached = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options))
+    assert torch.equal(cached[0, 9:], model.generate(ids[:1, 3:], **options)[0, 6:])
+    assert torch.allclose(route(model, ids, attention_mask=mask)[0, 3:], route(model, ids[:1, 3:])[0], atol=1e-6)
+    assert not torch.allclose(route(model, ids)[0, 3:], route(model, ids[:1, 3:])[0], atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_cropped_cache_goes_on_where_it_was_cut():
     model, ids = tiny_mixture(), random_ids(1, 12)
     cache = model(ids, use_cache=True).past_key_values
@@ -152,10 +193,7 @@ def test_a_cropped_cache_goes_on_where_it_was_cut():
 
 @torch.no_grad()
 def test_a_sliding_window_and_a_state_space_base_generate_as_without_a_cache():
-    sliding = Gemma3TextConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=["sliding_attention"] * 2 + ["full_attention"],
-    )  # fmt: skip
+    sliding = Gemma3TextConfig(**GEMMA3)
     mamba = MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=3, state_size=4)
     for base, targets in ((Gemma3ForCausalLM, None), (MambaForCausalLM, ["in_proj"])):
         with seeded(0):
@@ -246,10 +284,13 @@ def test_selective_checkpointing_keeps_what_the_base_layers_computed():
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 
 
-def test_checkpointing_that_was_enabled_on_the_base_is_as_right():
+@pytest.mark.parametrize("inputs_require_grads", [False, True])
+def test_checkpointing_that_was_enabled_on_the_base_is_as_right(inputs_require_grads):
     model, ids = tiny_mixture(lora=DROPPED), random_ids(2, 7)
     _, plain, _ = train_twice(model, ids, None)
     model.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if inputs_require_grads:  # as TRL and PEFT do it
+        model.base.enable_input_require_grads()
     _, checkpointed, _ = train_twice(model, ids, None)
     assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
 

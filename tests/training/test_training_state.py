@@ -288,6 +288,9 @@ WRONG = {
     "negative usage": (sums(usage=[[1.0, -1.0]] * 2), "usage: expected"),
     "steps of none": (sums(optimizer_steps=[]), r"optimizer.pt: step: expected \[\], found \[3\]"),
     "steps of others": (sums(optimizer_steps=[2]), r"optimizer.pt: step: expected \[2\], found \[3\]"),
+    "no first step": (sums(first_step=None), "first_step: expected a step until 3"),
+    "no steps": (sums(optimizer_steps=None), "optimizer_steps: expected a list of whole numbers"),
+    "optimizer without a step": (edit("optimizer.pt", lambda s: s.pop("global_step") and None), "expected step 3"),
     "an unknown sum": (sums(extra=1), "MoETrainer: 'extra': is unknown"),
     "sums of two": (lambda f: edit_json(f / "trainer_state.json", lambda s: s["stateful_callbacks"][SUMS]["attributes"]
                                         ["by_rank"].append({})), "expected sums of 1 process"),
@@ -311,29 +314,6 @@ def test_what_is_refused(folder, capsys, case):
 def test_row_22_a_file_of_another_step(originals, folder, name):
     shutil.copy(originals[4] / name, folder / name)
     with pytest.raises(CheckpointError, match=rf"{name}: expected step 3, as in config.json, found 4"):
-        after_reading(folder)
-
-
-def as_in_0_2_1(folder: Path) -> None:
-    """Optimizer and generators without a step, and sums without those of the optimizer."""
-    for name in ("optimizer.pt", "rng_state.pth"):
-        edit(name, lambda state: state.pop("global_step") and None)(folder)
-
-    def change(state: dict) -> None:
-        found = state["stateful_callbacks"][SUMS]["attributes"]["by_rank"][0]
-        del found["first_step"], found["optimizer_steps"]
-
-    edit_json(folder / "trainer_state.json", change)
-
-
-def test_what_version_0_2_1_wrote_goes_on_and_is_checked_as_far_as_can_be(originals, folder):
-    as_in_0_2_1(folder)
-    assert all(map(equal, after_reading(folder)[:4], after_reading(originals[3])[:4]))
-    moment("step", lambda tensor: tensor + 1)(folder)
-    with pytest.raises(CheckpointError, match=r"step: expected one number until 3, found \[3, 4\]"):
-        after_reading(folder)
-    shutil.copy(originals[4] / "optimizer.pt", folder / "optimizer.pt")
-    with pytest.raises(CheckpointError, match=r"optimizer\.pt: expected step 3, as in config\.json, found 4"):
         after_reading(folder)
 
 
