@@ -36,7 +36,6 @@ from .texts import Divide, Text, divided, read_text
 
 EVAL_FRACTION = 0.05
 HELD_OUT_BLOCKS = 64  # the most per data set
-EXAMPLES = 4  # of the training blocks of a data set
 HASH_ROWS = 1024
 MOST_REPETITIONS = 1000  # of a block, on average, until every block has been drawn
 
@@ -78,7 +77,6 @@ class TokenBlocks:
 
     train: Dataset
     evaluation: dict[str, Dataset]
-    examples: dict[str, Dataset]  # some blocks of each data set that is trained on; held-out ones, if there are any
     sources: tuple[SourceStats, ...]
     block_size: int
 
@@ -146,15 +144,12 @@ def load_blocks(
     train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
     mixed, drawn = _mix(train, [text.spec.weight for text in texts], seed, mixing)
     evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
-    examples = evaluation
     if eval_specs:
-        examples = {n: layout.as_dataset(part.train.rows[:EXAMPLES]) for n, part in zip(names, parts, strict=True)}
         rows = [layout.pack(split.evaluation).rows[:most] for split in tests]
         evaluation = {name: layout.as_dataset(some) for name, some in zip(eval_names, rows, strict=True)}
     return TokenBlocks(
         train=mixed,
         evaluation=evaluation,
-        examples=examples,
         sources=tuple(part.stats(name, count) for name, part, count in zip(names, parts, drawn, strict=True)),
         block_size=block_size,
     )

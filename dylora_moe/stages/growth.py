@@ -48,12 +48,13 @@ class Judge:
         known = sum(verdict is not None and verdict.known for verdict in verdicts)
         if min(new, known) >= max(LEAST_DOCUMENTS, MIXED_SHARE * (new + known)):
             labels = self._part_of_each(documents)
-            if len(set(labels)) == 2:
+            halves = [[d for d, label in zip(documents, labels, strict=True) if label == part] for part in (0, 1)]
+            decisions = [self._decide(source, half) for half in halves if half]
+            if len({decision.known for decision in decisions}) == 2:
                 self.parts[source] = "".join(map(str, labels))
-                for part in (0, 1):
-                    self._decide(source, [d for d, label in zip(documents, labels, strict=True) if label == part])
+                self.decisions += decisions
                 return labels
-        self._decide(source, documents, (known, new))
+        self.decisions.append(self._decide(source, documents, (known, new)))
         return [0] * len(documents)
 
     def _part_of_each(self, documents: list[Document]) -> list[int]:
@@ -63,7 +64,7 @@ class Judge:
         first = next(value for value in known if value is not None)
         return [int(value is not None and value != first) for value in known]
 
-    def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> None:
+    def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> Decision:
         windows = windows_of(np.concatenate([document.ids for document in documents]))
         some = [windows[i] for i in evenly(len(windows), WINDOWS)]
         if not some:
@@ -73,9 +74,7 @@ class Judge:
         verdict: Verdict = self.detector.judge(read_states(self.detector.model, some))
         known, new = counts or ((len(documents), 0) if verdict.known else (0, len(documents)))
         tokens = sum(map(len, some))
-        self.decisions.append(
-            Decision(source, tokens, verdict.known, verdict.skill, verdict.distance, verdict.threshold, new, known)
-        )
+        return Decision(source, tokens, verdict.known, verdict.skill, verdict.distance, verdict.threshold, new, known)
 
 
 @dataclass(frozen=True)

@@ -121,10 +121,11 @@ def trained_blocks(blocks: TokenBlocks, stage: Stage) -> tuple[Any, tuple[int, .
     return train, experts
 
 
-def stage_lines(stage: Stage, names: Iterable[str]) -> list[str]:
+def stage_lines(stage: Stage, blocks: TokenBlocks) -> list[str]:
     """Return a line for each data set that says what it trains, or why it trains nothing."""
     lines = []
     decisions: Sequence[Decision | None] = stage.decisions or [None] * len(stage.data)
+    names = [source.name for source in blocks.sources]
     for name, trained, decision in zip(names, stage.data, decisions, strict=True):
         what = "not trained on; --update trains the expert that has it"
         if trained is not None:

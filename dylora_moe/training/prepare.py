@@ -72,6 +72,8 @@ def prepare(settings: TrainSettings, start: Start, device: torch.device) -> Prep
         if prepared.stage.trained and settings.route == "specialised" and prepared.model.num_experts > 1:
             fit_router(prepared.model.router, skills, prepared.model.num_experts)
         prepared = replace(prepared, skills=skills)
+    if settings.route == "specialised":
+        prepared.model.train_only({each.expert or 0 for each in prepared.stage.trained})
     counts = prepared.model.parameter_counts()
     # Each parameter has its value and two moments, in float32.
     machine.need_disk(12 * (counts["experts"] + counts["router"]), settings.output_dir, "one checkpoint")

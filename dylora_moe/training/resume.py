@@ -17,7 +17,7 @@ from ..distributed import ranks
 from ..errors import CheckpointError, UsageError, listed
 from ..mixture.model import Mixture
 from ..store import run_folder
-from . import training_state
+from . import moments, training_state
 from .settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def check(
     if processes != run["processes"]:
         raise UsageError(
             f"{folder} was written by {processes} process(es), this run has {run['processes']}; start as many, or "
-            f"{training_state.REMEDY}"
+            f"{moments.REMEDY}"
         )
     changed = differences(training_state.run_settings(state), run)
     _refuse(folder, changed, fixed, accept_changes)
@@ -299,4 +299,4 @@ def _open(folder: Path, weights_only: bool) -> SoundCheckpoint:
     except CheckpointError as error:
         if not all(formats.is_training_file(problem.partition(": ")[0]) for problem in error.problems):
             raise
-        raise CheckpointError(folder, [f"{problem}; {training_state.REMEDY}" for problem in error.problems]) from None
+        raise CheckpointError(folder, [f"{problem}; {moments.REMEDY}" for problem in error.problems]) from None

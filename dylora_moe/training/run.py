@@ -63,8 +63,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             say(f"loading {settings.model or start.folder if settings.grow else settings.base_model}")
             # A base that is to be sharded is read into the memory of the CPU first.
             run = prepare(settings, start, torch.device("cpu") if how else arguments.device)
-            names = [source.name for source in run.blocks.sources]
-            for line in [*run.model.notes, *describe_run(run.model, run.blocks), *stage_lines(run.stage, names)]:
+            for line in [*run.model.notes, *describe_run(run.model, run.blocks), *stage_lines(run.stage, run.blocks)]:
                 say(line)
             if not run.stage.trained:
                 return RunResult(start.step, start.folder, nothing_new=True)

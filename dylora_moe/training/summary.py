@@ -62,7 +62,7 @@ class RunResult:
 def describe_run(model: Mixture, blocks: TokenBlocks) -> list[str]:
     """Return the lines that say what is about to be trained, and on what."""
     counts = model.parameter_counts()
-    trained = counts["experts"] + counts["router"]
+    trained = sum(parameter.numel() for parameter in model.trained_parameters().values())
     targets = sorted(model.expert_configs[0].target_modules or ())
     lines = [
         f"base: {model.base.config._name_or_path} ({counts['base']:,} parameters, {dtype_name(model)}, frozen)",

@@ -37,7 +37,7 @@ from ..mixture.model import Mixture
 from ..mixture.router import Usage
 from ..stages.plan import Branch, PlannedBlocks
 from ..stages.schedule import begin_later, move_scheduler
-from . import training_state
+from . import moments, training_state
 from .arguments import check_trainer
 from .callbacks import EvaluationStopped, ProgressBar, ProgressLines
 from .checkpoint_callback import best_step
@@ -258,7 +258,7 @@ class MoETrainer(Trainer):
         if self.start_step:
             move_scheduler(schedule, self.start_step)
         elif self._resumed is not None:
-            training_state.load_moments(self._resumed.moments, cast(torch.optim.Optimizer, self.optimizer))
+            moments.load_moments(self._resumed.moments, cast(torch.optim.Optimizer, self.optimizer))
             move_scheduler(schedule, self._resumed.step)
 
     def _load_rng_state(self, folder: str | None) -> None:

@@ -8,34 +8,31 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState
 
 from ..base.preserve import check_rng_state
 from ..checkpoint import formats
-from ..checkpoint.findings import Rules, get, natural, nothing_or, number, short, text
+from ..checkpoint.findings import Rules, get, natural, nothing_or, number, short
 from ..checkpoint.safetensors_file import read_json
 from ..checkpoint.verify import TRAINER_RULES
 from ..distributed import ranks
 from ..errors import CheckpointError
-from ..mixture.experts import EXPERT_PARAMETER
 from ..mixture.model import Mixture
 from ..store.files import FileProblem, explained
+from .moments import REMEDY, of_experts, read_moments, refused, seen
 
 MAX_STATE_BYTES = 1 << 28  # trainer_state.json has a line for every log of the run: a million of them
-REMEDY = "--resume-weights-only goes on with a fresh optimizer"
 # Keys of trainer_state.json: what our callback and MoETrainer keep, and what the Trainer was about to do.
 CALLBACK, SUMS, CONTROL = "PeftCheckpointCallback", "MoETrainer", "TrainerControl"
 STEP = "global_step"  # the key of the step in every file but scheduler.pt, whose last_epoch it is
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ def read(
     """
     check_complete(folder)
     if (folder / formats.SCALER).is_file():
-        raise _refused(folder, formats.SCALER, ["expected none, since mixtures are trained without a gradient scaler"])
+        raise refused(folder, formats.SCALER, ["expected none, since mixtures are trained without a gradient scaler"])
     state = read_trainer_state(folder)
     sums = _read_sums(folder, state, step, model.num_experts)
     counts = None if sums is None else sums.optimizer_steps
@@ -138,17 +135,17 @@ def read(
         return found
 
     trained = model.trained_parameters()
-    moments = _read_moments(folder, read_file(formats.OPTIMIZER), trained, optimizer, _of_experts(new, trained))
+    moments = read_moments(folder, read_file(formats.OPTIMIZER), trained, optimizer, of_experts(new, trained))
     found = sorted({int(each["step"]) for each in moments.values() if "step" in each})
     if found != counts if counts is not None else len(found) > 1 or max(found, default=0) > step:
         expected = f"one number until {step}" if counts is None else counts
-        raise _refused(folder, formats.OPTIMIZER, [f"step: expected {expected}, found {short(found)}"])
+        raise refused(folder, formats.OPTIMIZER, [f"step: expected {expected}, found {short(found)}"])
     _check_scheduler(folder, step)
     generators = read_file(rng_name := _rng_name(*ranks.world()))
     try:
         check_rng_state(generators)
     except ValueError as error:
-        raise _refused(folder, rng_name, [f"is not a state of the generators ({error})"]) from None
+        raise refused(folder, rng_name, [f"is not a state of the generators ({error})"]) from None
     return SavedState(step, moments, generators, sums, get(kept(state, CONTROL), "args.should_evaluate") is True)
 
 
@@ -165,18 +162,10 @@ def rng_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if formats.RNG_STATE.fullmatch(path.name))
 
 
-def _refused(folder: Path, name: str, problems: list[str]) -> CheckpointError:
-    return CheckpointError(folder, [f"{name}: {problem}; {REMEDY}" for problem in problems])
-
-
-def _seen(value: object) -> str:
-    return f"shape {tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else short(value)
-
-
 def _check_step(folder: Path, name: str, found: object, step: int) -> None:
     if not natural(found) or found != step:
-        expected = f"expected step {step}, as in {formats.CONFIG}, found {_seen(found)}: it is of another checkpoint"
-        raise _refused(folder, name, [expected])
+        expected = f"expected step {step}, as in {formats.CONFIG}, found {seen(found)}: it is of another checkpoint"
+        raise refused(folder, name, [expected])
 
 
 # ---- reading: trainer_state.json ----
@@ -188,14 +177,14 @@ def read_trainer_state(folder: Path) -> dict[str, Any]:
     try:
         state = read_json(folder / name, MAX_STATE_BYTES)
     except FileProblem as error:
-        raise _refused(folder, name, [str(error)]) from None
+        raise refused(folder, name, [str(error)]) from None
     if not isinstance(state, dict):
-        raise _refused(folder, name, [f"expected an object, found {short(state)}"])
+        raise refused(folder, name, [f"expected an object, found {short(state)}"])
     known = {field.name for field in fields(TrainerState)}
     problems = [f"{short(key)}: is unknown to the Trainer of this version" for key in sorted(set(state) - known)]
     problems += _broken_rules(state, TRAINER_RULES)
     if problems:
-        raise _refused(folder, name, problems)
+        raise refused(folder, name, problems)
     return state
 
 
@@ -224,11 +213,11 @@ def _read_sums(folder: Path, state: dict[str, Any], step: int, num_experts: int)
     rank, size = ranks.world()
     found = by_rank[rank] if isinstance(by_rank, list) and len(by_rank) == size else None
     if not isinstance(found, dict):
-        raise _refused(folder, formats.TRAINER_STATE, [f"{SUMS}: expected sums of {size} process(es)"])
+        raise refused(folder, formats.TRAINER_STATE, [f"{SUMS}: expected sums of {size} process(es)"])
     problems = _broken_rules(found, _sums_rules(step, num_experts))
     problems += [f"{short(key)}: is unknown" for key in found if key not in {field.name for field in fields(Sums)}]
     if problems:
-        raise _refused(folder, formats.TRAINER_STATE, [f"{SUMS}: {problem}" for problem in problems])
+        raise refused(folder, formats.TRAINER_STATE, [f"{SUMS}: {problem}" for problem in problems])
     values: dict[str, Any] = {"usage": None} | found
     return Sums(**values)
 
@@ -265,7 +254,7 @@ def read_tensors(folder: Path, name: str) -> dict[str, Any]:
     """
     path = folder / name
     if not path.is_file():
-        raise _refused(folder, name, ["is missing"])
+        raise refused(folder, name, ["is missing"])
     try:
         with torch.serialization.safe_globals([]):
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -274,14 +263,14 @@ def read_tensors(folder: Path, name: str) -> dict[str, Any]:
     except Exception as error:  # torch raises its own errors and those of pickle and zipfile
         reason = (str(error).splitlines() or [""])[0][:160]
         what = f"cannot be read as tensors only ({type(error).__name__}: {reason})"
-        raise _refused(folder, name, [what]) from None
+        raise refused(folder, name, [what]) from None
     tensors = list(_tensors_in(found))
     if not isinstance(found, dict) or not all(map(_is_plain, tensors)):
-        raise _refused(folder, name, ["expected values by name, and dense tensors only"])
+        raise refused(folder, name, ["expected values by name, and dense tensors only"])
     # Tensors that share bytes would change together; of a tensor beyond its bytes, torch makes up the rest.
     filled = [tensor for tensor in tensors if tensor.numel()]
     if len({tensor.data_ptr() for tensor in filled}) < len(filled) or sum(t.nbytes for t in filled) != stored:
-        raise _refused(folder, name, [f"expected tensors with bytes of their own, {stored} in all"])
+        raise refused(folder, name, [f"expected tensors with bytes of their own, {stored} in all"])
     return found
 
 
@@ -310,110 +299,6 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 def _check_scheduler(folder: Path, step: int) -> None:
     state = read_tensors(folder, formats.SCHEDULER)
     if not isinstance(state.get("base_lrs"), list) or not natural(state.get("_step_count"), 1):
-        raise _refused(folder, formats.SCHEDULER, ["is not the state of a LambdaLR"])
+        raise refused(folder, formats.SCHEDULER, ["is not the state of a LambdaLR"])
     for found in (state.get("last_epoch"), state["_step_count"] - 1):
         _check_step(folder, formats.SCHEDULER, found, step)
-
-
-# ---- reading: the optimizer ----
-
-
-def _read_moments(
-    folder: Path,
-    saved: dict[str, Any],
-    here: Mapping[str, torch.Tensor],
-    optimizer: Optimizer | None,
-    new: Sequence[set[str]],
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the saved moments of each of these parameters, by name. The parameters of a new expert may have none.
-
-    Raises:
-        CheckpointError: If parameters are missing, unknown or out of order, or moments are not theirs; it lists them.
-    """
-    groups, moments = _names_by_group(saved.get("param_groups")), saved.get("state")
-    if groups is None or not isinstance(moments, dict):
-        raise _refused(folder, formats.OPTIMIZER, ["is not the state of an optimizer with named parameters"])
-    there = {name: index for index, name in enumerate(name for group in groups for name in group)}
-    missing = [n for n in sorted(here) if n not in there or there[n] not in moments]
-    untrained = set().union(*(names for names in new if names <= set(missing) & there.keys()))
-    problems = [f"has no moments for {n}" for n in missing if n not in untrained]
-    problems += [f"has moments for {n}, which is not trained here" for n in sorted(set(there) - set(here))]
-    groups_here = 1 if optimizer is None else len(optimizer.param_groups)
-    if len(groups) != groups_here:
-        problems.append(f"has {len(groups)} parameter groups, the optimizer has {groups_here}")
-    if not problems:
-        problems = [line for group in groups for line in _out_of_order(group, here)]
-    if not problems and len(moments) != len(here) - len(untrained):
-        problems = ["has moments for parameters without a name"]
-    keys: tuple[str, ...] | None = MOMENTS
-    if optimizer is not None:
-        amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
-        keys = None if not isinstance(optimizer, Adam) else (*MOMENTS, "max_exp_avg_sq") if amsgrad else MOMENTS
-    for name in sorted(set(here) & set(there)):
-        if there[name] in moments:
-            problems += _wrong_moments(name, moments[there[name]], here[name], keys)
-    if problems:
-        raise _refused(
-            folder, formats.OPTIMIZER, [f"{problem}; build the experts as they were" for problem in problems]
-        )
-    return {name: moments[there[name]] for name in here if name not in untrained}
-
-
-def _of_experts(experts: Collection[str], parameters: Iterable[str]) -> list[set[str]]:
-    """Return the names of the parameters of each of these experts."""
-    owners = {name: found[1] for name in parameters if (found := EXPERT_PARAMETER.search(name))}
-    return [{name for name, owner in owners.items() if owner == expert} for expert in experts]
-
-
-def _names_by_group(groups: Any) -> list[list[str]] | None:
-    """Return the names of the parameters of each group; None unless torch has numbered all of them in their order."""
-    names, indices = [], list[object]()
-    for group in groups if isinstance(groups, list) else [None]:
-        here, there = get(group, "param_names"), get(group, "params")
-        if not isinstance(here, list) or not isinstance(there, list) or not all(map(text, here)):
-            return None
-        names.append(here)
-        indices += there
-    are_right = all(map(natural, indices)) and indices == list(range(sum(map(len, names))))
-    return names if are_right else None
-
-
-def _out_of_order(there: list[str], here: Mapping[str, torch.Tensor]) -> list[str]:
-    """Return a problem if the names of a group are not in the order of the parameters: its moments may be mixed up."""
-    in_order = [name for name in here if name in set(there)]
-    for place, (expected, found) in enumerate(zip_longest(in_order, there)):  # a name that is there twice is too many
-        if expected != found:
-            return [f"another order: expected {expected or 'no more'} as parameter {place}, found {found}"]
-    return []
-
-
-def _wrong_moments(name: str, found: Any, parameter: torch.Tensor, keys: tuple[str, ...] | None) -> Iterator[str]:
-    """Yield what is wrong with the moments of a parameter: those of Adam, or with None of any optimizer."""
-    if keys is None and isinstance(found, dict):
-        for key, value in found.items():
-            fits = isinstance(value, torch.Tensor) and value.shape in (torch.Size(), parameter.shape)
-            if not (value.isfinite().all() if fits else value is None or number(value)):
-                yield f"{short(key)} of {name}: expected finite numbers, found {_seen(value)}"
-        return
-    keys = keys or MOMENTS
-    if not isinstance(found, dict) or set(found) != {"step", *keys}:
-        names = ", ".join(map(_seen, found)) if isinstance(found, dict) else _seen(found)
-        yield f"expected step and {', '.join(keys)} of {name}, found {names}"
-        return
-    shapes = {"step": (torch.Size(), torch.float32)} | dict.fromkeys(keys, (parameter.shape, parameter.dtype))
-    for key, (shape, dtype) in shapes.items():
-        value = found[key]
-        if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype != dtype:
-            yield f"{key} of {name}: expected shape {tuple(shape)} {dtype}, found {_seen(value)}"
-        elif not value.isfinite().all() or (key != "exp_avg" and bool((value < 0).any())):
-            yield f"{key} of {name}: expected finite numbers{'' if key == 'exp_avg' else ' from 0'}, found others"
-        elif key == "step" and (value < 1 or value != value.round()):
-            yield f"{key} of {name}: expected a whole number from 1, found {value.item()}"
-
-
-def load_moments(moments: Mapping[str, dict[str, torch.Tensor]], optimizer: Optimizer) -> None:
-    """Load moments by the names of the parameters. Learning rate, weight decay and the like are those of this run."""
-    own = optimizer.state_dict()
-    names = [name for group in own["param_groups"] for name in group["param_names"]]  # torch numbers them in this order
-    state = {index: moments[name] for index, name in enumerate(names) if name in moments}
-    optimizer.load_state_dict(own | {"state": state})

@@ -770,7 +770,7 @@ def test_weights_are_the_shares_of_blocks(tmp_path):
     assert sum(counts) == len(blocks.train)
     assert counts[0] / sum(counts) == pytest.approx(0.75, abs=0.07)
     assert all(source.sampled_blocks >= source.blocks for source in blocks.sources)
-    assert blocks.train.column_names == list(COLUMNS)
+    assert blocks.train.column_names == [*COLUMNS, "source"]
 
 
 FINGERPRINT = """

@@ -83,7 +83,6 @@ def test_with_evaluation_data_nothing_is_held_out(tmp_path, small_and_large):
     assert documents(blocks.evaluation["test"]) == {row["text"] for row in texts(5, start=5000)}
     assert documents(blocks.train) == {row["text"] for row in [*texts(12), *texts(120, start=1000)]}
     assert {source.eval_blocks for source in blocks.sources} == {0}
-    assert {name: len(rows) for name, rows in blocks.examples.items()} == {"small": 4, "large": 4}
 
 
 def test_no_document_of_the_evaluation_data_is_trained_on(tmp_path, small_and_large):
@@ -102,8 +101,3 @@ def test_evaluation_data_is_bounded_only_if_asked_for(tmp_path, small_and_large)
     some = blocks_of(small_and_large[0], evaluation=(test,), max_eval_blocks=3).evaluation["test"]
     assert len(some) == 3
     assert documents(some) < documents(all_of_it)
-
-
-def test_without_evaluation_data_the_examples_are_held_out(small_and_large):
-    blocks = blocks_of(*small_and_large)
-    assert blocks.examples is blocks.evaluation

@@ -9,8 +9,8 @@ import torch
 
 import train
 from dylora_moe import DyLoRAMoE
-from dylora_moe.errors import UsageError
 from dylora_moe.distributed import sharding
+from dylora_moe.errors import UsageError
 
 from ..support.runs import arguments
 from ..support.tiny import tiny_base

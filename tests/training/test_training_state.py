@@ -21,7 +21,7 @@ from transformers import TrainerState
 from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import check_rng_state, rng_state, seeded, set_rng_state
 from dylora_moe.errors import CheckpointError, UsageError
-from dylora_moe.training import training_state
+from dylora_moe.training import moments, training_state
 from dylora_moe.training.trainer import move_scheduler
 from dylora_moe.training.training_state import SUMS, Sums
 
@@ -126,7 +126,7 @@ def after_reading(folder: Path) -> tuple[dict, dict, tuple, float, Sums]:
     optimizer = optimizer_of(model, rate=0.7)
     schedule = schedule_of(optimizer)
     saved = training_state.read(folder, 3, model)
-    training_state.load_moments(saved.moments, optimizer)
+    moments.load_moments(saved.moments, optimizer)
     move_scheduler(schedule, saved.step)
     rate = optimizer.param_groups[0]["lr"]
     before = rng_state()
@@ -343,7 +343,7 @@ def test_another_optimizer_goes_on_if_its_moments_fit(folder):
         folder
     )
     sums(optimizer_steps=[])(folder)
-    training_state.load_moments(training_state.read(folder, 3, model, made).moments, made)
+    moments.load_moments(training_state.read(folder, 3, model, made).moments, made)
     assert all(bool((state["momentum_buffer"] == 1).all()) for state in made.state.values())
 
 
