@@ -13,7 +13,7 @@ whatever its size, until every block of every data set has been drawn. Smaller d
 "proportional": each block once, and those of a data set of twice the smallest weight twice.
 
 Packing is described in packing.py; with `packed=False`, each document has a block of its own. How a model keeps the
-documents of a block apart is described in training/batches.py.
+documents of a block apart is described in stages/batches.py.
 """
 
 from __future__ import annotations

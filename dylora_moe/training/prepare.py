@@ -24,13 +24,13 @@ from ..mixture.model import Mixture
 from ..skills.fit import fit_router
 from ..skills.library import SkillLibrary
 from ..skills.novelty import NoveltyDetector
+from ..stages.batches import known_tokens, why_not_packed
 from ..stages.clusters import Clusters
 from ..stages.growth import Divided, Judge, check_skills, grow
 from ..stages.plan import branch_after, steps_of
 from ..stages.setup import Stage, add_skills, first_stage
 from ..system import machine
 from . import training_state
-from .batches import known_tokens, why_not_packed
 from .resume import Start, check, compared_settings
 from .settings import TrainSettings
 

@@ -17,6 +17,7 @@ from ..base.tiny import write_tiny_base
 from ..data.python_texts import python_help, python_sources
 from ..distributed import ranks, sharding
 from ..errors import UsageError
+from ..stages.batches import BlockCollator
 from ..stages.plan import Plan, PlannedBlocks
 from ..stages.setup import stage_lines, trained_blocks
 from ..store import run_folder
@@ -27,7 +28,6 @@ from ..store.whole_files import Made, publish_written, same_content
 from ..system import interrupts
 from . import training_state
 from .arguments import training_arguments
-from .batches import BlockCollator
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
 from .prepare import Prepared, prepare, run_steps

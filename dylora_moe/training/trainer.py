@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,22 +18,23 @@ from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, Sampler, SequentialSampler, Subset
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
-from ..base.preserve import set_rng_state, untouched
+from ..base.preserve import set_rng_state
 from ..checkpoint import formats
 from ..checkpoint.probe import probe_outputs
 from ..checkpoint.read import load_into
 from ..checkpoint.verify import open_checkpoint
 from ..checkpoint.write import save_checkpoint
-from ..constants import IGNORED_LABEL, NEW
+from ..constants import NEW
 from ..distributed import ranks, sharding
 from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.router import Usage
+from ..stages.evaluate import Evaluation, over_ranks
 from ..stages.plan import Branch, PlannedBlocks
 from ..stages.schedule import begin_later, move_scheduler
 from . import moments, training_state
@@ -301,15 +301,15 @@ class MoETrainer(Trainer):
         if not data:
             raise UsageError("there is nothing to evaluate: pass eval_dataset")
         data = data if isinstance(data, dict) else {"data": data}
-        self.callback_handler.eval_dataloader = range(sum(map(self._batches, data.values())))  # as long as all of them
+        self.callback_handler.eval_dataloader = range(
+            sum(map(self.evaluation().batches, data.values()))
+        )  # as long as all of them
         metrics, began = {}, time.perf_counter()
         try:
-            with _evaluating(self.mixture):
-                for name, rows in data.items():
-                    loss, usage = self._evaluate_one(rows)
-                    metrics[f"{metric_key_prefix}_{name}_loss"] = loss
-                    if usage is not None:
-                        self.usage_by_data[name] = usage
+            for name, rows in data.items():
+                metrics[f"{metric_key_prefix}_{name}_loss"], usage = self._evaluate_one(rows)
+                if usage is not None:
+                    self.usage_by_data[name] = usage
         finally:
             self._evaluation_seconds += time.perf_counter() - began
             for callback in self.callback_handler.callbacks:
@@ -323,30 +323,15 @@ class MoETrainer(Trainer):
         return metrics
 
     def _evaluate_one(self, rows: Any) -> tuple[float, Usage | None]:
-        mixture = self.mixture
-        mixture.reset_usage()
-        total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-        for batch in self._own_batches(rows):
-            batch = self._prepare_inputs(batch)
-            tokens = int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
-            total += torch.tensor([mixture(**batch).lm_loss.item() * tokens, tokens], dtype=torch.float64)
-            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        nats, tokens = torch.stack(ranks.gather(total)).sum(0).tolist()
-        return nats / max(tokens, 1), _over_ranks(mixture.usage())
+        return self.evaluation(self._after_batch).loss(rows)
 
-    def _batches(self, rows: Any) -> int:
-        """Return the number of batches of the first rank, which has the most."""
-        return math.ceil(math.ceil(len(rows) / ranks.world()[1]) / self.args.per_device_eval_batch_size)
+    def _after_batch(self) -> None:
+        self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
 
-    def _own_batches(self, rows: Any) -> Iterator[dict[str, Any]]:
-        """Yield the batches of this rank. Batches without labels make up for missing ones: all ranks stay in step."""
-        rank, size = ranks.world()
-        mine = Subset(rows, range(rank, len(rows), size))
-        loader = DataLoader(mine, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
-        yield from loader
-        for _ in range(self._batches(rows) - len(loader)):
-            blank = self.data_collator([rows[0]])
-            yield blank | {"labels": torch.full_like(blank["labels"], IGNORED_LABEL)}
+    def evaluation(self, after_batch: Callable[[], object] = lambda: None) -> Evaluation:
+        """Return what evaluates rows as `evaluate` does."""
+        size = self.args.per_device_eval_batch_size
+        return Evaluation(self.mixture, cast(Any, self.data_collator), size, after_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add to the training loss how the tokens since the last log were routed.
@@ -355,7 +340,7 @@ class MoETrainer(Trainer):
             UsageError: If a number is not finite; nothing that follows would be worth saving.
         """
         if "loss" in logs:
-            usage = _over_ranks(self.mixture.usage())
+            usage = over_ranks(self.mixture.usage())
             if usage is not None:
                 logs["balance"] = round(usage.balance(), 4)
                 if self.mixture.num_experts <= LOGGED_EXPERTS:
@@ -385,20 +370,3 @@ class _Resumption(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer.restore_sums()
         self.trainer.evaluate_again()
-
-
-def _over_ranks(usage: Usage | None) -> Usage | None:
-    if usage is None:
-        return None
-    both = ranks.gather((usage.first.cpu(), usage.total.cpu()))
-    return Usage(sum(first for first, _ in both), sum(total for _, total in both))
-
-
-@contextmanager
-def _evaluating(mixture: Mixture) -> Iterator[None]:
-    usage = mixture._usage
-    try:
-        with untouched(mixture):
-            yield
-    finally:
-        mixture._usage = usage

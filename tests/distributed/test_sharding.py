@@ -122,7 +122,7 @@ def test_every_rank_evaluates_as_many_batches(tmp_path, monkeypatch, rows):
     labelled: list[list[int]] = []  # of each rank, the labelled rows of its batches
     for rank in range(3):
         monkeypatch.setattr("dylora_moe.distributed.ranks.world", lambda rank=rank: (rank, 3))
-        labelled.append([int((batch["labels"] != -100).any(1).sum()) for batch in mine._own_batches(data)])
+        labelled.append([int((batch["labels"] != -100).any(1).sum()) for batch in mine.evaluation().own_batches(data)])
     own = [len(range(rank, rows, 3)) for rank in range(3)]
     assert [sum(batches) for batches in labelled] == own
     assert {len(batches) for batches in labelled} == {-(-own[0] // 2)}

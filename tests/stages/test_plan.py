@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import seeded
 from dylora_moe.errors import UsageError
+from dylora_moe.stages.batches import BlockCollator
 from dylora_moe.stages.plan import Plan, PlannedBlocks, branch_after, copy_expert, steps_of
-from dylora_moe.training.batches import BlockCollator
 from dylora_moe.training.checkpoint_callback import PeftCheckpointCallback
 from dylora_moe.training.trainer import MoETrainer
 

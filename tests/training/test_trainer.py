@@ -18,8 +18,8 @@ import train
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import seeded
 from dylora_moe.errors import UsageError
+from dylora_moe.stages.batches import BlockCollator
 from dylora_moe.system.interrupts import Interrupted
-from dylora_moe.training.batches import BlockCollator
 from dylora_moe.training.callbacks import EarlyStopping, EvaluationStopped, StopSignals, log_line
 from dylora_moe.training.trainer import MoETrainer
 from train import PeftCheckpointCallback

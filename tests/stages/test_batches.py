@@ -28,7 +28,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from dylora_moe.data.packing import COLUMNS
-from dylora_moe.training.batches import BlockCollator, known_tokens, why_not_packed
+from dylora_moe.stages.batches import BlockCollator, known_tokens, why_not_packed
 
 from ..support.data import BLOCK, EOS, PAD, blocks_of, write_rows
 
