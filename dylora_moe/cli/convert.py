@@ -14,7 +14,7 @@ from safetensors.numpy import save
 
 from ..checkpoint import formats
 from ..checkpoint.config import BESIDE, encode
-from ..checkpoint.findings import Contents, get, natural
+from ..checkpoint.findings import Contents, natural
 from ..checkpoint.verify import checkpoint_folder, inspect_files
 from ..constants import MAX_EXPERTS
 from ..errors import CheckpointError, UsageError
@@ -85,14 +85,15 @@ def _new_config(old: Path, new: Path) -> dict[str, Any]:
     contents = Contents(old)
     contents.walk()
     found = contents.read_object(formats.CONFIG) or {}
-    version, router, base = (found.get(key) for key in ("format_version", "router", "base_model"))
+    version, base, router = found.get("format_version"), _object(found, "base_model"), _object(found, "router")
     if version == formats.FORMAT_VERSION:
         raise UsageError(f"{old} has format version {version} already: there is nothing to convert")
-    count, width = found.get("num_experts"), get(router, "hidden_size")
+    count: Any = found.get("num_experts")
+    width: Any = router.get("hidden_size")
     room = contents.files[formats.ROUTER].st_size // 4 if formats.ROUTER in contents.files else 0
-    architecture = get(base, "architecture")
-    if not isinstance(architecture, dict) or version != formats.OLD_VERSION:
-        contents.expect(formats.CONFIG, "", f"format version {formats.OLD_VERSION} and a base model", "something else")
+    architecture = _object(base, "architecture")
+    if version != formats.OLD_VERSION:
+        contents.expect(formats.CONFIG, "format_version", formats.OLD_VERSION, repr(version))
     elif not (natural(count, 1, MAX_EXPERTS) and natural(width, 1) and count * width <= room):
         contents.expect(formats.CONFIG, "", f"the sizes of {formats.ROUTER}", f"{count!r} experts, width {width!r}")
     if contents.problems:
@@ -105,6 +106,11 @@ def _new_config(old: Path, new: Path) -> dict[str, Any]:
     base = base | {"architecture": architecture | {"settings": None}, "quantization": None}
     changes = {"format_version": formats.FORMAT_VERSION, "probe": False, "router": router, "base_model": base}
     return found | changes
+
+
+def _object(found: dict[str, Any], key: str) -> dict[str, Any]:
+    value = found.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _write_rest(folder: Path, config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -196,8 +197,8 @@ class Routing:
         """
         logits = [self.router.logits(*each) for each in zip(sums, state.groups, strict=True)]  # (B, T, N) each
         if state.records:
-            order = sorted(range(self.router.num_experts), key=sum(state.groups, ()).__getitem__)
-            state.probabilities = torch.cat(logits, -1).softmax(-1)[..., order]
+            order = torch.tensor(list(chain(*state.groups)), device=logits[0].device).argsort()
+            state.probabilities = torch.cat(logits, -1).softmax(-1).index_select(-1, order)
         weights = []
         if state.expert is None:
             weights.append(self._softmax(state.groups[0], logits[0], state.sparse))

@@ -490,7 +490,7 @@ def test_parameter_counts():
     counts = model.parameter_counts()
     assert counts["base"] == sum(p.numel() for p in tiny_base().parameters())
     assert counts["experts"] == sum(t.numel() for e in range(3) for t in model.expert_tensors(e).values())
-    assert counts["router"] == 3 * 32
+    assert counts["router"] == 3 * (32 + 2)  # gate, its bias and the prior
 
 
 # ---- real weights ----

@@ -530,7 +530,7 @@ def test_what_a_run_says(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0] == f"loading {material() / 'base'}"
     assert lines[1] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
-    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,160 parameters trained")
+    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,164 parameters trained")
     assert sum(line.startswith("data: ") for line in lines) == 2
     assert any(line.startswith("step  5/12  loss ") and "balance " in line and "usage " in line for line in lines)
     assert any(line.startswith("step  6/12  held out: one ") for line in lines)
