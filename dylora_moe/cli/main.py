@@ -1,9 +1,10 @@
-"""What is in a checkpoint, and what is in a run folder; without loading a model.
+"""What is in a checkpoint, what is in a run folder, and what a run has learned; without loading a model.
 
 dylora-moe verify runs/first/checkpoint-100
 dylora-moe verify runs/first/checkpoint-100 --json result.json
 dylora-moe list runs/first
 dylora-moe convert OLD NEW
+dylora-moe report runs/first
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..system import command_line
-from . import convert, verify
+from . import convert, report, verify
 from . import list as list_command
 
 # Command: its module, which has `add_flags` and `run`, and what --help says of it.
@@ -20,6 +21,7 @@ COMMANDS = {
     "verify": (verify, "exit code 0: complete and sound, 1: problems, all of which are listed, 2: not a folder"),
     "list": (list_command, "one line for each checkpoint of a run folder"),
     "convert": (convert, "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router"),
+    "report": (report, "write the page report.html of a run folder, from its results.json"),
 }
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .dispatch import Dispatch, Layout, RoutingWeights, choose_dispatch
 from .expert_matrices import Unchanged
@@ -109,3 +110,18 @@ class CurrentPass:
 
     def __reduce__(self) -> tuple:
         return CurrentPass, ()
+
+
+@dataclass
+class MixtureOutput(CausalLMOutputWithPast):
+    """The output of a causal LM, with the parts of its loss.
+
+    `loss` is what training minimises: `lm_loss`, in nats per labelled token, and in training the load-balancing loss
+    times its coefficient. `balance_loss` is None if nothing was routed.
+    """
+
+    lm_loss: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+
+
+OUTPUT_FIELDS = {field.name for field in fields(MixtureOutput)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,6 @@ from peft import PeftModelForCausalLM
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base
@@ -23,26 +21,12 @@ from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
 from .expert_matrices import Watch, weight_of
 from .experts import EXPERT_PARAMETER, ROUTER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
+from .forward_pass import OUTPUT_FIELDS, MixtureOutput
 from .frozen_linear import float32_products
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing
 from .targets import replace_config, resolve_targets
-
-
-@dataclass
-class MixtureOutput(CausalLMOutputWithPast):
-    """The output of a causal LM, with the parts of its loss.
-
-    `loss` is what training minimises: `lm_loss`, in nats per labelled token, and in training the load-balancing loss
-    times its coefficient. `balance_loss` is None if nothing was routed.
-    """
-
-    lm_loss: torch.Tensor | None = None
-    balance_loss: torch.Tensor | None = None
-
-
-_OUTPUT_FIELDS = {field.name for field in fields(MixtureOutput)}
 
 
 class Mixture(nn.Module):
@@ -199,10 +183,9 @@ class Mixture(nn.Module):
         Raises:
             UsageError: if there is no such expert.
         """
-        experts = list(experts)
-        for expert in experts:
-            check_expert(expert, self.num_experts)
         self._trained, self._trains_router = frozenset(experts), router
+        for expert in self._trained:
+            check_expert(expert, self.num_experts)
         cast(Any, self.peft_model.base_model).set_adapter([expert_name(i) for i in range(self.num_experts)])
         for parameter in self.parameters():
             parameter.requires_grad_(False)
@@ -315,9 +298,9 @@ class Mixture(nn.Module):
         losses = {}
         if labels is not None:
             losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.probabilities)
-        result = MixtureOutput(**{name: value for name, value in out.items() if name in _OUTPUT_FIELDS} | losses)
+        result = MixtureOutput(**{name: value for name, value in out.items() if name in OUTPUT_FIELDS} | losses)
         for name, value in out.items():
-            if name not in _OUTPUT_FIELDS:  # some bases return their state in a field of their own
+            if name not in OUTPUT_FIELDS:  # some bases return their state in a field of their own
                 result[name] = value
         return result.to_tuple() if as_tuple else result
 

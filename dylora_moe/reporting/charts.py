@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COLOURS = 6  # in template.html; an expert's number stands wherever its colour does
-NAMED_LINES = 8  # of a chart; the others are grey
-POINTS = 1600  # of all lines of a chart together
+NAMED_LINES, MOST_LINES = 8, 64  # of a chart: the first are named, the next grey, the rest not drawn
+POINTS = 1280  # of all lines of a chart together
 MARK_HEIGHT = 8.0  # in per cent of a chart's height
-MOST_POINTS, FEWEST_POINTS = 120, 12  # of one line
+MOST_POINTS = 120  # of one line
 
 Point = tuple[float, float | None]
 
@@ -101,7 +101,7 @@ def line_chart(
     y: Scale | None = None,
     rules: Sequence[float] = (),
 ) -> Chart:
-    """Draw each series as a line; the first `NAMED_LINES` of them in colour, with a mark at the end.
+    """Draw each of the first series as a line; `NAMED_LINES` of them in colour, with a mark at the end.
 
     Args:
         series: Points by name; a value of None is left out.
@@ -109,8 +109,9 @@ def line_chart(
         y: The scale of the values; by default one that holds them all.
         rules: Where vertical lines stand, in the unit of the points' places.
     """
-    most = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(len(series), 1)))
-    drawn = {name: thinned(points, most) for name, points in series.items()}
+    first = dict(list(series.items())[:MOST_LINES])
+    most = min(MOST_POINTS, POINTS // max(len(first), 1))
+    drawn = {name: thinned(points, most) for name, points in first.items()}
     drawn = {name: points for name, points in drawn.items() if points}
     along = Scale.around([x for points in drawn.values() for x, _ in points], margin=0)
     y = y or Scale.around([value for points in drawn.values() for _, value in points])

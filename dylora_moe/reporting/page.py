@@ -15,14 +15,15 @@ from .sentences import FORGOTTEN, decision_words, names, percent, summary
 
 MARKER = "dylora-moe report"  # by which a page of an earlier run is known
 MAX_BYTES = 200_000
-TOKENS = (1200, 400, 100)  # of the examples together: the most that keep the page within MAX_BYTES
+# (rows of a table, tokens of all examples): the first that keep the page within MAX_BYTES.
+ROOM = ((64, 1200), (64, 400), (32, 400), (16, 100))
 LONGEST_NAME, LONGEST_PATH = 60, 120
 MOST_WORDS, MOST_PATHS = 12, 3
 UNKNOWN = "\u2013"
 
 
 def render(results: Results) -> str:
-    """Return the page: the same for the same results, and at most `MAX_BYTES` long."""
+    """Return the page: the same bytes for the same results. What there is no room for, it leaves to results.json."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -33,31 +34,33 @@ def render(results: Results) -> str:
     )
     environment.filters |= {"loss": _loss, "percent": percent, "share": _share, "short": _short, "names": names}
     template, page = environment.get_template("template.html"), ""
-    for most_tokens in TOKENS:
-        page = template.render(_contents(results, most_tokens))
+    for most_rows, most_tokens in ROOM:
+        page = template.render(_contents(results, most_rows, most_tokens))
         if len(page.encode()) <= MAX_BYTES:
             break
     return page
 
 
-def _contents(results: Results, most_tokens: int) -> dict[str, Any]:
-    shown_skills = results.skills[: sections.MOST_ROWS]
+def _contents(results: Results, most_rows: int, most_tokens: int) -> dict[str, Any]:
+    shown_skills = results.skills[:most_rows]
     return {
         "marker": MARKER,
         "results": results,
         "skills": shown_skills,
         "marks": sections.skill_marks(results),
-        "left_out": results.skills[sections.MOST_ROWS :],
+        "left_out": results.skills[most_rows:],
         "summary": summary(results),
-        "losses": sections.loss_table(results),
-        "stages": sections.shown_stages(results),
+        "losses": sections.loss_table(results, most_rows),
+        "stages": sections.shown_stages(results, most_rows),
         "changes": sections.last_changes(results),
         "forgotten": FORGOTTEN,
         "curves": sections.curves(results),
         "usage": [(skill, sections.usage(skill)) for skill in shown_skills if skill.usage],
         "confidence": sections.confidence(results),
         "texts": sections.texts(results, most_tokens),
-        "decisions": [(n, decision, decision_words(decision)) for n, decision in sections.decisions(results)],
+        "decisions": [
+            (n, decision, decision_words(decision)) for n, decision in sections.decisions(results, most_rows)
+        ],
         "most_words": MOST_WORDS,
         "most_paths": MOST_PATHS,
         "longest_path": LONGEST_PATH,
@@ -84,4 +87,4 @@ def _loss(value: float | None) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{100 * value:.0f} %"
+    return f"{100 * value:.0f}\u00a0%"

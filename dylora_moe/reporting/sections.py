@@ -9,8 +9,7 @@ from itertools import groupby
 from .charts import COLOURS, Chart, Mark, Scale, Tick, line_chart, mark_of
 from .results import Decision, Example, Results, SkillEntry, SkillLoss, Stage
 
-MOST_ROWS = 64  # of a table
-MOST_CELLS = 800  # of the forgetting matrix
+MOST_STAGES = 12  # rows of the forgetting matrix
 MOST_EXAMPLES = 6
 SMALL_SHARE = 0.02  # of the routed weight: what is less is "others"
 WEIGHTS_SHOWN = 3  # of one token
@@ -86,19 +85,25 @@ def _letter(number: int) -> Mark:
     return Mark(LETTERS[number % len(LETTERS)], number % COLOURS)
 
 
-def loss_table(results: Results) -> LossTable | None:
-    """Return the losses of the last stage that measured any, or None."""
+def measured_stage(results: Results) -> tuple[int, Stage] | None:
+    """Return the last stage that measured held-out losses, with its number, or None."""
     measured = [(number, stage) for number, stage in enumerate(results.stages, 1) if stage.evaluation]
-    if not measured:
+    return measured[-1] if measured else None
+
+
+def loss_table(results: Results, most: int) -> LossTable | None:
+    """Return the last losses that were measured, of at most so many skills, or None."""
+    measured = measured_stage(results)
+    if measured is None:
         return None
-    number, stage = measured[-1]
-    losses = list(stage.evaluation.items())[:MOST_ROWS]
+    number, stage = measured
+    losses = list(stage.evaluation.items())[:most]
     scale = Scale.around([value for _, loss in losses for _, value in _shapes(loss)])
-    own = {skill.name: skill.expert for skill in results.skills}
+    marks = {skill.name: mark_of(skill.expert) for skill in results.skills if skill.expert is not None}
     rows = [
         LossRow(
             name,
-            None if own[name] is None else mark_of(own[name]),
+            marks.get(name),
             loss,
             None if loss.best_expert is None else mark_of(loss.best_expert),
             relative(loss.routed, loss.base),
@@ -203,18 +208,18 @@ def largest(weights: Sequence[float]) -> list[int]:
 
 
 def weights_text(weights: Sequence[float]) -> str:
-    """Return the largest weights of a token: "0 91 %, 2 7 %" for experts 0 and 2."""
+    """Return the largest weights of a token: "0: 91 %, 2: 7 %" for experts 0 and 2."""
     shown = [expert for expert in largest(weights)[:WEIGHTS_SHOWN] if round(100 * weights[expert])]
-    return ", ".join(f"{expert} {100 * weights[expert]:.0f} %" for expert in shown)
+    return ", ".join(f"{expert}: {100 * weights[expert]:.0f}\u00a0%" for expert in shown)
 
 
-def shown_stages(results: Results) -> list[tuple[int, Stage, list[Cell]]]:
-    """Return the last rows of the forgetting matrix, as many as there is room for, each with the stage's number."""
+def shown_stages(results: Results, most: int) -> list[tuple[int, Stage, list[Cell]]]:
+    """Return the last rows of the forgetting matrix, with cells for so many skills, each with the stage's number."""
     rows = list(zip(range(1, len(results.stages) + 1), results.stages, forgetting(results), strict=True))
-    return [(n, stage, cells[:MOST_ROWS]) for n, stage, cells in rows[-max(2, MOST_CELLS // MOST_ROWS) :]]
+    return [(n, stage, cells[:most]) for n, stage, cells in rows[-MOST_STAGES:]]
 
 
-def decisions(results: Results) -> list[tuple[int, Decision]]:
-    """Return the last novelty decisions, each with the number of its stage."""
+def decisions(results: Results, most: int) -> list[tuple[int, Decision]]:
+    """Return so many of the last novelty decisions, each with the number of its stage."""
     found = [(number, decision) for number, stage in enumerate(results.stages, 1) for decision in stage.novelty]
-    return found[-MOST_ROWS:]
+    return found[-most:]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..errors import counted
 from .results import Decision, Results, SkillLoss
-from .sections import last_changes, loss_table
+from .sections import last_changes, measured_stage
 
 FORGOTTEN = 0.005  # relative rise of a skill's loss that counts as forgetting
 MOST_NAMES = 8
@@ -15,7 +15,7 @@ MOST_NAMES = 8
 def percent(share: float) -> str:
     """Return a change with its sign, as in "+0.3 %"."""
     text = f"{100 * share:+.1f}".replace("-", "\u2212")
-    return ("0.0" if text[1:] == "0.0" else text) + " %"
+    return ("0.0" if text[1:] == "0.0" else text) + "\u00a0%"
 
 
 def names(items: Sequence[str]) -> str:
@@ -37,7 +37,7 @@ def summary(results: Results) -> list[str]:
     grown = sum(stage.kind == "grow" for stage in results.stages)
     growth = f", {grown} of which added to what was there" if grown else ""
     return [
-        f"{results.base_model} stayed as it was; {counted(results.experts, 'expert')} on it learned "
+        f"{results.base_model} stayed frozen, and {counted(results.experts, 'expert')} on it learned "
         f"{counted(len(skills), 'skill')}{': ' + names(skills) if skills else ''}.",
         how[results.route],
         f"Training took {counted(steps, 'step')} in {counted(len(results.stages), 'stage')}{growth}.",
@@ -47,11 +47,11 @@ def summary(results: Results) -> list[str]:
 
 
 def _loss_sentences(results: Results) -> Iterator[str]:
-    table = loss_table(results)
-    if table is None:
+    measured = measured_stage(results)
+    if measured is None:
         yield "Nothing was held out, so the loss on text that was not trained on is not known; see --eval-fraction."
         return
-    losses = list(results.stages[table.stage - 1].evaluation.items())
+    losses = list(measured[1].evaluation.items())
     base, own, routed = (_mean([_value(loss, kind) for _, loss in losses]) for kind in ("base", "own", "routed"))
     subject = "The mean held-out loss of the skills" if len(losses) > 1 else "Its held-out loss"
     if base is not None and routed is not None:

@@ -1,4 +1,4 @@
-"""python -m dylora_moe verify, and list."""
+"""python -m dylora_moe verify, list and report."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 import test_checkpoint_minimal as minimal
 from dylora_moe.cli.main import main
+from dylora_moe.reporting.publish import write_results
 
+from ..support.results import sample
 from ..support.scripts import ROOT, copy_of
 from ..support.tiny import tiny_base
 
@@ -52,7 +54,7 @@ def test_verify_json_to_standard_output(saved, capsys):
     assert captured.err.startswith("✓")
 
 
-@pytest.mark.parametrize("command", ["verify", "list"])
+@pytest.mark.parametrize("command", ["verify", "list", "report"])
 @pytest.mark.parametrize("what", ["nothing", "a file"])
 def test_not_a_folder(command, what, tmp_path, capsys):
     path = tmp_path / "x"
@@ -95,6 +97,53 @@ def test_list(saved, tmp_path, capsys):
 def test_list_of_nothing(tmp_path, capsys):
     assert main(["list", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"{tmp_path}: no checkpoints\n"
+
+
+def test_report(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_results(run, sample(2))
+    page = run / "report.html"
+    before = page.read_bytes()
+    page.unlink()
+    assert main(["report", str(run)]) == 0
+    assert capsys.readouterr().out == f"wrote {page}\n"
+    assert page.read_bytes() == before
+
+
+def test_report_without_results(tmp_path, capsys):
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    assert main(["report", str(tmp_path / "run")]) == 2
+    assert "expected results.json, found none; train.py writes one" in capsys.readouterr().err
+    (tmp_path / "first").mkdir()
+    write_results(tmp_path / "first", sample(1, 0))
+    for folder, near in (("run", "first"), (".", "first"), ("first/checkpoint-2", "first")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        assert main(["report", str(tmp_path / folder)]) == 2
+        assert f"found none; these folders have one:\n  - {tmp_path / near}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "results.json: expected JSON, found something else"),
+        ('{"kind": "dylora-moe results", "step": 4}', "results.json: expected format_version 1, found none"),
+        ("[]", "results.json: expected the results of a run"),
+    ],
+)
+def test_report_of_broken_results(content, problem, tmp_path, capsys):
+    (tmp_path / "results.json").write_text(content)
+    assert main(["report", str(tmp_path)]) == 2
+    assert problem in capsys.readouterr().err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_leaves_a_page_of_the_user(tmp_path, capsys):
+    write_results(tmp_path, sample(1, 0))
+    (tmp_path / "report.html").write_text("mine")
+    assert main(["report", str(tmp_path)]) == 2
+    assert "report.html: expected what a run wrote" in capsys.readouterr().err
+    assert (tmp_path / "report.html").read_text() == "mine"
 
 
 def test_starts_without_torch(saved):
