@@ -386,7 +386,7 @@ class Mixture(nn.Module):
     def is_activation_checkpointing(self) -> bool:
         return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
 
-    # Earlier names of the three:
+    # Earlier names:
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 

@@ -94,7 +94,11 @@ class Example:
 class Results:
     """Everything that `results.json` says, apart from its kind and format version, which this package fixes."""
 
+    step: int
+    checkpoint: str | None  # the newest one, relative to the run folder
+    stopped_by: str | None  # the signal that has stopped the run before its end
     base_model: str
+    parameters: dict[str, int]  # of "base", "experts" and "router"
     route: Literal["specialised", "joint"]
     experts: int  # number of experts
     versions: dict[str, str]  # of the libraries that trained it

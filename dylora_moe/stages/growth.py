@@ -43,7 +43,7 @@ class Judge:
 
     def _divide(self, source: str, documents: list[Document]) -> list[int]:
         chosen = [documents[i] for i in evenly(len(documents), DOCUMENTS)]
-        verdicts = self.detector.judge_documents([document.ids for document in chosen])
+        verdicts = self.detector.judge_documents([document.ids.tolist() for document in chosen])
         new = sum(verdict is not None and not verdict.known for verdict in verdicts)
         known = sum(verdict is not None and verdict.known for verdict in verdicts)
         if min(new, known) >= max(LEAST_DOCUMENTS, MIXED_SHARE * (new + known)):
@@ -59,7 +59,7 @@ class Judge:
 
     def _part_of_each(self, documents: list[Document]) -> list[int]:
         """Return 0 for documents like the first one that can be judged, known or new, and 1 for the others."""
-        verdicts = self.detector.judge_documents([document.ids for document in documents])
+        verdicts = self.detector.judge_documents([document.ids.tolist() for document in documents])
         known = [None if verdict is None else verdict.known for verdict in verdicts]
         first = next(value for value in known if value is not None)
         return [int(value is not None and value != first) for value in known]

@@ -101,7 +101,7 @@ def _example(
     model: Mixture, tokenizer: PreTrainedTokenizerBase, title: str, skills: list[str], ids: list[int]
 ) -> Example:
     weights = routing_weights(model, {"input_ids": ids}).tolist()
-    texts = [tokenizer.decode([i]) for i in ids]
+    texts = [str(tokenizer.decode([i])) for i in ids]
     return Example(title, skills, [(text, each) for text, each in zip(texts, weights, strict=True)])
 
 
@@ -117,7 +117,7 @@ def texts_of(rows: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
     """Yield the texts of some training blocks."""
     for row in rows.select(range(min(WORD_BLOCKS, len(rows)))):
         keep = row.get("attention_mask", [1] * len(row["input_ids"]))
-        yield tokenizer.decode([i for i, attended in zip(row["input_ids"], keep, strict=True) if attended])
+        yield str(tokenizer.decode([i for i, attended in zip(row["input_ids"], keep, strict=True) if attended]))
 
 
 # ---- held-out text of earlier stages ----

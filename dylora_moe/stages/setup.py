@@ -95,15 +95,19 @@ def _cut(name: str, most: int) -> str:
 
 def add_skills(model: Mixture, library: SkillLibrary, blocks: TokenBlocks, stage: Stage) -> None:
     """Add what the data sets of a stage tell of their skills to the library."""
-    sources = np.asarray(blocks.train["source"])
     for index, source in enumerate(blocks.sources):
         trained = stage.data[index]
         if trained is None:
             continue
         sizes = sizes_of(model, trained.expert or 0)
-        found = collect(model, blocks.train.select(np.flatnonzero(sources == index)), sizes)
+        found = collect(model, source_rows(blocks, index), sizes)
         skill = Skill(trained.skill, trained.expert, source.tokens, None, found.features, found.states)
         library.update(skill, sizes)
+
+
+def source_rows(blocks: TokenBlocks, index: int) -> Any:
+    """Return the training blocks of a data set."""
+    return blocks.train.select(np.flatnonzero(np.asarray(blocks.train["source"]) == index))
 
 
 def sizes_of(model: Mixture, expert: int) -> SampleSizes:

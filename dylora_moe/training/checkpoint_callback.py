@@ -41,6 +41,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         run: The settings of the run. trainer_state.json keeps them, to be compared with those of a resumed run.
         interrupted: Returns whether the run is being stopped before its end. Unless it is, the last save makes the
             experts mature.
+        at_end: Called before the last save, unless the run is stopped before its end.
         name: The name of each checkpoint in `args.output_dir`, with {step} for the step.
     """
 
@@ -50,11 +51,13 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         run: dict[str, Any] | None = None,
         interrupted: Callable[[], bool] = lambda: False,
         name: str = "checkpoint-{step}",
+        at_end: Callable[[], None] = lambda: None,
     ):
         self.skills = skills if skills is not None else SkillLibrary()
         self.run = run or {}
         self.interrupted = interrupted
         self.name = name
+        self.at_end = at_end
         self.trainer_saves = True  # MoETrainer sets it to False
         self._due = False
         self._saved: int | None = None  # the step of the last checkpoint of this run
@@ -100,6 +103,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
         state.best_model_checkpoint = None
         if control.should_training_stop and (not self.interrupted() or state.global_step >= state.max_steps):
             model.mark_mature()
+            self.at_end()
         with ranks.together():
             _check_finite(model, state.global_step)
             generators, digest = rng_state(), _digest(model)

@@ -30,10 +30,11 @@ from . import training_state
 from .arguments import training_arguments
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
+from .outcome import Outcome, check_folder, earlier_results, set_losses
 from .prepare import Prepared, prepare, run_steps
 from .resume import Start, choose, choose_growth
 from .settings import TrainSettings
-from .summary import RunResult, check_results, describe_run, held_out_results, resuming_line, save_results
+from .summary import RunResult, describe_run, held_out_results, resuming_line
 from .trainer import MoETrainer
 
 
@@ -54,7 +55,8 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
         run_dir = Path(settings.output_dir)
         with claimed(run_dir) as claim:
             start = ranks.on_first(lambda: _choose(run_dir, settings))
-            ranks.on_first(lambda: check_results(run_dir))
+            ranks.on_first(lambda: check_folder(run_dir))
+            earlier = ranks.on_first(lambda: earlier_results(start.folder))
             for line in start.lines:
                 say(line)
             if settings.demo:
@@ -71,7 +73,9 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
                 say(sharding.shard(run.model, arguments.device, how))
             early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
             stop = StopSignals(warn, early)
-            saver = PeftCheckpointCallback(run.skills, run.compared, interrupted=stop.ended_early)
+            saver = PeftCheckpointCallback(
+                run.skills, run.compared, stop.ended_early, at_end=lambda: set_losses(trainer, run)
+            )
             arguments.eval_on_start = not run.resumes  # the loss that the experts start from
             trainer = make_trainer(settings, arguments, run, [early, saver, stop])
             if run.ended and start.folder:
@@ -88,7 +92,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             saved = newest.path if newest else start.folder
             held_out = [] if stop.received else held_out_results(trainer)
             result = RunResult(trainer.state.global_step, saved, stop.received, run.ended, held_out=held_out)
-            ranks.on_first(lambda: save_results(run_dir, result, run.model, run.blocks))
+            Outcome(run_dir, run, trainer, result, earlier).leave()
             return result
 
 

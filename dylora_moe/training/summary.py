@@ -1,13 +1,11 @@
-"""How a run ended, the lines that tell the user what it trains and how it ended, and the same in results.json."""
+"""How a run ended, and the lines that tell the user what it trains and how it ended."""
 
 from __future__ import annotations
 
-import json
-import os
 import shlex
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,19 +14,14 @@ import torch
 from ..checkpoint.tensors import dtype_name
 from ..data.blocks import SourceStats, TokenBlocks
 from ..distributed import ranks
-from ..errors import UsageError, counted
+from ..errors import counted
 from ..mixture.model import Mixture
 from ..mixture.targets import comma_separated
-from ..store.files import FileProblem, read_json
-from ..store.whole_files import publish_files
 from ..system.settings import spelled
 from .resume import Start
 from .settings import TrainSettings
 from .trainer import MoETrainer
 
-RESULTS = "results.json"
-RESULTS_KIND = "dylora-moe results"  # by which a file of an earlier run is known
-MAX_RESULTS_BYTES = 1 << 24
 SHOWN_EXPERTS = 8  # columns of the table
 # What a command that goes on with a run does not take over: how this one began.
 LEFT_OUT = ("accept_changes", "resume", "resume_weights_only")
@@ -161,6 +154,7 @@ def closing_lines(settings: TrainSettings, result: RunResult, argv: Sequence[str
         *held_out_table(result.held_out),
         "",
         f"saved {result.saved}",
+        f"read about it: {result.saved.parent / 'report.html' if result.saved else ''}",
         f"validate it: {shlex.join(['python', 'test_checkpoint_save_load.py', '--checkpoint', str(result.saved)])}",
         f"train on: {resume_command(argv, longer, '--accept-changes')}",
     ]
@@ -211,47 +205,3 @@ def held_out_table(results: list[HeldOut]) -> list[str]:
     if experts > columns:
         lines.append(f"... and {experts - columns} more experts")
     return lines
-
-
-# ---- results.json ----
-
-
-def check_results(run_dir: Path) -> None:
-    """Refuse a run folder with a `results.json` that is not of a run: it is the user's.
-
-    Raises:
-        UsageError: If there is one.
-    """
-    path = run_dir / RESULTS
-    try:
-        found = read_json(path, MAX_RESULTS_BYTES)
-    except FileNotFoundError:
-        return
-    except (OSError, FileProblem):
-        found = None
-    if not isinstance(found, dict) or found.get("kind") != RESULTS_KIND:
-        raise UsageError(
-            f"{path}: expected the results of a run, which this one would replace, found something else; move it "
-            "away, or choose another --output-dir"
-        )
-
-
-def save_results(run_dir: Path, result: RunResult, model: Mixture, blocks: TokenBlocks) -> None:
-    """Write what a run trained and how it ended into `results.json` of its run folder, in place of earlier results.
-
-    Losses are in nats per token, and null where they are not known. There are no clock times, and no secrets.
-
-    Raises:
-        UsageError: If the file cannot be written.
-    """
-    contents = {
-        "kind": RESULTS_KIND,
-        "step": result.step,
-        "checkpoint": None if result.saved is None else os.path.relpath(result.saved, run_dir),
-        "stopped_by": None if result.stopped_by is None else result.stopped_by.name,
-        "base_model": model.base.config._name_or_path,
-        "parameters": model.parameter_counts(),
-        "data": [asdict(source) for source in blocks.sources],
-        "held_out": [asdict(each) for each in result.held_out],
-    }
-    publish_files(run_dir, {RESULTS: (json.dumps(contents, indent=1) + "\n").encode()}, replace=True)

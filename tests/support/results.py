@@ -25,7 +25,11 @@ def sample(skills: int = 4, grown: int = 1) -> Results:
     versions = {"dylora-moe": "0.3.0", "torch": "2.14.1"}
     examples = [_example(f"held-out {name(i % skills)}", [i % skills], skills) for i in range(min(skills, 3))]
     examples += [_example("a text that changes", [0, 1 % skills], skills)]
-    return Results("HuggingFaceTB/SmolLM2-135M", "specialised", skills, versions, stages, entries, examples)
+    step, parameters = stages[-1].last_step, {"base": 134_515_008, "experts": 921_600 * skills, "router": 577 * skills}
+    return Results(
+        step, f"checkpoint-{step}", None, "HuggingFaceTB/SmolLM2-135M", parameters, "specialised", skills, versions,
+        stages, entries, examples,
+    )  # fmt: skip
 
 
 def joint() -> Results:

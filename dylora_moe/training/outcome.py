@@ -1,0 +1,201 @@
+"""What a run leaves in its folder beside the checkpoints: results.json, report.html and the held-out text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+from safetensors.numpy import save as serialize
+
+from ..checkpoint.write import describe_mixture
+from ..distributed import ranks
+from ..errors import UsageError
+from ..reporting.publish import check_results, write_results
+from ..reporting.results import RESULTS, Results, SkillEntry, Stage, read_results
+from ..reporting.words import telling_words
+from ..skills.library import Skill
+from ..stages.measure import Measured, examples, measure, packed, texts_of, unpacked
+from ..stages.setup import sizes_of, source_rows
+from ..store.whole_files import publish_files
+from .prepare import Prepared
+from .summary import RunResult
+from .trainer import MoETrainer
+
+HELD_OUT = "held_out.safetensors"  # token ids of the held-out blocks of each skill, to measure what is forgotten
+HELD_OUT_KIND = {"kind": "dylora-moe held-out text"}  # by which it is known
+WORDS = 12  # of a skill
+
+
+def check_folder(run_dir: Path) -> None:
+    """Refuse a run folder with files of the user that this run would replace.
+
+    Raises:
+        UsageError: If there is one.
+    """
+    check_results(run_dir)
+    path = run_dir / HELD_OUT
+    if os.path.lexists(path) and _kind(path) != HELD_OUT_KIND:
+        raise UsageError(
+            f"{path}: expected the held-out text of a run, which this one would replace, found something else; move it "
+            "away, or choose another --output-dir"
+        )
+
+
+def earlier_results(checkpoint: Path | None) -> Results | None:
+    """Return the results beside the checkpoint that a run begins with, if there are any.
+
+    Raises:
+        UsageError: If they are not sound.
+    """
+    if checkpoint is None or not (checkpoint.parent / RESULTS).exists():
+        return None
+    return read_results(checkpoint.parent)
+
+
+def set_losses(trainer: MoETrainer, run: Prepared) -> None:
+    """Note the held-out loss of each skill that was trained in the skill library. Every rank calls this."""
+    for source, trained in zip(run.blocks.sources, run.stage.data, strict=True):
+        rows = run.blocks.evaluation.get(source.name)
+        if trained is not None and rows is not None and len(rows):
+            loss, _ = trainer.evaluation().loss(rows, trained.expert)
+            run.skills.update(Skill(trained.skill, loss=loss), sizes_of(run.model, trained.expert or 0))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has come to.
+
+    Attributes:
+        earlier: the results of the stages before, if the run grows a mixture or goes on with an earlier one.
+    """
+
+    run_dir: Path
+    run: Prepared
+    trainer: MoETrainer
+    result: RunResult
+    earlier: Results | None
+
+    def leave(self) -> None:
+        """Measure what the run has made of each skill, and write all files. Every rank calls this.
+
+        What a signal has stopped is not measured.
+
+        Raises:
+            UsageError: If a file cannot be written.
+        """
+        folder = self.run_dir if self.result.saved is None else self.result.saved.parent
+        held_out = ranks.on_first(lambda: read_held_out(folder)) | self._current()
+        measured = {}
+        if self.result.stopped_by is None:
+            skills = [skill for skill in self.run.skills if skill.name in held_out]
+            measured = {s.name: measure(self.trainer.evaluation(), held_out[s.name], s.expert) for s in skills}
+        ranks.on_first(lambda: self._write(held_out, measured))
+
+    def _current(self) -> dict[str, Any]:
+        """Return the held-out rows of this run by skill."""
+        found = {}
+        for source, trained in zip(self.run.blocks.sources, self.run.stage.data, strict=True):
+            rows = self.run.blocks.evaluation.get(source.name)
+            if trained is not None and rows is not None and len(rows):
+                found[trained.skill] = rows
+        return found
+
+    def _write(self, held_out: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
+        run, result, model = self.run, self.result, self.run.model
+        entries = self._entries(measured)
+        results = Results(
+            step=result.step,
+            checkpoint=None if result.saved is None else os.path.relpath(result.saved, self.run_dir),
+            stopped_by=None if result.stopped_by is None else result.stopped_by.name,
+            base_model=model.base.config._name_or_path,
+            parameters=model.parameter_counts(),
+            route="specialised" if self.trainer.plan is not None else "joint",
+            experts=model.num_experts,
+            versions=describe_mixture(model).versions,
+            stages=[*self._stages_before(), self._stage(measured)],
+            skills=entries,
+            examples=examples(model, run.tokenizer, {e.name: held_out[e.name] for e in entries if e.name in measured}),
+        )
+        write_results(self.run_dir, results)
+        data = serialize(packed(held_out), metadata=HELD_OUT_KIND)
+        publish_files(self.run_dir, {HELD_OUT: data}, replace=True)
+
+    # ---- its parts ----
+
+    def _stages_before(self) -> list[Stage]:
+        """Return the stages before this one; what a run that was stopped has written is replaced."""
+        stages = [] if self.earlier is None else self.earlier.stages
+        return [stage for stage in stages if not (self.run.resumes and stage.first_step >= self.run.stage.first_step)]
+
+    def _stage(self, measured: Mapping[str, Measured]) -> Stage:
+        stage = self.run.stage
+        points: list[tuple[int, float | None]] = [
+            (int(e["step"]), e["loss"]) for e in self.trainer.state.log_history if "loss" in e
+        ]
+        branch = stage.branch_step or stage.first_step
+        curves = {"trunk": [p for p in points if p[0] <= branch], "experts": [p for p in points if p[0] > branch]}
+        names = list(dict.fromkeys(trained.skill for trained in stage.trained))
+        return Stage(
+            kind="grow" if stage.grows else "train",
+            first_step=min(stage.first_step, self.result.step),
+            last_step=self.result.step,
+            skills=names,
+            curves={name: some for name, some in curves.items() if some},
+            evaluation={name: each.loss for name, each in measured.items()},
+            novelty=stage.decisions,
+        )
+
+    def _entries(self, measured: Mapping[str, Measured]) -> list[SkillEntry]:
+        """Return an entry for each skill. What is known of an earlier one stays as it is, where it is not measured."""
+        run, blocks = self.run, self.run.blocks
+        before = {} if self.earlier is None else {entry.name: entry for entry in self.earlier.skills}
+        index = {trained.skill: i for i, trained in enumerate(run.stage.data) if trained is not None}
+        texts = {name: texts_of(source_rows(blocks, i), run.tokenizer) for name, i in index.items()}
+        words = telling_words(texts, WORDS)
+        entries = []
+        for skill in run.skills:
+            old, found = before.get(skill.name), measured.get(skill.name)
+            data = [] if old is None else list(old.data)
+            if skill.name in index:
+                source = blocks.sources[index[skill.name]].source
+                data += [] if source in data else [source]
+            entries.append(
+                SkillEntry(
+                    name=skill.name,
+                    expert=skill.expert,
+                    tokens=skill.tokens,
+                    words=words.get(skill.name, [] if old is None else old.words),
+                    usage=[] if found is None else found.usage,
+                    confidence=[] if found is None else found.confidence,
+                    data=data,
+                )
+            )
+        return entries
+
+
+def read_held_out(run_dir: Path) -> dict[str, Any]:
+    """Return the held-out rows of each skill that earlier stages have left in a run folder.
+
+    Raises:
+        UsageError: If the file is not sound.
+    """
+    path = run_dir / HELD_OUT
+    if not path.exists():
+        return {}
+    try:
+        return unpacked(load_file(path))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}); restore it from a copy, or remove it") from None
+
+
+def _kind(path: Path) -> dict[str, str] | None:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return file.metadata()
+    except (OSError, SafetensorError):
+        return None
