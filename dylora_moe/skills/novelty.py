@@ -5,8 +5,8 @@
     verdicts = detector.judge_documents(documents)  # lists of token ids
 
 A text is described by the mean of the base model's last hidden states, without experts, over four windows of 128
-tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of all skills
-(https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
+tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of
+all skills (https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
 (https://doi.org/10.1016/S0047-259X(03)00096-4).
 
 The threshold of a skill is the geometric mean of two distances to it: the one within which 90 % of its own text lies,
