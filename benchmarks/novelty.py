@@ -4,8 +4,8 @@ python -m benchmarks.novelty
 python -m benchmarks.novelty --json benchmarks/results/novelty.json
 
 The text is what this machine has: Python and its packages, C and C++ headers, man pages, message catalogs in many
-languages, and what else is below /usr/share. Of each skill, documents that it was not collected from are judged as well.
-A kind of which there is no document of 512 tokens is left out.
+languages, and what else is below /usr/share. Of each skill, documents that it was not collected from are judged, too. A
+kind of which there is no document of 512 tokens is left out.
 """
 
 from __future__ import annotations
@@ -22,12 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from dylora_moe import DyLoRAMoE, MoELoraConfig, NoveltyDetector, SkillLibrary
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_tokenizer
 from dylora_moe.base.preserve import fresh_base
 from dylora_moe.skills.features import WINDOW, collect
 from dylora_moe.skills.library import Skill
+from dylora_moe.skills.novelty import Metric
 from dylora_moe.skills.sizes import MOST_STATES, SampleSizes
 
 from . import common, models
@@ -81,7 +85,7 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     base = models.base_of(args, result.settings)
     model = DyLoRAMoE(fresh_base(base), 2, lora=MoELoraConfig(r=4))
     tokenize = _tokenizer(args, base)
-    known, new = texts(4 if args.quick else None)
+    known, new = texts([f"{STDLIB}/asyncio"] if args.quick else ROOTS)
     library, asked = SkillLibrary(), []
     sizes = SampleSizes(64, 16 if args.quick else MOST_STATES)
     for name, documents in known.items():
@@ -93,7 +97,22 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     for kind, documents in new.items():
         long = (ids for ids in map(tokenize, documents) if len(ids) >= TOKENS)
         asked += [(kind, NEW, ids) for ids in [next(long, None)] if ids is not None]
+    check([skill.states.rows().double() for skill in library], result)
     judge(NoveltyDetector(model, library), asked, result)
+
+
+def check(groups: list[torch.Tensor], result: Result) -> None:
+    """The distances against NumPy, with the covariance row by row as in the paper."""
+    within = np.concatenate([(group - group.mean(0)).numpy() for group in groups])  # (K, H)
+    covariance = within.T @ within / len(within)
+    target = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    noise = sum(np.square(np.outer(row, row) - covariance).sum() for row in within) / len(within) ** 2
+    share = min(1.0, noise / np.square(covariance - target).sum())
+    shrunk = share * target + (1 - share) * covariance
+    apart = (groups[0] - groups[-1].mean(0)).numpy()  # (K of the first, H)
+    expected = np.sqrt((apart * np.linalg.solve(shrunk, apart.T).T).sum(1))
+    off = np.abs(Metric(groups).distances(groups[0])[:, -1].numpy() / expected - 1).max()
+    result.check("distances to the last skill against NumPy, relative", float(off), 1e-3)
 
 
 def judge(detector: NoveltyDetector, asked: list[tuple[str, str, list[int]]], result: Result) -> None:
@@ -113,26 +132,25 @@ def judge(detector: NoveltyDetector, asked: list[tuple[str, str, list[int]]], re
 # ---- text ----
 
 
-def texts(most: int | None = None) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """The documents of each skill and of each other kind, the same on the same machine; `most` kinds of each."""
-    paths = sorted(_files())
+def texts(roots: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The documents of each skill and of each other kind, the same on the same machine."""
+    paths = sorted(_files(roots))
     known: dict[str, list[str]] = {PROSE: _prose()}
     known |= {kind: list(_read(paths, patterns, TRAINED + HELD_OUT)) for kind, patterns in SKILLS.items()}
-    known = {kind: found for kind, found in list(known.items())[:most] if len(found) > HELD_OUT}
-    new = {kind: list(_read(paths, patterns, 6)) for kind, patterns in list(OTHERS.items())[:most]}
-    new |= {f"messages in {code}": _messages(paths, code) for code in LANGUAGES[:most]}
-    return known, new
+    new = {kind: list(_read(paths, patterns, 6)) for kind, patterns in OTHERS.items()}
+    new |= {f"messages in {code}": _messages(paths, code) for code in LANGUAGES}
+    return {kind: found for kind, found in known.items() if len(found) > HELD_OUT}, new
 
 
-def _files() -> Iterator[str]:
-    for root in ROOTS:
+def _files(roots: Sequence[str]) -> Iterator[str]:
+    for root in roots:
         for folder, _, names in os.walk(root):
             yield from (os.path.join(folder, name) for name in names)
 
 
 def _read(paths: list[str], patterns: Sequence[str], most: int) -> Iterator[str]:
     """Yield the beginnings of at most `most` files."""
-    found = [path for path in paths if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)]
+    found = sorted({path for pattern in patterns for path in fnmatch.filter(paths, pattern)})
     random.Random(0).shuffle(found)
     for path in found:
         text = _text(Path(path))
@@ -164,7 +182,7 @@ def _prose() -> list[str]:
 def _messages(paths: list[str], code: str) -> list[str]:
     """Translated messages of programs, in one document for each program."""
     found = []
-    for path in [path for path in paths if fnmatch.fnmatch(path, CATALOGS.format(code))][:12]:
+    for path in fnmatch.filter(paths, CATALOGS.format(code))[:12]:
         with open(path, "rb") as file:
             catalog: dict[Any, str] = vars(gettext.GNUTranslations(file))["_catalog"]
         text = "\n".join(message for original, message in catalog.items() if original)

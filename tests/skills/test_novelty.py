@@ -71,7 +71,7 @@ def test_the_distance_from_the_fitting_windows_would_reject_what_is_known(model)
 def test_a_covariance_of_few_rows_is_shrunk_and_one_of_many_is_not():
     rows = torch.randn(4000, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     rows = rows * torch.tensor([3.0, 1, 1, 1, 1, 1])
-    wide = [ledoit_wolf(part - part.mean(0), len(part) - 1).diagonal() for part in (rows[:5], rows)]
+    wide = [ledoit_wolf(part - part.mean(0)).diagonal() for part in (rows[:5], rows)]
     ratios = [diagonal[0] / diagonal[1:].mean() for diagonal in wide]
     assert ratios[1] == pytest.approx(9, rel=0.1)
     few = torch.cov(rows[:5].T).diagonal()
