@@ -36,7 +36,7 @@ from ..mixture.router import Tokens, forgetting_sums, normalised
 from .samples import Sample
 from .sizes import SampleSizes
 
-PLACES = (2, 5, 10, 20, 40, 80, 160, 320)  # tokens of a document after which a feature is taken; at most 8
+PLACES = (4, 8, 16, 32, 64, 128, 256)  # tokens of a document after which a feature is taken; at most 8
 WINDOW = 128  # tokens of a state
 LEAST_WINDOW = 32  # what is shorter tells too little
 COLUMNS = ("input_ids", "position_ids", "attention_mask", "labels")
