@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import checkpoint, child, common, generate, loop, models, report, routing, scaling, scripts
+from benchmarks import checkpoint, child, common, generate, loop, models, novelty, report, routing, scaling, scripts
 from benchmarks.common import Case, Claim, Result, Timing
 
 
@@ -40,7 +40,9 @@ def test_describe_says_what_a_measurement_ran_on():
 # ---- every benchmark runs ----
 
 
-@pytest.mark.parametrize("benchmark", [routing, generate, checkpoint, scaling], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [routing, generate, checkpoint, scaling, novelty], ids=lambda module: module.__name__
+)
 def test_benchmark_runs_in_its_smallest_size(benchmark, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert benchmark.main(["--quick", "--json", str(path)]) == common.RIGHT

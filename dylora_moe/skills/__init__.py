@@ -1,1 +1,1 @@
-"""What each expert is good at: samples of its text as numbers, from which the router is fitted and novelty is judged."""
+"""What each expert is good at: samples of its text in numbers, for the fit of the router and for novelty."""

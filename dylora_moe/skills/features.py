@@ -9,8 +9,8 @@ places that are close together where a document begins, because there the router
 **States** are what novelty is judged by: the mean of the base model's last hidden states, without experts, over windows
 of 128 tokens. The first token of a window attracts attention, so its state is unlike all others; it is left out.
 
-Every piece of a document and every window is hashed, and only those with the smallest hashes are read by the model. Each
-is read alone, so that its numbers do not depend on what is read with it.
+Every piece of a document and every window is hashed, and only those with the smallest hashes are read by the model.
+Each is read alone, so that its numbers do not depend on what is read with it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from ..mixture.router import Tokens, forgetting_sums, normalised
 from .samples import Sample
 from .sizes import SampleSizes
 
-PLACES = (2, 5, 10, 20, 40, 80, 160, 320)  # tokens of a document after which a feature is taken; at most 8
+PLACES = (4, 8, 16, 32, 64, 128, 256)  # tokens of a document after which a feature is taken; at most 8
 WINDOW = 128  # tokens of a state
 LEAST_WINDOW = 32  # what is shorter tells too little
 COLUMNS = ("input_ids", "position_ids", "attention_mask", "labels")

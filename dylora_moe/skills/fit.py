@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..mixture.router import Router
 from .library import SkillLibrary
 
-STRENGTH = 1e-3  # of the L2 penalty, for features of a mean square of 1
+STRENGTH = 1e-2  # of the L2 penalty, for features of a mean square of 1
 STEPS = 200  # the most of L-BFGS
 
 
@@ -58,8 +58,8 @@ def _data(library: SkillLibrary, num_experts: int, width: int) -> tuple[torch.Te
     wrong = [s.name for s in skills if s.features.width != width]
     if wrong:
         raise UsageError(
-            f"the router cannot be fitted: the features of {', '.join(wrong)} have {skills[0].features.width} numbers a "
-            f"row, the base model's input embeddings have {width}; they come from another base model"
+            f"the router cannot be fitted: the features of {', '.join(wrong)} not the {width} numbers a row of the "
+            f"base model's input embeddings; they come from another base model"
         )
     rows = torch.cat([skill.features.rows() for skill in skills])
     counts = torch.cat([skill.features.counts for skill in skills])

@@ -5,8 +5,8 @@
     verdicts = detector.judge_documents(documents)  # lists of token ids
 
 A text is described by the mean of the base model's last hidden states, without experts, over four windows of 128
-tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of all skills
-(https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
+tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of
+all skills (https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
 (https://doi.org/10.1016/S0047-259X(03)00096-4).
 
 The threshold of a skill is the geometric mean of two distances to it: the one within which 90 % of its own text lies,
@@ -121,8 +121,7 @@ class Metric:
     def __init__(self, groups: Sequence[torch.Tensor]):
         self.means = torch.stack([group.mean(0) for group in groups])  # (S, H)
         within = torch.cat([group - group.mean(0) for group in groups])  # (K, H)
-        freedom = max(1, len(within) - len(groups))
-        self.precision = torch.linalg.inv(ledoit_wolf(within, freedom))  # (H, H)
+        self.precision = torch.linalg.inv(ledoit_wolf(within))  # (H, H)
 
     def distances(self, states: torch.Tensor) -> torch.Tensor:
         """(K, H) -> (K, S)"""
@@ -130,16 +129,16 @@ class Metric:
         return ((apart @ self.precision) * apart).sum(-1).clamp(min=0).sqrt()
 
 
-def ledoit_wolf(centred: torch.Tensor, freedom: int) -> torch.Tensor:
+def ledoit_wolf(centred: torch.Tensor) -> torch.Tensor:
     """Return the covariance (H, H) of centred rows (K, H), shrunk towards a multiple of the identity."""
-    covariance = centred.T @ centred / freedom
-    width, number = centred.shape[1], len(centred)
+    number, width = centred.shape
+    covariance = centred.T @ centred / number
     scale = covariance.diagonal().mean()
     target = scale * torch.eye(width, dtype=centred.dtype)
-    spread = (covariance - target).square().sum()
-    noise = (centred.square().sum(1).square().sum() / number - covariance.square().sum()) / number
-    share = float((noise / spread.clamp(min=1e-30)).clamp(0, 1)) if number > 1 else 1.0
-    return (1 - share) * covariance + share * target + 1e-9 * scale * torch.eye(width, dtype=centred.dtype)
+    # The mean squared distance of x x^T, of a row x, from the covariance: how far off this is with so few rows.
+    noise = (centred.square().sum(1).square().mean() - covariance.square().sum()) / number
+    share = (noise / (covariance - target).square().sum().clamp(min=1e-30)).clamp(0, 1)
+    return (1 - share) * covariance + (share + 1e-9) * target  # invertible in any case
 
 
 def _groups(states: torch.Tensor) -> list[torch.Tensor]:

@@ -1,0 +1,206 @@
+"""Does novelty tell known skills from new ones? Five skills, and documents of some forty other kinds of text.
+
+python -m benchmarks.novelty
+python -m benchmarks.novelty --json benchmarks/results/novelty.json
+
+The text is what this machine has: Python and its packages, C and C++ headers, man pages, message catalogs in many
+languages, and what else is below /usr/share. Of each skill, documents that it was not collected from are judged, too. A
+kind of which there is no document of 512 tokens is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gettext
+import gzip
+import os
+import random
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dylora_moe import DyLoRAMoE, MoELoraConfig, NoveltyDetector, SkillLibrary
+from dylora_moe.base.find import find_base
+from dylora_moe.base.load import load_tokenizer
+from dylora_moe.base.preserve import fresh_base
+from dylora_moe.skills.features import WINDOW, collect
+from dylora_moe.skills.library import Skill
+from dylora_moe.skills.novelty import Metric
+from dylora_moe.skills.sizes import MOST_STATES, SampleSizes
+
+from . import common, models
+from .common import Result
+
+SITE, STDLIB = sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"]
+ROOTS = ("/usr/share", "/usr/include", "/usr/lib/git-core", "/etc/init.d", "/var/lib/dpkg/info", SITE, STDLIB)
+MOST_BYTES = 3 << 20  # of a file that is looked at
+CHARACTERS = (1500, 8000)  # of a document: the fewest, and the most
+TRAINED, HELD_OUT = 60, 2  # documents of a skill
+TOKENS = 4 * WINDOW  # that are judged
+ASKED = 0.95  # 38 of 40
+NEW = "new"
+PROSE = "English prose"
+SKILLS = {
+    "Python": (f"{SITE}/transformers/*.py", f"{SITE}/peft/*.py", f"{STDLIB}/asyncio/*.py"),
+    "C headers": ("/usr/include/[a-b]*.h", "/usr/include/[d-z]*.h"),
+    "C++ headers": ("/usr/include/c++/*",),
+    "man pages": ("/usr/share/man/man[1235678]/*.gz",),
+}
+OTHERS = {
+    "shell": ("/usr/share/bash-completion/completions/*", "/usr/lib/git-core/git-*.sh", "/etc/init.d/*"),
+    "Perl": ("/usr/share/perl*.pm",),
+    "licences": ("/usr/share/common-licenses/*", "/usr/share/doc/*/copyright"),
+    "changelogs": ("*/changelog*.gz",),
+    "locale definitions": ("/usr/share/i18n/locales/*",),
+    "character maps": ("/usr/share/i18n/charmaps/*.gz",),
+    "lists of files": ("/var/lib/dpkg/info/*.list",),
+    "CUDA": ("*.cuh", "*.cu"),
+    "patches": ("*.patch", "*.diff"),
+    "TeX": ("*.tex", "*.texi"),
+    "Fortran": ("*.f90", "*.f"),
+    **{kind: (f"*.{ending}",) for kind, ending in (
+        ("HTML", "html"), ("XML", "xml"), ("JSON", "json"), ("YAML", "yaml"), ("CSS", "css"), ("JavaScript", "js"),
+        ("CMake", "cmake"), ("Vim script", "vim"), ("M4", "m4"), ("PHP", "php"), ("Tcl", "tcl"), ("SVG", "svg"),
+        ("SQL", "sql"), ("CSV", "csv"), ("reStructuredText", "rst"), ("roff macros", "tmac"), ("Cython", "pyx"),
+        ("Markdown", "md"), ("checksums", "md5sums"), ("font metrics", "afm"), ("Emacs Lisp", "el"), ("Ruby", "rb"),
+        ("library symbols", "symbols"),
+    )},
+}  # fmt: skip
+LANGUAGES = ("de", "fr", "ru", "ja", "zh_CN", "pl", "cs", "tr", "es", "it", "uk", "ko")
+CATALOGS = "/usr/share/locale/{}/LC_MESSAGES/*.mo"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run("novelty", __doc__, measure, argv, models.add_model_flags)
+
+
+def measure(args: argparse.Namespace, result: Result) -> None:
+    result.settings["threads"] = common.fix_threads()
+    base = models.base_of(args, result.settings)
+    model = DyLoRAMoE(fresh_base(base), 2, lora=MoELoraConfig(r=4))
+    tokenize = _tokenizer(args, base)
+    known, new = texts([f"{STDLIB}/asyncio"] if args.quick else ROOTS)
+    library, asked = SkillLibrary(), []
+    sizes = SampleSizes(64, 16 if args.quick else MOST_STATES)
+    for name, documents in known.items():
+        kept = documents[HELD_OUT:]
+        blocks = [{"input_ids": tokenize(text)} for text in (kept[:8] if args.quick else kept)]
+        found = collect(model, blocks, sizes)
+        library.update(Skill(name, tokens=found.tokens, features=found.features, states=found.states), sizes)
+        asked += [(name, name, ids) for ids in map(tokenize, documents[:HELD_OUT]) if len(ids) >= TOKENS]
+    for kind, documents in new.items():
+        long = (ids for ids in map(tokenize, documents) if len(ids) >= TOKENS)
+        asked += [(kind, NEW, ids) for ids in [next(long, None)] if ids is not None]
+    check([skill.states.rows().double() for skill in library], result)
+    judge(NoveltyDetector(model, library), asked, result)
+
+
+def check(groups: list[torch.Tensor], result: Result) -> None:
+    """The distances against NumPy, with the covariance row by row as in the paper."""
+    within = np.concatenate([(group - group.mean(0)).numpy() for group in groups])  # (K, H)
+    covariance = within.T @ within / len(within)
+    target = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    noise = sum(np.square(np.outer(row, row) - covariance).sum() for row in within) / len(within) ** 2
+    share = min(1.0, noise / np.square(covariance - target).sum())
+    shrunk = share * target + (1 - share) * covariance
+    apart = (groups[0] - groups[-1].mean(0)).numpy()  # (K of the first, H)
+    expected = np.sqrt((apart * np.linalg.solve(shrunk, apart.T).T).sum(1))
+    off = np.abs(Metric(groups).distances(groups[0])[:, -1].numpy() / expected - 1).max()
+    result.check("distances to the last skill against NumPy, relative", float(off), 1e-3)
+
+
+def judge(detector: NoveltyDetector, asked: list[tuple[str, str, list[int]]], result: Result) -> None:
+    """Judge documents, each with its kind and what it should be taken for, "new" or a skill."""
+    note = "Distance to the nearest skill, relative to its threshold: above 1 is new."
+    table = result.table("novelty", "Known or new?", ["kind", "right", "taken for", "nearest", "relative"], note)
+    right = 0
+    for (kind, wanted, _), verdict in zip(asked, detector.judge_documents([ids for *_, ids in asked]), strict=True):
+        assert verdict is not None  # each has 512 tokens
+        found = verdict.skill if verdict.known else NEW
+        right += found == wanted
+        relative = f"{verdict.distance / verdict.threshold:.2f}"
+        table.add(kind, common.MARKS[found == wanted], found, verdict.skill, relative)
+    result.claim(f"{right} of {len(asked)} documents are judged right", right / len(asked), ASKED, "", at_least=True)
+
+
+# ---- text ----
+
+
+def texts(roots: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The documents of each skill and of each other kind, the same on the same machine."""
+    paths = sorted(_files(roots))
+    known: dict[str, list[str]] = {PROSE: _prose()}
+    known |= {kind: list(_read(paths, patterns, TRAINED + HELD_OUT)) for kind, patterns in SKILLS.items()}
+    new = {kind: list(_read(paths, patterns, 6)) for kind, patterns in OTHERS.items()}
+    new |= {f"messages in {code}": _messages(paths, code) for code in LANGUAGES}
+    return {kind: found for kind, found in known.items() if len(found) > HELD_OUT}, new
+
+
+def _files(roots: Sequence[str]) -> Iterator[str]:
+    for root in roots:
+        for folder, _, names in os.walk(root):
+            yield from (os.path.join(folder, name) for name in names)
+
+
+def _read(paths: list[str], patterns: Sequence[str], most: int) -> Iterator[str]:
+    """Yield the beginnings of at most `most` files."""
+    found = sorted({path for pattern in patterns for path in fnmatch.filter(paths, pattern)})
+    random.Random(0).shuffle(found)
+    for path in found:
+        text = _text(Path(path))
+        if text is not None and len(text) >= CHARACTERS[0]:
+            yield text[: CHARACTERS[1]]
+            most -= 1
+            if not most:
+                return
+
+
+def _text(path: Path) -> str | None:
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            return None
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _prose() -> list[str]:
+    from pydoc_data.topics import topics
+
+    found = [text[: CHARACTERS[1]] for _, text in sorted(topics.items()) if len(text) >= CHARACTERS[0]]
+    random.Random(0).shuffle(found)
+    return sorted(found[: TRAINED + HELD_OUT], key=len, reverse=True)
+
+
+def _messages(paths: list[str], code: str) -> list[str]:
+    """Translated messages of programs, in one document for each program."""
+    found = []
+    for path in fnmatch.filter(paths, CATALOGS.format(code))[:12]:
+        with open(path, "rb") as file:
+            catalog: dict[Any, str] = vars(gettext.GNUTranslations(file))["_catalog"]
+        text = "\n".join(message for original, message in catalog.items() if original)
+        found += [text[: CHARACTERS[1]]] if len(text) >= CHARACTERS[0] else []
+    return found
+
+
+def _tokenizer(args: argparse.Namespace, base: Any) -> Callable[[str], list[int]]:
+    if args.quick:  # the tiny model knows bytes
+        return lambda text: list(text.encode())[: 2 * TOKENS]
+    name = base.config._name_or_path
+    path = models.gguf_file() if name == models.CPU_MODEL else None
+    return partial(_ids, load_tokenizer(find_base(str(path or name), weights="none")[0]))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text).input_ids
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
