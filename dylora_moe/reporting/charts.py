@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 COLOURS = 6  # in template.html; an expert's number stands wherever its colour does
-NAMED_LINES, MOST_LINES = 8, 64  # of a chart: the first are named, the next grey, the rest not drawn
+NAMED_LINES, MOST_LINES = 12, 64  # of a chart: the first are named, the next grey, the rest not drawn
 POINTS = 1280  # of all lines of a chart together
 MARK_HEIGHT = 8.0  # in per cent of a chart's height
 MOST_POINTS = 120  # of one line

@@ -6,8 +6,6 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from ..errors import shown
 from . import sections
 from .results import Results
@@ -24,6 +22,8 @@ UNKNOWN = "\u2013"
 
 def render(results: Results) -> str:
     """Return the page: the same bytes for the same results. What there is no room for, it leaves to results.json."""
+    import jinja2  # here, to keep the other commands light
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

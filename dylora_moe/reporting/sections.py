@@ -147,10 +147,9 @@ def last_changes(results: Results) -> dict[str, float]:
     columns = zip(*forgetting(results), strict=True)
     changes = {}
     for skill, cells in zip(results.skills, columns, strict=False):
-        since = [cell.change for cell in cells if cell.change is not None]
-        trained_last = next((cell for cell in reversed(cells) if (cell.loss, cell.change) != (None, None)), None)
-        if since and trained_last is not None and trained_last.change is not None:
-            changes[skill.name] = since[-1]
+        last = next((cell for cell in reversed(cells) if (cell.loss, cell.change) != (None, None)), None)
+        if last is not None and last.change is not None:
+            changes[skill.name] = last.change
     return changes
 
 

@@ -11,6 +11,7 @@ import pytest
 from dylora_moe.reporting import page
 from dylora_moe.reporting.charts import Scale, spread, thinned
 from dylora_moe.reporting.results import Decision, Example, Results
+from dylora_moe.reporting.sections import forgetting, last_changes
 from dylora_moe.reporting.sentences import decision_words, summary
 
 from ..support.results import joint, sample, unmeasured
@@ -18,12 +19,18 @@ from ..support.results import joint, sample, unmeasured
 SECTIONS = ["summary", "losses", "forgetting", "curves", "usage", "confidence", "examples", "novelty", "words"]
 VOID = {"meta", "br", "input", "img", "link", "hr"}
 EMPTY = replace(sample(1, 0), stages=[], skills=[], examples=[])
+LARGE = sample(64, 40)
+LARGE = replace(
+    LARGE,
+    skills=[replace(skill, words=["w" * 30] * 12, data=["d" * 120] * 3) for skill in LARGE.skills],
+    examples=[replace(example, tokens=example.tokens * 40) for example in LARGE.examples],
+)
 RUNS = {
     "four": sample(),
     "one skill": sample(1, 0),
     "joint": joint(),
     "not measured": unmeasured(),
-    "64 experts": sample(64, 40),
+    "64 experts": LARGE,
     "empty": EMPTY,
 }
 
@@ -158,6 +165,20 @@ def test_the_summary_says_when_nothing_was_forgotten_or_known():
     assert "The experts do not help with python, prose, c-headers and man-pages." in said(
         replace(results, stages=worse)
     )
+
+
+def test_a_skill_that_is_trained_again_is_compared_with_its_last_training():
+    results = sample(2, 2)
+    first, second, third = replace(results.stages[1], kind="train"), results.stages[2], results.stages[2]
+    losses = [replace(first.evaluation["python"], routed=loss) for loss in (2.0, 1.5, 1.8)]
+    stages = [
+        replace(stage, skills=skills, evaluation={"python": loss})
+        for stage, skills, loss in zip((first, second, third), (["python"], ["python"], []), losses, strict=True)
+    ]
+    rows = forgetting(replace(results, stages=stages))
+    assert [(row[0].loss, row[0].change) for row in rows] == [(2.0, None), (1.5, None), (None, 1.8 / 1.5 - 1)]
+    assert last_changes(replace(results, stages=stages)) == {"python": 1.8 / 1.5 - 1}
+    assert last_changes(replace(results, stages=stages[:2])) == {}
 
 
 def test_decisions_in_words():

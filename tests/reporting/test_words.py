@@ -23,7 +23,7 @@ def test_a_score_by_hand():
 
 
 def test_frequent_evidence_counts_more_than_a_rare_word():
-    texts = {"a": ["common " * 50 + "once"], "b": ["common " * 5 + "other " * 50]}
+    texts = {"a": ["common " * 30 + "filler " * 100 + "once"], "b": ["common " * 10 + "filler " * 100]}
     assert telling_words(texts, 2)["a"] == ["common", "once"]
 
 
