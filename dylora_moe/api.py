@@ -18,6 +18,8 @@ from .checkpoint.write import export_expert, save_checkpoint
 from .mixture.config import MoELoraConfig, RouterConfig
 from .mixture.model import Mixture
 from .skills.library import SkillLibrary
+from .skills.novelty import Verdict
+from .stages.growth import grow_by
 
 
 class DyLoRAMoE(Mixture):
@@ -81,6 +83,26 @@ class DyLoRAMoE(Mixture):
                 is left behind.
         """
         return save_checkpoint(folder, self, step=step, skills=skills)
+
+    def grow(self, skills: SkillLibrary, name: str, documents: Sequence[Sequence[int]]) -> tuple[Verdict, int]:
+        """Add an expert for a text that brings something new, as `train.py --grow` does.
+
+        If no skill of the library has it, the new expert begins as a copy of the nearest skill's, the library gets the
+        skill, the router is fitted again, and the new expert is the only one that is trained from here on. Otherwise
+        nothing changes.
+
+        Args:
+            skills: the library of this mixture, as `SkillLibrary.load` reads it from a checkpoint.
+            name: of the skill.
+            documents: token ids of the text, of 256 tokens or more in all.
+
+        Returns:
+            The verdict, and the index of the expert that has the skill.
+
+        Raises:
+            UsageError: if an expert has no skill, or there is too little text.
+        """
+        return grow_by(self, skills, name, documents)
 
     def export_expert(self, expert: int, folder: str | Path) -> None:
         """Write one expert to a new folder as a plain LoRA: `adapter_config.json` and `adapter_model.safetensors`.

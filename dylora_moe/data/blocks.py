@@ -115,8 +115,8 @@ def load_blocks(
         mixing: "equal" or "proportional", see above.
         eval_specs: evaluation data. If there is any, nothing is held out.
         eval_fraction: the part of each data set's documents to hold out, at least one document.
-        max_eval_blocks: the largest number of evaluation blocks per data set; by default 64 held-out ones, and all of
-            the evaluation data. Further documents of a data set that is trained on are trained on.
+        max_eval_blocks: the most evaluation blocks of a data set; by default 64 held-out ones, and all of the evaluation
+            data. Further documents are trained on.
         packed: whether documents share a block. A model that lets them see each other needs `packed=False`.
         vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
@@ -133,7 +133,7 @@ def load_blocks(
     if divide is not None:
         texts = divided(texts, divide)
     splits = [_split(text, seed, fraction, most_tokens) for text in texts]
-    names, eval_names = (_unique_names(some) for some in ([t.name for t in texts], [s.name for s in eval_specs]))
+    names, eval_names = (_unique_names([each.name for each in some]) for some in (texts, eval_specs))
     tests = [_read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
     if vocabulary is not None:
         for split in [*splits, *tests]:

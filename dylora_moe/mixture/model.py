@@ -142,7 +142,7 @@ class Mixture(nn.Module):
     # ---- the experts ----
 
     def add_expert(self, config: MoELoraConfig | None = None) -> int:
-        """Add a new expert and a row of the gate. No output changes until it is trained.
+        """Add a new expert, which is trained as well, and a row of the gate. No output changes until it is trained.
 
         Build the optimizer afterwards: it must know the new parameters.
 
@@ -153,17 +153,10 @@ class Mixture(nn.Module):
             raise UsageError(f"a mixture has at most {MAX_EXPERTS} experts, this one has {self.num_experts}")
         check_configs([*self.expert_configs, *([] if config is None else [config])])
         config = self._with_targets(self.base, config or replace_config(self.expert_configs[0]))
-        trainable = {name: p.requires_grad for name, p in self.base.named_parameters()}
-        active = self.peft_model.active_adapters
         self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
-        cast(Any, self.peft_model.base_model).set_adapter([*active, expert_name(self.num_experts - 1)])
-        for name, parameter in self.base.named_parameters():  # in layers that are wrapped now, those of the base, too
-            parameter.requires_grad_(EXPERT_PARAMETER.search(name) is not None and trainable.get(name, True))
-        self._trained |= {self.num_experts - 1}
-        if self.num_experts == 2:
-            self.router.requires_grad_(self._trains_router)
+        self.train_only({*self._trained, self.num_experts - 1}, router=self._trains_router)
         if self._usage is not None:
             self.reset_usage()
         self.train(self.training)  # the new modules, too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,11 +13,12 @@ from ..errors import UsageError
 from ..mixture.model import Mixture
 from ..mixture.targets import replace_config
 from ..reporting.results import Decision
-from ..skills.features import WINDOW, read_states, windows_of
-from ..skills.library import SkillLibrary
+from ..skills.features import WINDOW, collect, read_states, windows_of
+from ..skills.fit import fit_router
+from ..skills.library import Skill, SkillLibrary
 from ..skills.novelty import NoveltyDetector, Verdict
 from .plan import copy_expert
-from .setup import Stage, Trained, skill_names
+from .setup import Stage, Trained, sizes_of, skill_names
 
 WINDOWS = 16  # of a data set, by which it is judged as a whole
 DOCUMENTS = 48  # that are judged one by one, to see whether a data set is mixed
@@ -132,6 +134,30 @@ def grow(
         else:
             data.append(Trained(nearest.name, nearest.expert) if update else None)
     return Stage(first_step, None, data, decisions, judge.parts)
+
+
+def grow_by(
+    model: Mixture, library: SkillLibrary, name: str, documents: Sequence[Sequence[int]]
+) -> tuple[Verdict, int]:
+    """Add an expert for a text, a copy of the nearest skill's, unless a skill of the library has it.
+
+    See `DyLoRAMoE.grow`.
+    """
+    check_skills(library, model.num_experts, "this mixture")
+    windows = windows_of(np.concatenate([np.asarray(ids, dtype=np.int32) for ids in documents]))
+    some = [windows[i] for i in evenly(len(windows), WINDOWS)]
+    verdict = NoveltyDetector(model, library).judge(read_states(model, some))
+    nearest = library[verdict.skill].expert or 0
+    if verdict.known:
+        return verdict, nearest
+    index = _add_expert(model, nearest)
+    sizes = sizes_of(model, index)
+    found = collect(model, [{"input_ids": ids} for ids in documents], sizes)
+    (unique,) = skill_names([name], library.names)
+    library.add(Skill(unique, index, found.tokens, None, found.features, found.states))
+    fit_router(model.router, library, model.num_experts)
+    model.train_only([index])
+    return verdict, index
 
 
 def _named(decision: Decision, name: str) -> Decision:
