@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.blocks import TokenBlocks
 from ..data.documents import Document
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..mixture.model import Mixture
 from ..mixture.targets import replace_config
 from ..reporting.results import Decision
@@ -21,6 +21,7 @@ from .plan import copy_expert
 from .setup import Stage, Trained, sizes_of, skill_names
 
 WINDOWS = 16  # of a data set, by which it is judged as a whole
+LEAST_TOKENS = 2 * WINDOW  # of a data set
 DOCUMENTS = 48  # that are judged one by one, to see whether a data set is mixed
 MIXED_SHARE = 1 / 3  # of the documents of a mixed data set, its smaller part has at least so many
 LEAST_DOCUMENTS = 4  # of a part
@@ -67,12 +68,7 @@ class Judge:
         return [int(value is not None and value != first) for value in known]
 
     def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> Decision:
-        windows = windows_of(np.concatenate([document.ids for document in documents]))
-        some = [windows[i] for i in evenly(len(windows), WINDOWS)]
-        if not some:
-            raise UsageError(
-                f"{source}: has too little text to tell whether it is new; give at least {2 * WINDOW} tokens"
-            )
+        some = windows_to_judge(source, [document.ids for document in documents])
         verdict: Verdict = self.detector.judge(read_states(self.detector.model, some))
         known, new = counts or ((len(documents), 0) if verdict.known else (0, len(documents)))
         tokens = sum(map(len, some))
@@ -96,6 +92,22 @@ class Divided:
                 )
             found.append(labels)
         return found
+
+
+def windows_to_judge(source: str, documents: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
+    """Return windows of 128 tokens, evenly spaced over some documents, by which they are judged together.
+
+    Raises:
+        UsageError: if there are less than 256 tokens.
+    """
+    ids = np.concatenate([np.asarray(document, dtype=np.int32) for document in documents])
+    if len(ids) < LEAST_TOKENS:
+        raise UsageError(
+            f"{source}: has {counted(len(ids), 'token')}, too little text to tell whether it is new; give at least "
+            f"{LEAST_TOKENS}"
+        )
+    windows = windows_of(ids)
+    return [windows[i] for i in evenly(len(windows), WINDOWS)]
 
 
 def evenly(count: int, most: int) -> list[int]:
@@ -144,8 +156,7 @@ def grow_by(
     See `DyLoRAMoE.grow`.
     """
     check_skills(library, model.num_experts, "this mixture")
-    windows = windows_of(np.concatenate([np.asarray(ids, dtype=np.int32) for ids in documents]))
-    some = [windows[i] for i in evenly(len(windows), WINDOWS)]
+    some = windows_to_judge(name, documents)
     verdict = NoveltyDetector(model, library).judge(read_states(model, some))
     nearest = library[verdict.skill].expert or 0
     if verdict.known:

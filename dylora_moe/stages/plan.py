@@ -35,7 +35,7 @@ class Plan:
         first_step: the number of steps that were made before the run.
         branch_step: the step after which each expert begins as a copy of the trunk; None if there is no trunk.
         last_step: the step at which the run ends.
-        experts: the expert of each data set, by the index that a row has in `source`.
+        experts: the expert of each data set, by the index that a row has in `source`; -1 for one that has no rows.
     """
 
     first_step: int
@@ -46,7 +46,7 @@ class Plan:
     @property
     def trained(self) -> list[int]:
         """The experts that the run trains."""
-        return sorted(set(self.experts))
+        return sorted(set(self.experts) - {-1})
 
 
 def branch_after(experts: int, steps: int) -> int | None:

@@ -1,0 +1,175 @@
+"""A mixture grows: what is new gets an expert, what is known does not, and nothing that was there changes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from dylora_moe import DyLoRAMoE
+from dylora_moe.errors import UsageError
+from dylora_moe.reporting.results import read_results
+from dylora_moe.skills.library import SkillLibrary
+
+from ..support.runs import arguments, assert_same, contents, material, newest, signal_at, states, steps
+
+KINDS = {
+    "words": ["the", "router", "sends", "each", "token", "of", "a", "text", "to", "experts"],
+    "digits": [f"{i:05}" for i in range(99)],
+    "SIGNS": ["<<=>>", "[{}]", "##!!", "$$%%", "(@)", "~~^^", "||&&"],
+}
+
+
+def write(path: Path, kind: str, seed: int, documents: int = 10) -> Path:
+    draw = random.Random(seed)
+    texts = [" ".join(draw.choices(KINDS[kind], k=60)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def flags(run_dir: Path, *data: Path, steps: int = 4) -> list[str]:
+    words = [word for path in data for word in ("--data", str(path))]
+    fixed = f"--block-size 64 --batch-size 4 --max-steps {steps} --save-steps 2 --device cpu --learning-rate 5e-3"
+    return [*words, *fixed.split(), "--output-dir", str(run_dir)]
+
+
+def grow(run_dir: Path, *data: Path, more: tuple[str, ...] = (), **options) -> int:
+    return train.main(["--grow", *flags(run_dir, *data, **options), *more])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> Path:
+    """A run folder with two skills, learned in 4 steps, and the data sets beside it."""
+    folder = tmp_path_factory.mktemp("growth")
+    data = [write(folder / f"{kind}.jsonl", kind, 1) for kind in ("words", "digits")]
+    model = ["--model", str(material() / "base"), "--lora-r", "4", "--lora-dropout", "0"]
+    assert train.main([*model, *flags(folder / "run", *data)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(first, tmp_path) -> Path:
+    return Path(shutil.copytree(first / "run", tmp_path / "run"))
+
+
+def experts_in(checkpoint: Path) -> dict[str, bytes]:
+    return {name: data for name, data in contents(checkpoint).items() if name.endswith("adapter_model.safetensors")}
+
+
+def test_what_is_new_gets_an_expert_and_the_others_keep_their_bytes(run, tmp_path, capsys):
+    before = experts_in(newest(run))
+    assert grow(run, write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)) == 0
+    out = capsys.readouterr().out
+    assert "skill: SIGNS: new (" in out and "trains expert_2" in out
+    assert steps(run) == [2, 4, 6, 8] and states(newest(run)) == ["mature"] * 3
+    after = experts_in(newest(run))
+    assert len(after) == 3 and before.items() <= after.items()
+    library = SkillLibrary.load(newest(run) / "skill_library.safetensors")
+    assert [(skill.name, skill.expert) for skill in library] == [("words", 0), ("digits", 1), ("SIGNS", 2)]
+    assert all(skill.loss is not None for skill in library)
+    found = read_results(run)
+    assert [(stage.kind, stage.skills, stage.first_step, stage.last_step) for stage in found.stages] == [
+        ("train", ["words", "digits"], 0, 4), ("grow", ["SIGNS"], 4, 8),
+    ]  # fmt: skip
+    assert set(found.stages[1].evaluation) == {"words", "digits", "SIGNS"}  # measured on what was held out then
+    for name in ("words", "digits"):
+        assert found.stages[1].evaluation[name].own == found.stages[0].evaluation[name].own
+
+
+def test_what_is_known_is_not_trained_on_unless_asked_for(run, tmp_path, capsys):
+    again = write(tmp_path / "more.jsonl", "digits", 3)
+    before = contents(newest(run))
+    assert grow(run, again) == 0
+    out = capsys.readouterr().out
+    assert "skill: more: known (" in out and "nothing was trained: all of it is known already" in out
+    assert steps(run) == [2, 4] and contents(newest(run)) == before
+    assert grow(run, again, more=("--update",)) == 0
+    assert "trains expert_1 as skill digits" in capsys.readouterr().out
+    assert steps(run) == [2, 4, 6, 8] and len(states(newest(run))) == 2
+    here, there = (experts_in(run / f"checkpoint-{step}") for step in (4, 8))
+    assert [name for name in here if here[name] != there[name]] == [
+        "peft_adapters/expert_1/expert_1/adapter_model.safetensors"
+    ]
+    skills = [SkillLibrary.load(run / f"checkpoint-{step}" / "skill_library.safetensors") for step in (4, 8)]
+    assert skills[1]["digits"].tokens > skills[0]["digits"].tokens and skills[1].names == ["words", "digits"]
+
+
+def test_a_mixed_data_set_is_divided(run, tmp_path, capsys):
+    lines = [write(tmp_path / "x", kind, 4, 8).read_text() for kind in ("words", "SIGNS")]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(lines))
+    assert grow(run, mixed) == 0
+    out = capsys.readouterr().out
+    assert "skill: mixed-1: known (" in out and "skill: mixed-2: new (" in out and "trains expert_2" in out
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
+def test_growth_that_was_stopped_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, event):
+    data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
+    shutil.copytree(run, tmp_path / "through")
+    assert grow(tmp_path / "through", data) == 0
+    with monkeypatch.context() as patch:
+        signal_at(patch, event, 5, signal.SIGTERM)
+        assert grow(run, data) == 143
+    assert states(newest(run)) == ["mature", "mature", "immature"]
+    assert grow(run, data, more=("--resume",)) == 0
+    assert_same(tmp_path / "through" / "checkpoint-8", run / "checkpoint-8")
+    assert read_results(run) == read_results(tmp_path / "through")
+    assert grow(run, data, more=("--resume",)) == 0 and steps(run)[-1] == 8  # nothing is left to train
+
+
+def test_a_checkpoint_grows_in_another_folder(run, tmp_path):
+    data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
+    assert grow(tmp_path / "other", data, more=("--from", str(newest(run)))) == 0
+    assert steps(tmp_path / "other") == [2, 4] and steps(run) == [2, 4]
+    model = DyLoRAMoE.from_checkpoint(tmp_path / "other" / "checkpoint-4")
+    assert model.num_experts == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--lora-r", "8"), "--lora-r: --grow takes it from the checkpoint that grows"),
+        (("--experts", "3"), "--experts: --grow takes it from the checkpoint that grows"),
+        (("--from", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_growth_refuses(run, tmp_path, capsys, more, message):
+    assert grow(tmp_path / "other" if "--from" in more else run, tmp_path / "x", more=more) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_jointly_trained_experts_cannot_grow(tmp_path, capsys):
+    assert train.main(arguments(tmp_path / "run", "--route", "joint", steps=2)) == 0
+    assert grow(tmp_path / "run", write(tmp_path / "x.jsonl", "SIGNS", 1)) == 2
+    assert "cannot be grown: no skill is known of 2 of its 2 experts" in capsys.readouterr().err
+    assert grow(tmp_path / "none", tmp_path / "x.jsonl") == 2
+    assert "there is no complete checkpoint" in capsys.readouterr().err
+
+
+def test_from_python(run):
+    model = DyLoRAMoE.from_checkpoint(newest(run))
+    library = SkillLibrary.load(newest(run) / "skill_library.safetensors")
+    draw = random.Random(5)
+
+    def documents(kind: str) -> list[list[int]]:
+        return [list(" ".join(draw.choices(KINDS[kind], k=60)).encode()) for _ in range(8)]
+
+    verdict, expert = model.grow(library, "more digits", documents("digits"))
+    assert verdict.known and expert == 1 and model.num_experts == 2
+    verdict, expert = model.grow(library, "signs", documents("SIGNS"))
+    assert not verdict.known and expert == 2 and library["signs"].expert == 2
+    assert all(".expert_2." in name for name in model.trained_parameters())
+    ids = torch.tensor([documents("SIGNS")[0][:60]])
+    with model.watch_usage(), torch.no_grad():
+        model.eval()(input_ids=ids, labels=ids)
+        shares = model.usage().shares()
+    assert shares[2] == max(shares)
+    with pytest.raises(UsageError, match="too little text"):
+        model.grow(library, "short", [[1]])
