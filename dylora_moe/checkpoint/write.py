@@ -89,7 +89,7 @@ def write_files(
     scans = {f"{where}/{formats.ADAPTER_WEIGHTS}": scan for where, scan in zip(folders, adapters, strict=True)}
     scans[formats.ROUTER] = write_tensors(folder / formats.ROUTER, router_tensors(model))
     probe = make_probe(model, [scan.digest[1] for scan in scans.values()], outputs)
-    skills.save(folder / formats.SKILLS)
+    _write_bytes(folder / formats.SKILLS, skills.to_bytes())
     if probe is not None:
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}

@@ -153,18 +153,25 @@ class SkillLibrary:
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, whole or not at all; a file that is there is replaced.
 
+        Raises:
+            UsageError: if it cannot be written.
+        """
+        path = Path(path)
+        with explained("write", path), private_name(path.parent, "staging") as staging:
+            try:
+                write_new(staging, self.to_bytes())
+                staging.replace(path)
+            finally:
+                remove(staging)
+
+    def to_bytes(self) -> bytes:
+        """Return the bytes of the file.
+
         Of n skills it holds names (n, 32) uint8, experts (n,) int64 (-1: not known), tokens (n,) int64, losses (n,)
         float32 (-1: not known), and of each sample the rows of all skills, one after the other:
         KIND.rows (n,) int64, KIND.keys (R,) int64, KIND.values (R, W) int8, KIND.scales and KIND.counts (R,) float32.
         """
-        path = Path(path)
-        data = serialize(self._tensors(), metadata={"format": "pt"})
-        with explained("write", path), private_name(path.parent, "staging") as staging:
-            try:
-                write_new(staging, data)
-                staging.replace(path)
-            finally:
-                remove(staging)
+        return serialize(self._tensors(), metadata={"format": "pt"})
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         skills = list(self)
