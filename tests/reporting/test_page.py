@@ -127,7 +127,8 @@ def test_text_of_others_stays_text():
     ]
     skills = [replace(old.skills[0], name=EVIL, words=[EVIL], data=[EVIL])]
     examples = [Example(EVIL, [EVIL], [(EVIL, [0.5, 0.5]), ("\n\tx", [0.1, 0.9])])]
-    text = page.render(Results(EVIL, "specialised", 2, {EVIL: EVIL}, stages, skills, examples))
+    named = replace(old, base_model=EVIL, versions={EVIL: EVIL})
+    text = page.render(replace(named, stages=stages, skills=skills, examples=examples))
     assert faults(text) == []
     shown = Page(text).text
     visible = EVIL[:-4] + "\\x00\\u202e\\ud800\\x1b"
