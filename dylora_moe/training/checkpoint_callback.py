@@ -146,7 +146,7 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
 
 
 def _check_finite(model: Mixture, step: int) -> None:
-    extremes = {name: torch.stack(torch.aminmax(p.detach())) for name, p in model.trained_parameters().items()}
+    extremes = {name: torch.stack(torch.aminmax(p.detach())) for name, p in _saved(model).items()}
     broken = [name for name, both in extremes.items() if not both.isfinite().all()]  # aminmax hands a NaN on
     if broken:
         raise UsageError(
@@ -164,12 +164,17 @@ def _agreed(generators: dict[str, Any], digest: str) -> list[dict[str, Any]]:
     return list(states)
 
 
+def _saved(model: Mixture) -> dict[str, torch.nn.Parameter]:
+    """Return what may differ from checkpoint to checkpoint: the trained parameters, and the router's."""
+    return model.trained_parameters() | dict(model.router.named_parameters(prefix="router"))
+
+
 def _digest(model: Mixture) -> str:
-    """Return a hash of what is trained, by which ranks are compared; an empty one if there is one rank."""
+    """Return a hash of what is saved, by which ranks are compared; an empty one if there is one rank."""
     if ranks.world()[1] == 1:
         return ""
     digest = hashlib.sha256()
-    for parameter in model.trained_parameters().values():
+    for parameter in _saved(model).values():
         digest.update(parameter.detach().cpu().numpy().tobytes())
     return digest.hexdigest()
 

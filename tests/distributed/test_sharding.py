@@ -14,7 +14,7 @@ from dylora_moe.errors import UsageError
 
 from ..support.runs import arguments
 from ..support.tiny import tiny_base
-from .test_trainer import trainer
+from ..training.test_trainer import trainer
 
 CPU = torch.device("cpu")
 

@@ -26,7 +26,7 @@ import train
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.errors import UsageError
 from dylora_moe.training import checkpoint_callback
-from dylora_moe.training.run import load_data
+from dylora_moe.training.prepare import load_data
 
 RANK = int(os.environ["RANK"])
 
@@ -104,7 +104,7 @@ SPOILERS = {
     "NaN on rank 1": (train.PeftCheckpointCallback, "on_step_end", nan_on_rank_1),
     "no generators on rank 1": (checkpoint_callback, "rng_state", no_rng_state),
     "full disk": ("dylora_moe.checkpoint.write", "write_files", full_disk),
-    "no data on rank 1": ("dylora_moe.training.run", "load_data", no_data),
+    "no data on rank 1": ("dylora_moe.training.prepare", "load_data", no_data),
 }
 
 

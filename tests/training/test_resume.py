@@ -23,7 +23,7 @@ from dylora_moe.base.preserve import seeded
 from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.checkpoint.write import save_checkpoint, write_files
 from dylora_moe.store.publish import seal
-from dylora_moe.training.run import load_model
+from dylora_moe.training.prepare import load_model
 from dylora_moe.training.trainer import MoETrainer
 
 from ..support.faults import full_disk
@@ -170,7 +170,7 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_before_the_first_step_leaves_nothing(monkeypatch, tmp_path, capsys, number, code):
-    monkeypatch.setattr("dylora_moe.training.run.load_model", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr("dylora_moe.training.prepare.load_model", lambda *_: signal.raise_signal(number))
     assert train.main(arguments(tmp_path / "run")) == code
     assert list(tmp_path.iterdir()) == []
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -708,7 +708,7 @@ def test_a_resumption_that_is_refused_touches_nothing_in_the_model(run_dir, caps
         seen.append((model, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return model, tokenizer
 
-    monkeypatch.setattr("dylora_moe.training.run.load_model", watched)
+    monkeypatch.setattr("dylora_moe.training.prepare.load_model", watched)
     words = [word.format(run_dir / "checkpoint-8") for word in flags]
     assert train.main(arguments(run_dir, *words)) == 2
     assert len(capsys.readouterr().err.splitlines()) > 1

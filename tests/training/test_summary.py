@@ -17,7 +17,7 @@ from dylora_moe.training.run import resuming_after_restart
 from dylora_moe.training.settings import TrainSettings, parse
 from dylora_moe.training.summary import LEFT_OUT, resume_command
 
-from ..support.runs import TEXT, arguments, signal_at, steps
+from ..support.runs import TEXT, arguments, material, signal_at, steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,12 +74,17 @@ def test_the_results_are_those_of_the_table(tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = results(tmp_path / "run")
     assert (found["step"], found["checkpoint"], found["stopped_by"]) == (2, "checkpoint-2", None)
-    assert found["parameters"]["base"] == 34_080
-    assert [each["name"] for each in found["data"]] == ["one", "two"]
-    for each in found["held_out"]:
-        (row,) = [row for row in table if row and row[0] == each["name"]]
-        assert row[1:3] == [f"{each['before']:.4f}", f"{each['after']:.4f}"]
-        assert row[3::2] == [f"{100 * share:.1f}" for share in each["shares"]]
+    assert (found["route"], found["experts"], found["parameters"]["base"]) == ("specialised", 2, 34_080)
+    assert [(each["name"], each["expert"], each["data"]) for each in found["skills"]] == [
+        ("one", 0, [str(material() / "one.jsonl")]), ("two", 1, [str(material() / "two.jsonl")]),
+    ]  # fmt: skip
+    (stage,) = found["stages"]
+    for skill in found["skills"]:
+        loss = stage["evaluation"][skill["name"]]
+        (row,) = [row for row in table if row and row[0] == skill["name"]]
+        assert row[1:3] == [f"{loss['base']:.4f}", f"{loss['routed']:.4f}"]
+        assert row[3::2] == [f"{100 * share:.1f}" for share in skill["usage"]]
+        assert loss["best"] <= loss["own"] <= loss["base"]
     assert "hf_token" not in (tmp_path / "run" / "results.json").read_text()
 
 
@@ -87,11 +92,13 @@ def test_a_run_that_goes_on_replaces_them(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, "on_step_begin", 1)
         assert train.main(arguments(tmp_path / "run", steps=4)) == 143
-    assert results(tmp_path / "run") == results(tmp_path / "run") | {
-        "step": 2, "stopped_by": "SIGTERM", "held_out": [], "checkpoint": "checkpoint-2",
-    }  # fmt: skip
+    found = results(tmp_path / "run")
+    assert (found["step"], found["stopped_by"], found["checkpoint"]) == (2, "SIGTERM", "checkpoint-2")
+    assert [(stage["last_step"], stage["evaluation"]) for stage in found["stages"]] == [(2, {})]
     assert train.main([*arguments(tmp_path / "run", steps=4), "--resume"]) == 0
-    assert (results(tmp_path / "run")["step"], results(tmp_path / "run")["stopped_by"]) == (4, None)
+    found = results(tmp_path / "run")
+    assert (found["step"], found["stopped_by"]) == (4, None)
+    assert [(stage["first_step"], stage["last_step"]) for stage in found["stages"]] == [(0, 4)]
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "mine", '{"kind": "benchmark"}', None])
@@ -100,7 +107,7 @@ def test_a_results_file_of_the_user_is_left_alone(tmp_path, capsys, content):
     mine.parent.mkdir()
     mine.mkdir() if content is None else mine.write_text(content)
     assert train.main(arguments(tmp_path / "run", steps=1)) == 2
-    assert "results.json: expected the results of a run" in capsys.readouterr().err
+    assert "results.json: expected what a run wrote" in capsys.readouterr().err
     assert mine.is_dir() if content is None else mine.read_text() == content
 
 
@@ -118,7 +125,7 @@ def test_how_often_blocks_are_repeated_and_what_is_evaluated(tmp_path, capsys):
     assert "data: two: 6 documents" in out
     assert out.count("held out: nothing") == 2
     assert "evaluation: test: 4 blocks\n" in out
-    assert [each["name"] for each in results(tmp_path / "proportional")["held_out"]] == ["test"]
+    assert results(tmp_path / "proportional")["stages"][0]["evaluation"] == {}  # it tells nothing of the skills
 
 
 def test_another_mixing_is_another_run(tmp_path, capsys):

@@ -95,7 +95,9 @@ def test_help_lists_the_flags(capsys):
         (["--block-size", "65"], "--block-size 65: the base model has 64 positions"),
         (["--model", "./nowhere"], "There is no file or folder './nowhere'"),
         (["--model", "README.md"], "README.md"),
-        (["--data", "./nothing.jsonl"], "./nothing.jsonl"),
+        (["--data", "./nothing.jsonl", "--experts", "3"], "./nothing.jsonl"),
+        (["--data", "./nothing.jsonl"], "--experts 2: each of the 3 data sets needs an expert of its own"),
+        (["--from", "x"], "--from needs --grow"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -199,7 +201,7 @@ def test_what_a_run_did_not_make_is_never_removed(tmp_path, capsys, monkeypatch)
             (run_dir / name).write_text("mine")
         raise UsageError("a mistake")
 
-    monkeypatch.setattr("dylora_moe.training.run.load_model", mistake)
+    monkeypatch.setattr("dylora_moe.training.prepare.load_model", mistake)
     assert run(arguments(run_dir)) == 2
     assert {path.name for path in run_dir.iterdir()} == set(names)
 
@@ -236,7 +238,8 @@ def test_what_a_run_writes_gets_its_name_when_it_is_whole(tmp_path, monkeypatch)
     assert run(["--demo", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
     found = {path for path in (tmp_path / "run").iterdir() if path.name != LOCK}
     assert found == published
-    assert {"base", "code.jsonl", "tokenizer.json", "checkpoint-1"} <= {path.name for path in found}
+    names = {"base", "code.jsonl", "tokenizer.json", "checkpoint-1", "results.json", "report.html"}
+    assert names <= {path.name for path in found}
 
 
 @pytest.mark.parametrize("code", ["EROFS", "EACCES"])
@@ -251,7 +254,7 @@ def test_row_5_a_read_only_run_folder_is_known_before_anything_is_loaded(tmp_pat
         return real(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refusing)
-    monkeypatch.setattr("dylora_moe.training.run.load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("dylora_moe.training.prepare.load_model", lambda *_: pytest.fail("the model was loaded"))
     assert run(arguments(tmp_path / "run")) == 2
     err = capsys.readouterr().err
     assert f"cannot write in {tmp_path / 'run'}: {os.strerror(number)} ({code}); " in err
@@ -416,7 +419,9 @@ def test_flags_of_the_mixture(tmp_path, capsys):
 
 
 def test_all_linear_and_one_expert(tmp_path, capsys):
-    assert run(arguments(tmp_path / "run", "--targets", "all-linear", "--experts", "1", steps=2)) == 0
+    assert (
+        run(arguments(tmp_path / "run", "--targets", "all-linear", "--experts", "1", "--route", "joint", steps=2)) == 0
+    )
     assert len(config(tmp_path / "run")["experts"][0]["target_modules"]) == 7
     table = capsys.readouterr().out.partition("data set")[2].splitlines()
     assert table[0].split() == ["at", "the", "start", "held-out", "loss", "expert_0"]
@@ -492,7 +497,7 @@ def test_weight_decay_and_seed_change_the_weights(tmp_path):
 
 def test_accumulation_is_the_larger_batch(tmp_path):
     """Without dropout and balance loss, which sees the micro-batches one by one."""
-    same = ["--lora-dropout", "0", "--balance-coefficient", "0", "--logging-steps", "1"]
+    same = ["--route", "joint", "--lora-dropout", "0", "--balance-coefficient", "0", "--logging-steps", "1"]
     assert run(arguments(tmp_path / "one", *same, steps=3)) == 0
     assert run(arguments(tmp_path / "two", *same, "--batch-size", "4", "--grad-accum", "2", steps=3)) == 0
     assert logged(tmp_path / "one", "loss") == pytest.approx(logged(tmp_path / "two", "loss"), rel=1e-5)
@@ -501,7 +506,7 @@ def test_accumulation_is_the_larger_batch(tmp_path):
 
 def test_tensorboard(tmp_path):
     pytest.importorskip("tensorboard")
-    assert run(arguments(tmp_path / "run", "--report-to", "tensorboard", steps=2)) == 0
+    assert run(arguments(tmp_path / "run", "--route", "joint", "--report-to", "tensorboard", steps=2)) == 0
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     event_file = next((tmp_path / "run").rglob("events.out.tfevents*"))
@@ -530,15 +535,25 @@ def test_what_a_run_says(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0] == f"loading {material() / 'base'}"
     assert lines[1] == f"base: {material() / 'base'} (34,080 parameters, float32, frozen)"
-    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,164 parameters trained")
+    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,096 parameters trained")
     assert sum(line.startswith("data: ") for line in lines) == 2
-    assert any(line.startswith("step  5/12  loss ") and "balance " in line and "usage " in line for line in lines)
+    assert {"skill: one: trains expert_0", "skill: two: trains expert_1"} < set(lines)
+    assert any(line.startswith("step  5/12  loss ") and "balance " not in line for line in lines)
     assert any(line.startswith("step  6/12  held out: one ") for line in lines)
     assert f"saved {tmp_path / 'run'}/checkpoint-12" in lines
+    assert f"read about it: {tmp_path / 'run'}/report.html" in lines
     assert f"validate it: python test_checkpoint_save_load.py --checkpoint {tmp_path / 'run'}/checkpoint-12" in lines
     assert "--resume" in lines[-1]
     assert "warn" not in err.lower()
     assert (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_what_a_joint_run_says(tmp_path, capsys):
+    assert run(arguments(tmp_path / "run", "--route", "joint")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("experts: 2 on k_proj, o_proj, q_proj, v_proj (4,164 parameters trained")
+    assert "skill: one: trains all experts" in lines
+    assert any(line.startswith("step  5/12  loss ") and "balance " in line and "usage " in line for line in lines)
 
 
 def test_the_library_returns_how_the_run_ended_and_prints_the_progress_only(tmp_path, capsys):
@@ -558,7 +573,11 @@ def test_the_library_returns_how_the_run_ended_and_prints_the_progress_only(tmp_
 
 def test_settings_are_checked_and_frozen():
     with pytest.raises(UsageError, match="--top-k 3 and --experts 2 contradict each other"):
-        TrainSettings(output_dir="x", data=("a",), top_k=3)
+        TrainSettings(output_dir="x", data=("a", "b"), top_k=3)
+    with pytest.raises(UsageError, match="--experts 1: each of the 2 data sets needs an expert of its own"):
+        TrainSettings(output_dir="x", data=("a", "b"), experts=1)
+    with pytest.raises(UsageError, match="--update needs --grow"):
+        TrainSettings(output_dir="x", data=("a",), update=True)
     settings = TrainSettings(output_dir="x", data=("a",))
     with pytest.raises(FrozenInstanceError):
         settings.top_k = 3
