@@ -161,12 +161,17 @@ def _documents(row: Mapping[str, Any]) -> list[np.ndarray]:
 # ---- what is read of them ----
 
 
+def input_embeddings(model: Mixture) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what embeds token ids, outside of a forward pass, too. Of a sharded base, every rank calls this."""
+    embeddings: Any = model.get_input_embeddings()
+    if model.sharded:  # the module gathers its weight only inside the model's own forward pass
+        return partial(F.embedding, weight=embeddings.weight.full_tensor())
+    return cast(Callable[[torch.Tensor], torch.Tensor], embeddings)
+
+
 def _features(model: Mixture, pieces: Smallest) -> Sample:
     """The sums of the input embeddings after the last token of each piece."""
-    embeddings: Any = model.get_input_embeddings()
-    device, embed = _device(model), cast(Callable[[torch.Tensor], torch.Tensor], embeddings)
-    if model.sharded:  # the module gathers its weight only inside the model's own forward pass
-        embed = partial(F.embedding, weight=embeddings.weight.full_tensor())
+    device, embed = _device(model), input_embeddings(model)
     keys, sums = [], []
     for key, ids in pieces:
         z = normalised(embed(torch.tensor(ids, dtype=torch.int64, device=device).unsqueeze(0))).cpu()  # (1, T, D)

@@ -15,6 +15,7 @@ from ..constants import NO_EXPERT
 from ..mixture.model import Mixture
 from ..mixture.router import count_tokens
 from ..reporting.results import Example, SkillLoss
+from ..skills.features import input_embeddings
 from .evaluate import Evaluation
 
 CANDIDATES = 4  # experts that are evaluated alone on a skill, those that the router uses most and the skill's own
@@ -59,6 +60,7 @@ def routing_weights(model: Mixture, row: Mapping[str, Any]) -> torch.Tensor:
     """Return the weight of each expert for each token of a row, (T, N) in float32 on the CPU.
 
     Of all experts, where the mixture itself may use the top ones only. It needs the base's input embeddings only.
+    Of a sharded base, every rank calls this.
     """
     device = model.device
     ids = torch.tensor([row["input_ids"]], device=device)  # (1, T)
@@ -66,7 +68,7 @@ def routing_weights(model: Mixture, row: Mapping[str, Any]) -> torch.Tensor:
     mask, positions = (torch.tensor([row[name]], device=device) if name in row else None for name in others)
     seen = torch.zeros(1, dtype=torch.bool, device=device)
     tokens = count_tokens((1, ids.shape[1]), mask, positions, seen)
-    embeddings = model.get_input_embeddings()(ids)
+    embeddings = input_embeddings(model)(ids)
     return model.router.logits(model.router.sums(embeddings, tokens))[0].softmax(-1).cpu()
 
 

@@ -16,7 +16,7 @@ from ..checkpoint.write import describe_mixture
 from ..distributed import ranks
 from ..errors import UsageError
 from ..reporting.publish import check_results, write_results
-from ..reporting.results import RESULTS, Results, SkillEntry, Stage, read_results
+from ..reporting.results import RESULTS, Example, Results, SkillEntry, Stage, read_results
 from ..reporting.words import telling_words
 from ..skills.library import Skill
 from ..stages.measure import Measured, examples, measure, packed, texts_of, unpacked
@@ -94,7 +94,9 @@ class Outcome:
         if self.result.stopped_by is None:
             skills = [skill for skill in self.run.skills if skill.name in held_out]
             measured = {s.name: measure(self.trainer.evaluation(), held_out[s.name], s.expert) for s in skills}
-        ranks.on_first(lambda: self._write(held_out, measured))
+        texts = {name: rows for name, rows in held_out.items() if name in measured}
+        shown = examples(self.run.model, self.run.tokenizer, texts)
+        ranks.on_first(lambda: self._write(held_out, measured, shown))
 
     def _current(self) -> dict[str, Any]:
         """Return the held-out rows of this run by skill."""
@@ -105,9 +107,8 @@ class Outcome:
                 found[trained.skill] = rows
         return found
 
-    def _write(self, held_out: Mapping[str, Any], measured: Mapping[str, Measured]) -> None:
-        run, result, model = self.run, self.result, self.run.model
-        entries = self._entries(measured)
+    def _write(self, held_out: Mapping[str, Any], measured: Mapping[str, Measured], examples: list[Example]) -> None:
+        result, model = self.result, self.run.model
         results = Results(
             step=result.step,
             checkpoint=None if result.saved is None else os.path.relpath(result.saved, self.run_dir),
@@ -118,8 +119,8 @@ class Outcome:
             experts=model.num_experts,
             versions=describe_mixture(model).versions,
             stages=[*self._stages_before(), self._stage(measured)],
-            skills=entries,
-            examples=examples(model, run.tokenizer, {e.name: held_out[e.name] for e in entries if e.name in measured}),
+            skills=self._entries(measured),
+            examples=examples,
         )
         write_results(self.run_dir, results)
         data = serialize(packed(held_out), metadata=HELD_OUT_KIND)

@@ -44,7 +44,7 @@ def echoed_ctrl_c(self, args, state, control, **kwargs):
 
 
 def drift(self, args, state, control, model=None, **kwargs):
-    if state.global_step == 5 and RANK == 1:
+    if state.global_step == 7 and RANK == 1:  # the trunk has ended
         with torch.no_grad():
             next(iter(model.expert_tensors(1).values()))[0, 0] += 1e-7
 
@@ -60,6 +60,7 @@ def count_shards(self, args, state, control, model=None, **kwargs):
             "whole": sum(parameter.numel() for parameter in here if not isinstance(parameter, DTensor)),
             "base": model.parameter_counts()["base"],
             "trained": sum(parameter.numel() for parameter in model.trained_parameters().values()),
+            "router": model.parameter_counts()["router"],
         }
         print("counted:", json.dumps(counts))
 
