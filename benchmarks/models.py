@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base.find import find_base
-from dylora_moe.base.load import load_base, resolve_dtype
+from dylora_moe.base.load import load_base, load_tokenizer, resolve_dtype
 from dylora_moe.base.preserve import fresh_base, seeded
+from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.checkpoint.write import export_expert
 from dylora_moe.mixture.targets import ATTENTION_TARGETS, linear_layers
 from dylora_moe.validation.saved import fill_experts
@@ -64,6 +65,14 @@ def base_of(args: argparse.Namespace, settings: dict) -> PreTrainedModel:
     if args.device.startswith("cuda"):
         settings["gpu"] = torch.cuda.get_device_name(args.device)
     return base
+
+
+def tokenizer_of(args: argparse.Namespace) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base that the flags name."""
+    if args.quick:
+        return byte_tokenizer()
+    source, _ = find_base(str(args.model or gguf_file()), weights="none")
+    return load_tokenizer(source)
 
 
 def random_base(config, dtype: torch.dtype, device: str) -> PreTrainedModel:

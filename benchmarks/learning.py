@@ -1,0 +1,356 @@
+"""What a mixture learns: held-out loss of specialised and grown mixtures, and of what could be used instead.
+
+python -m benchmarks.learning                               a quarter of an hour on two cores
+python -m benchmarks.learning --long --seeds 3 --json benchmarks/results/learning-long.json
+
+Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
+of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from dylora_moe.skills.features import collect
+from dylora_moe.skills.fit import fit_router
+from dylora_moe.skills.sizes import sample_sizes
+from peft import ArrowConfig, PeftModel, create_arrow_model
+from torch.nn import functional as F
+
+from dylora_moe import DyLoRAMoE
+from dylora_moe.base.preserve import fresh_base
+from dylora_moe.skills.library import Skill, SkillLibrary
+from dylora_moe.skills.novelty import NoveltyDetector
+
+from . import common, lora_training, models, texts
+from .common import Result
+from .lora_training import Recipe
+
+BASE, JOINT, TURN = "base model", "one LoRA, everything at once", "one LoRA, skill after skill"
+UNIFORM, ARROW = "grown experts, uniform weights", "grown experts, PEFT Arrow"
+LINEAR, TIES = "grown experts, merged (linear)", "grown experts, merged (TIES)"
+GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
+OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
+FIRST = 2  # skills of a grown mixture that are trained together before the others come
+Losses = dict[str, float]  # mean held-out loss by skill
+Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
+DENSITY = 0.5  # of TIES
+CHUNK = 512  # tokens that are measured at once
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is trained and measured.
+
+    Args:
+        steps: for each skill; every method takes as many as all skills have.
+        length: of training rows, in tokens.
+        held: rows of each skill that are measured, by their length.
+        kinds: of text.
+    """
+
+    steps: int
+    recipe: Recipe
+    length: int
+    held: dict[int, int]
+    kinds: tuple[str, ...]
+
+
+KINDS = tuple(texts.SOURCES)
+SHORT = Sizes(16, Recipe(rows=2), 128, {128: 6, 384: 2}, KINDS[:5])
+LONG = Sizes(200, Recipe(rows=4), 128, {128: 24, 384: 12}, KINDS)
+QUICK = Sizes(4, Recipe(rank=2, rows=2), 32, {32: 2, 48: 1}, ("python", "reference", "c"))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.run("learning", __doc__, measure, argv, flags)
+
+
+def flags(parser: argparse.ArgumentParser) -> None:
+    models.add_model_flags(parser)
+    parser.add_argument("--long", action="store_true", help="1,000 steps and more for each method: hours")
+    parser.add_argument("--seeds", type=int, default=1, help="how often everything is trained (%(default)s)")
+
+
+def measure(args: argparse.Namespace, result: Result) -> None:
+    result.settings["threads"] = common.fix_threads()
+    result.settings["date"] = time.strftime("%Y-%m-%d")
+    base = models.base_of(args, result.settings)
+    sizes = QUICK if args.quick else LONG if args.long else SHORT
+    found, missing = texts.available(sizes.kinds)
+    for line in missing:
+        print(line)
+    tokenizer = models.tokenizer_of(args)
+    held = {length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}
+            for length, count in sizes.held.items()}  # fmt: skip
+    seeds = []
+    for seed in range(args.seeds):
+        count = sizes.steps * sizes.recipe.rows
+        pools = {kind: texts.rows(found[kind].train, tokenizer, sizes.length, count, seed + 1) for kind in found}
+        seeds.append(Seed(base, pools, held, sizes.recipe, seed))
+        seeds[-1].run()
+    report(seeds, sizes, result)
+
+
+# ---- one seed ----
+
+
+class Seed:
+    """Everything that is trained and measured with one seed.
+
+    Args:
+        pools: the training rows (R, T) of each skill.
+        held: the held-out rows of each skill, by their length.
+
+    Attributes:
+        losses: by length of the rows, method and skill.
+        stages: of the grown mixture: the skills so far, and their routed losses on the shortest rows.
+        pairs: of rows of two skills, by mixture: mean loss when routed, and under each token's own expert.
+        changed: the largest change of an expert's tensors and of its logits in stages after its own.
+    """
+
+    def __init__(self, base, pools: dict[str, torch.Tensor], held: dict, recipe: Recipe, seed: int):
+        self.base, self.pools, self.held, self.recipe, self.seed = base, pools, held, recipe, seed
+        self.skills = list(pools)
+        self.losses: dict[int, dict[str, Losses]] = {length: {} for length in held}
+        self.stages: list[Losses] = []
+        self.pairs: dict[str, tuple[float, float]] = {}
+        self.changed = (0.0, 0.0)
+        self._seen: dict[str, Skill] = {}
+
+    @property
+    def short(self) -> int:
+        return min(self.held)
+
+    def run(self) -> None:
+        base = fresh_base(self.base)
+        self._measure(BASE, lambda ids, _: base(ids, use_cache=False).logits)
+        for name, method in ((JOINT, lora_training.jointly), (TURN, lora_training.in_turn)):
+            model = method(self.base, self.pools, self.recipe, self.seed)
+            self._measure(name, expert_logits(model, 0))
+        self._measure_mixture(self._specialised(), OURS, OURS_OWN)
+        grown = self._grown()
+        self._measure_mixture(grown, GROWN, GROWN_OWN)
+        with uniform(grown):
+            self._measure(UNIFORM, expert_logits(grown))
+        with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as folder:
+            self._measure_peers(models.export_experts(grown, Path(folder)))
+
+    # ---- training ----
+
+    def _specialised(self) -> DyLoRAMoE:
+        model = lora_training.mixture(self.base, len(self.skills), self.recipe, self.seed)
+        lora_training.specialise(model, self.pools, self.recipe)
+        library = SkillLibrary()
+        for expert, name in enumerate(self.skills):
+            self._learn(model, library, name, expert)
+        return self._finished(model, library)
+
+    def _grown(self) -> DyLoRAMoE:
+        model, library = lora_training.mixture(self.base, FIRST, self.recipe, self.seed), SkillLibrary()
+        lora_training.specialise(model, {name: self.pools[name] for name in self.skills[:FIRST]}, self.recipe)
+        for expert, name in enumerate(self.skills[:FIRST]):
+            self._learn(model, library, name, expert)
+        before = [self._state(self._finished(model, library), expert) for expert in range(FIRST)]
+        self._stage(model)
+        for name in self.skills[FIRST:]:
+            states = self._collected(model, name).states.rows()
+            nearest = library[NoveltyDetector(model, library).judge(states).skill].expert
+            expert = lora_training.grow(model, nearest, self.pools[name], self.recipe)
+            self._learn(model, library, name, expert)
+            before.append(self._state(self._finished(model, library), expert))
+            self._stage(model)
+        after = [self._state(model, expert) for expert in range(model.num_experts)]
+        pairs = list(zip(before, after, strict=True))
+        self.changed = tuple(max(float((old[i] - new[i]).abs().max()) for old, new in pairs) for i in (0, 1))
+        return model
+
+    def _collected(self, model: DyLoRAMoE, name: str) -> Skill:
+        """What the library keeps of a skill. It depends on the base model only, not on the experts."""
+        if name not in self._seen:
+            found = collect(model, [{"input_ids": row.tolist()} for row in self.pools[name]], self._sizes(model))
+            self._seen[name] = Skill(name, tokens=found.tokens, features=found.features, states=found.states)
+        return self._seen[name]
+
+    def _learn(self, model: DyLoRAMoE, library: SkillLibrary, name: str, expert: int) -> None:
+        library.update(replace(self._collected(model, name), expert=expert), self._sizes(model))
+
+    def _sizes(self, model: DyLoRAMoE):
+        numbers = sum(p.numel() for p in model.expert_tensors(0).values())
+        return sample_sizes(4 * numbers, model.router.gate.in_features)
+
+    def _finished(self, model: DyLoRAMoE, library: SkillLibrary) -> DyLoRAMoE:
+        fit_router(model.router, library, model.num_experts)
+        model.mark_mature()
+        return model.eval()
+
+    def _state(self, model: DyLoRAMoE, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tensors of an expert, and what it computes for a row."""
+        ids = next(iter(self.held[self.short].values()))[:1]
+        with torch.no_grad():
+            tensors = torch.cat([p.flatten().clone() for p in model.expert_tensors(expert).values()])
+            return tensors, expert_logits(model, expert)(ids, 0)
+
+    # ---- measuring ----
+
+    def _stage(self, model: DyLoRAMoE) -> None:
+        known = self.skills[: model.num_experts]
+        self.stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
+
+    def _measure(self, name: str, logits: Logits) -> None:
+        for length, rows in self.held.items():
+            self.losses[length][name] = {k: mean_loss(logits, rows[k], i) for i, k in enumerate(self.skills)}
+        means = ", ".join(f"{mean(self.losses[length][name]):.4f}" for length in self.held)
+        print(f"{time.strftime('%H:%M:%S')}  seed {self.seed}: {name}: {means}", flush=True)
+
+    def _measure_mixture(self, model: DyLoRAMoE, routed: str, own: str) -> None:
+        self._measure(own, lambda ids, skill: expert_logits(model, skill)(ids, skill))
+        self._measure(routed, expert_logits(model))
+        rows = self.held[self.short]
+        half = self.short // 2
+        found = []
+        for first, second in enumerate([*range(1, len(self.skills)), 0]):
+            ids = torch.cat([rows[self.skills[i]][:, :half] for i in (first, second)], 1)
+            ours, of_first, of_second = (token_losses(expert_logits(model, e), ids, 0) for e in (None, first, second))
+            oracle = torch.cat([of_first[:, : half - 1], of_second[:, half - 1 :]], 1)
+            found.append((ours.mean(), oracle.mean()))
+        self.pairs[routed] = tuple(torch.tensor(found).mean(0).tolist())
+
+    def _measure_peers(self, adapters: list[str]) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of PEFT about itself
+            arrow = create_arrow_model(fresh_base(self.base), adapters, ArrowConfig(top_k=min(3, len(adapters))))
+            self._measure(ARROW, peft_logits(arrow))
+            merged = PeftModel.from_pretrained(fresh_base(self.base), adapters[0], adapter_name="0")
+            for index, path in enumerate(adapters[1:], start=1):
+                merged.load_adapter(path, str(index))
+            names, count = [str(index) for index in range(len(adapters))], len(adapters)
+            for method, kind, weight in ((LINEAR, "linear", 1 / count**2), (TIES, "ties", 1.0)):  # the means of A and of B
+                options = {"density": DENSITY} if kind == "ties" else {}
+                merged.add_weighted_adapter(names, [weight] * count, kind, combination_type=kind, **options)
+                merged.set_adapter(kind)
+                self._measure(method, peft_logits(merged))
+
+
+def expert_logits(model: DyLoRAMoE, expert: int | None = None) -> Logits:
+    return lambda ids, _: model(ids, expert=expert, use_cache=False).logits
+
+
+def peft_logits(model: PeftModel) -> Logits:
+    model.eval()
+    return lambda ids, _: model(input_ids=ids, use_cache=False).logits
+
+
+@contextmanager
+def uniform(model: DyLoRAMoE) -> Iterator[None]:
+    """Inside, every expert has the same weight for every token."""
+    kept = {name: value.clone() for name, value in model.router.state_dict().items()}
+    with models.dense(model), torch.no_grad():
+        for parameter in model.router.parameters():
+            parameter.zero_()
+        yield
+    model.router.load_state_dict(kept)
+
+
+@torch.no_grad()
+def token_losses(logits: Logits, rows: torch.Tensor, skill: int) -> torch.Tensor:
+    """Rows (R, T) of a skill -> the loss (R, T - 1) of each token but the first, in nats."""
+    found = []
+    for ids in rows.split(max(1, CHUNK // rows.shape[1])):
+        scores = logits(ids, skill)[:, :-1].transpose(1, 2).float()  # (B, V, T - 1)
+        found.append(F.cross_entropy(scores, ids[:, 1:], reduction="none"))
+    return torch.cat(found)
+
+
+def mean_loss(logits: Logits, rows: torch.Tensor, skill: int) -> float:
+    return token_losses(logits, rows, skill).mean().item()
+
+
+def mean(losses: Losses) -> float:
+    return statistics.fmean(losses.values())
+
+
+# ---- what is printed ----
+
+
+def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
+    skills = seeds[0].skills
+    steps = sizes.steps * len(skills)
+    batch = f"{sizes.recipe.rows} rows of {sizes.length} tokens"
+    result.settings |= {"steps": steps, "skills": skills, "rank": sizes.recipe.rank, "rate": sizes.recipe.rate}
+    for length in seeds[0].held:
+        title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
+        note = "Nats per token, mean of the seeds. Relative: the mean of the skills, to each skill's own grown expert."
+        table = result.table(f"loss-{length}", title, ["", *skills, "mean", "relative"], note)
+        for name in seeds[0].losses[length]:
+            of_skills = [statistics.fmean(seed.losses[length][name][skill] for seed in seeds) for skill in skills]
+            relative = spread(seeds, length, name, GROWN_OWN)
+            table.add(name, *(f"{loss:.3f}" for loss in of_skills), f"{statistics.fmean(of_skills):.3f}", relative)
+    growth(seeds, result)
+    claims(seeds, sizes, result)
+    checks(seeds, result)
+
+
+def growth(seeds: list[Seed], result: Result) -> None:
+    """The forgetting matrix of the first seed: what a skill's routed loss has changed by since it was learned."""
+    stages, skills = seeds[0].stages, seeds[0].skills
+    table = result.table("growth", "Routed loss since a skill was learned", ["after", *skills], "Of the first seed.")
+    for losses in stages:
+        cells = [f"{losses[k] / learned(stages, k) - 1:+.2%}" if k in losses else "" for k in skills]
+        table.add(list(losses)[-1], *cells)
+
+
+def learned(stages: list[Losses], skill: str) -> float:
+    return next(losses[skill] for losses in stages if skill in losses)
+
+
+def above(seed: Seed, length: int, name: str, other: str) -> float:
+    """By how many per cent the mean loss of a method is above that of another."""
+    return (mean(seed.losses[length][name]) / mean(seed.losses[length][other]) - 1) * 100
+
+
+def spread(seeds: list[Seed], length: int, name: str, other: str) -> str:
+    values = [above(seed, length, name, other) for seed in seeds]
+    middle = f"{statistics.fmean(values):+.2f} %"
+    return middle if len(values) == 1 else f"{middle} ({min(values):+.2f} to {max(values):+.2f})"
+
+
+def claims(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
+    """Each is the worst of the seeds."""
+    lengths = list(seeds[0].held)
+
+    def worst(text: str, limit: float, values: Sequence[float]) -> None:
+        result.claim(text, max(values), limit, "%")
+
+    for length, limit in zip(lengths, (0.3, 0.0), strict=False):
+        values = [above(seed, length, GROWN, GROWN_OWN) for seed in seeds]
+        worst(f"grown mixture, {length} tokens, above each skill's own expert", limit, values)
+    for other in (ARROW, LINEAR, TIES, UNIFORM, TURN):
+        worst(f"grown mixture, above: {other}", 0.0, [above(seed, lengths[0], GROWN, other) for seed in seeds])
+    limit = 0.0 if sizes is LONG else 1.0
+    for name in (GROWN, OURS):
+        worst(f"{name}, above: {JOINT}", limit, [above(seed, lengths[0], name, JOINT) for seed in seeds])
+    rises = [(seed.stages[-1][k] / learned(seed.stages, k) - 1) * 100 for seed in seeds for k in seed.skills]
+    worst("the skill that lost most in later stages", 0.5, rises)
+    for name in (GROWN, OURS):
+        pairs = [seed.pairs[name] for seed in seeds]
+        worst(f"{name}, rows of two skills, above each token's own expert", 2.0, [(a / b - 1) * 100 for a, b in pairs])
+
+
+def checks(seeds: list[Seed], result: Result) -> None:
+    for part, what in enumerate(("tensors", "logits")):
+        off = max(seed.changed[part] for seed in seeds)
+        result.check(f"{what} of the grown experts, since each was trained", off, 0.0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
