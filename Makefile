@@ -3,7 +3,7 @@
 # make test-all  run the slow tests too
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
-# make bench     measure speed and memory, and bring docs/performance.md up to date; about a quarter of an hour
+# make bench     measure speed, memory and learning, and bring docs/ up to date; about half an hour
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
 
 PYTHON ?= python3
@@ -38,6 +38,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.checkpoint --json benchmarks/results/checkpoint.json
 	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 	$(BIN)/python -m benchmarks.novelty --json benchmarks/results/novelty.json
+	$(BIN)/python -m benchmarks.learning --json benchmarks/results/learning.json
 	$(BIN)/python -m benchmarks.report
 
 clean:

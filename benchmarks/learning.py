@@ -234,7 +234,10 @@ class Seed:
             for index, path in enumerate(adapters[1:], start=1):
                 merged.load_adapter(path, str(index))
             names, count = [str(index) for index in range(len(adapters))], len(adapters)
-            for method, kind, weight in ((LINEAR, "linear", 1 / count**2), (TIES, "ties", 1.0)):  # the means of A and of B
+            for method, kind, weight in (
+                (LINEAR, "linear", 1 / count**2),
+                (TIES, "ties", 1.0),
+            ):  # the means of A and of B
                 options = {"density": DENSITY} if kind == "ties" else {}
                 merged.add_weighted_adapter(names, [weight] * count, kind, combination_type=kind, **options)
                 merged.set_adapter(kind)

@@ -1,10 +1,11 @@
 """Rewrites the tables and plots of docs/ from the results of the benchmarks, so that they cannot drift from them.
 
 python -m benchmarks.report
-python -m benchmarks.report --check     exit code 1 where docs/performance.md is not what the results say
+python -m benchmarks.report --check     exit code 1 where a page is not what the results say
 
-In docs/performance.md, what stands between `<!-- NAME -->` and `<!-- end -->` is generated: NAME is `claims`,
+In docs/performance.md and docs/learning.md, what stands between `<!-- NAME -->` and `<!-- end -->` is generated: NAME is `claims`,
 `machine/RESULT`, `checks/RESULT` or `RESULT/TABLE`, where RESULT is a file of benchmarks/results without its suffix.
+`claims` are those of the results that the page shows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dylora_moe.system import machine
 
 from .common import MARKS, RESULTS, RIGHT, ROOT, WRONG
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "learning.md")
 BLOCK = re.compile(r"<!-- (?P<name>[\w./-]+) -->\n.*?<!-- end -->", re.DOTALL)
 NOT_YET = "_Not measured yet._"
 BUSY = 0.1  # of the cores: where others used more during the run, it says so
@@ -32,17 +33,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; is the page what the results say?")
     args = parser.parse_args(argv)
     results = read_results(RESULTS)
-    page = PAGE.read_text(encoding="utf-8")
-    wanted = rendered(page, results)
+    pages = {path: path.read_text(encoding="utf-8") for path in PAGES}
+    wanted = {path: rendered(page, results) for path, page in pages.items()}
     if args.check:
-        if page != wanted:
-            print(f"{PAGE.relative_to(ROOT)} is not what the results say: run python -m benchmarks.report")
-        return RIGHT if page == wanted else WRONG
-    PAGE.write_text(wanted, encoding="utf-8")
+        stale = [path for path in PAGES if pages[path] != wanted[path]]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not what the results say: run python -m benchmarks.report")
+        return WRONG if stale else RIGHT
+    for path, page in wanted.items():
+        path.write_text(page, encoding="utf-8")
     from . import plots
 
-    drawn = plots.draw(results, PAGE.parent)
-    print(f"{PAGE.relative_to(ROOT)} and {len(drawn)} plots are what {len(results)} results say")
+    drawn = plots.draw(results, ROOT / "docs")
+    print(f"{len(pages)} pages and {len(drawn)} plots are what {len(results)} results say")
     return RIGHT
 
 
@@ -52,6 +55,8 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 def rendered(page: str, results: dict[str, dict]) -> str:
     """The page with every block made anew."""
+    shown = {part for found in BLOCK.finditer(page) for part in found["name"].split("/")}
+    results = {name: result for name, result in results.items() if name in shown}
     return BLOCK.sub(lambda found: f"<!-- {found['name']} -->\n{block(found['name'], results)}\n<!-- end -->", page)
 
 

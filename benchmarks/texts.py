@@ -57,7 +57,7 @@ def manual_pages() -> Iterator[tuple[str, str]]:
     """English prose: the manual pages, without the commands of their formatter."""
     folder = Path("/usr/share/man")
     paths = [path for section in "1235678" for path in folder.glob(f"man{section}/*.gz") if "gcloud" not in path.name]
-    for name, text in _read(folder, paths, per_folder=600):
+    for name, text in _read(folder, paths, per_folder=MOST):
         text = re.sub(r"^\.\\\".*\n|^'.*\n", "", text, flags=re.MULTILINE)  # comments
         text = re.sub(r"^\.(?:S[HS])\s+(.*)$", r"\n\1\n", text, flags=re.MULTILINE)  # headings
         text = re.sub(r"^\.(?:[BI]|[BIR]{2}|SM|SB)\s+(.*)$", r"\1", text, flags=re.MULTILINE)  # fonts
@@ -75,13 +75,13 @@ def c_headers() -> Iterator[tuple[str, str]]:
 
 def cpp_headers() -> Iterator[tuple[str, str]]:
     folder = INCLUDE / "c++"
-    return _read(folder, [path for path in folder.rglob("*") if path.is_file()], per_folder=600)
+    return _read(folder, [path for path in folder.rglob("*") if path.is_file()], per_folder=MOST)
 
 
 def perl_code() -> Iterator[tuple[str, str]]:
     left_out = {"unicore", "Collate"}  # tables
     for folder in (Path("/usr/share/perl"), Path("/usr/share/perl5")):
-        yield from _read(folder, [path for path in folder.rglob("*.p[ml]") if not left_out & set(path.parts)])
+        yield from _read(folder, [path for path in folder.rglob("*.p[ml]") if not left_out & set(path.parts)], MOST)
 
 
 SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
@@ -125,7 +125,7 @@ def _read(root: Path, paths: list[Path], per_folder: int = PER_FOLDER) -> Iterat
 
 def corpus(kind: str) -> Corpus:
     """The documents of a skill; which of them are held out depends on their names alone."""
-    parts: tuple[list[str], list[str]] = ([], [])
+    documents: list[tuple[str, str]] = []
     seen = set()
     for name, text in SOURCES[kind]():
         if len(text) < SHORTEST or _hash(text[:SHORTEST]) in seen:
@@ -133,14 +133,19 @@ def corpus(kind: str) -> Corpus:
         seen.add(_hash(text[:SHORTEST]))
         start = _hash(text) % (len(text) - DOCUMENT) if len(text) > DOCUMENT else 0
         start = text.find("\n", start) + 1 if start else 0
-        parts[_hash(name) % HELD_OUT == 0].append(text[start : start + DOCUMENT])
-        if len(seen) == MOST:
+        documents.append((name, text[start : start + DOCUMENT]))
+        if len(documents) == MOST:
             break
+    names = sorted({name for name, _ in documents}, key=_hash)
+    held_out = set(names[: len(names) // HELD_OUT])
+    parts: tuple[list[str], list[str]] = ([], [])
+    for name, text in documents:
+        parts[name in held_out].append(text)
     return Corpus(*parts)
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def available(kinds: Iterable[str] = tuple(SOURCES)) -> tuple[dict[str, Corpus], list[str]]:

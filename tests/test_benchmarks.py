@@ -11,7 +11,21 @@ import psutil
 import pytest
 import torch
 
-from benchmarks import checkpoint, child, common, generate, loop, models, novelty, report, routing, scaling, scripts
+from benchmarks import (
+    checkpoint,
+    child,
+    common,
+    generate,
+    learning,
+    loop,
+    models,
+    novelty,
+    report,
+    routing,
+    scaling,
+    scripts,
+)
+from benchmarks import texts as benchmark_texts
 from benchmarks.common import Case, Claim, Result, Timing
 
 
@@ -41,7 +55,7 @@ def test_describe_says_what_a_measurement_ran_on():
 
 
 @pytest.mark.parametrize(
-    "benchmark", [routing, generate, checkpoint, scaling, novelty], ids=lambda module: module.__name__
+    "benchmark", [routing, generate, checkpoint, scaling, novelty, learning], ids=lambda module: module.__name__
 )
 def test_benchmark_runs_in_its_smallest_size(benchmark, tmp_path, capsys):
     path = tmp_path / "found.json"
@@ -122,6 +136,31 @@ def test_generation_that_ignores_the_padding_is_seen(ours):
 def base_with_padding(ours):
     ours.generation_config.eos_token_id, ours.generation_config.pad_token_id = None, 0
     return ours.base
+
+
+def test_learning_measures_the_models_own_loss_and_mixes_evenly_only_where_it_says(ours):
+    ids = models.random_ids(ours.base, 3, 20)
+    ours.eval().mark_immature()
+    of_model = ours(ids, labels=ids, expert=1).loss.item()
+    assert learning.mean_loss(learning.expert_logits(ours, 1), ids, 0) == pytest.approx(of_model, rel=1e-5)
+    assert learning.mean_loss(learning.expert_logits(ours, 0), ids, 0) != pytest.approx(of_model, rel=1e-5)
+    routed = learning.token_losses(learning.expert_logits(ours), ids, 0)
+    with learning.uniform(ours):
+        even = learning.token_losses(learning.expert_logits(ours), ids, 0)
+    assert not torch.allclose(even, routed, atol=1e-5)
+    assert torch.equal(learning.token_losses(learning.expert_logits(ours), ids, 0), routed)
+
+
+def test_held_out_documents_are_not_trained_on(monkeypatch):
+    documents = [(f"file{i}", f"{i} " * 600 + "\n") for i in range(20)] + [("file3", "another piece of it " * 90)]
+    monkeypatch.setitem(benchmark_texts.SOURCES, "made", lambda: iter(documents))
+    found = benchmark_texts.corpus("made")
+    assert len(found.train) + len(found.held_out) == 21 and 4 <= len(found.held_out) <= 5
+    assert not set(found.train) & set(found.held_out)
+    by_name = [{name for name, text in documents if text in part} for part in (found.train, found.held_out)]
+    assert not by_name[0] & by_name[1]
+    monkeypatch.setitem(benchmark_texts.PLACES, "made", "this test")
+    assert benchmark_texts.available(["made"]) == ({}, ["made is missing: it is read from this test"])
 
 
 def test_checkpoint_counts_tensors_that_differ(ours):
