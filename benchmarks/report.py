@@ -4,8 +4,8 @@ python -m benchmarks.report
 python -m benchmarks.report --check     exit code 1 where a page is not what the results say
 
 In docs/performance.md and docs/learning.md, what stands between `<!-- NAME -->` and `<!-- end -->` is generated. NAME
-is `claims`, `machine/RESULT`, `checks/RESULT` or `RESULT/TABLE`, where RESULT is a file of benchmarks/results without its
-suffix. `claims` are those of the results that the page shows.
+is `claims`, `machine/RESULT`, `checks/RESULT` or `RESULT/TABLE`, where RESULT is a file of benchmarks/results without
+its suffix. `claims` are those of the results that the page shows.
 """
 
 from __future__ import annotations
