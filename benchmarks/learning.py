@@ -16,28 +16,24 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from dylora_moe.skills.features import collect
-from dylora_moe.skills.fit import fit_router
-from dylora_moe.skills.sizes import sample_sizes
 from peft import ArrowConfig, PeftModel, create_arrow_model
 from torch.nn import functional as F
 
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import fresh_base
-from dylora_moe.skills.library import Skill, SkillLibrary
-from dylora_moe.skills.novelty import NoveltyDetector
 
 from . import common, lora_training, models, texts
 from .common import Result
-from .lora_training import Recipe
+from .lora_training import Recipe, Task, Trained, write_data
 
 BASE, JOINT, TURN = "base model", "one LoRA, everything at once", "one LoRA, skill after skill"
 UNIFORM, ARROW = "grown experts, uniform weights", "grown experts, PEFT Arrow"
 LINEAR, TIES = "grown experts, merged (linear)", "grown experts, merged (TIES)"
+DENSE = "grown mixture, routed to all experts"
 GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
 OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
@@ -52,23 +48,19 @@ class Sizes:
     """How much is trained and measured.
 
     Args:
-        steps: for each skill; every method takes as many as all skills have.
-        length: of training rows, in tokens.
         held: rows of each skill that are measured, by their length.
         kinds: of text.
     """
 
-    steps: int
     recipe: Recipe
-    length: int
     held: dict[int, int]
     kinds: tuple[str, ...]
 
 
 KINDS = tuple(texts.SOURCES)
-SHORT = Sizes(16, Recipe(rows=2), 128, {128: 6, 384: 2}, KINDS[:5])
-LONG = Sizes(200, Recipe(rows=4), 128, {128: 24, 384: 12}, KINDS)
-QUICK = Sizes(4, Recipe(rank=2, rows=2), 32, {32: 2, 48: 1}, ("python", "reference", "c"))
+SHORT = Sizes(Recipe(steps=16, rows=2), {128: 6, 384: 2}, KINDS[:5])
+LONG = Sizes(Recipe(steps=200), {128: 24, 384: 12}, KINDS)
+QUICK = Sizes(Recipe(steps=8, rank=2, rows=2, length=32, rate=1e-2), {32: 4, 96: 1}, ("python", "reference", "c"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,22 +74,24 @@ def flags(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(args: argparse.Namespace, result: Result) -> None:
-    result.settings["threads"] = common.fix_threads()
-    result.settings["date"] = time.strftime("%Y-%m-%d")
-    base = models.base_of(args, result.settings)
+    result.settings |= {"threads": common.fix_threads(), "date": time.strftime("%Y-%m-%d")}
     sizes = QUICK if args.quick else LONG if args.long else SHORT
     found, missing = texts.available(sizes.kinds)
     for line in missing:
         print(line)
-    tokenizer = models.tokenizer_of(args)
-    held = {length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}
-            for length, count in sizes.held.items()}  # fmt: skip
-    seeds = []
-    for seed in range(args.seeds):
-        count = sizes.steps * sizes.recipe.rows
-        pools = {kind: texts.rows(found[kind].train, tokenizer, sizes.length, count, seed + 1) for kind in found}
-        seeds.append(Seed(base, pools, held, sizes.recipe, seed))
-        seeds[-1].run()
+    with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as name:
+        folder = Path(name)
+        base, tokenizer = models.saved_base(args, folder / "base", result.settings)
+        held = {
+            length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}
+            for length, count in sizes.held.items()
+        }
+        seeds = []
+        for number in range(args.seeds):
+            data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
+            task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
+            seeds.append(Seed(task, held, folder / f"runs{number}"))
+            seeds[-1].run()
     report(seeds, sizes, result)
 
 
@@ -108,90 +102,55 @@ class Seed:
     """Everything that is trained and measured with one seed.
 
     Args:
-        pools: the training rows (R, T) of each skill.
         held: the held-out rows of each skill, by their length.
+        folder: for the runs.
 
     Attributes:
         losses: by length of the rows, method and skill.
         stages: of the grown mixture: the skills so far, and their routed losses on the shortest rows.
         pairs: of rows of two skills, by mixture: mean loss when routed, and under each token's own expert.
         changed: the largest change of an expert's tensors and of its logits in stages after its own.
+        missed: the skills that were taken for known ones.
     """
 
-    def __init__(self, base, pools: dict[str, torch.Tensor], held: dict, recipe: Recipe, seed: int):
-        self.base, self.pools, self.held, self.recipe, self.seed = base, pools, held, recipe, seed
-        self.skills = list(pools)
+    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path):
+        self.task, self.held, self.folder = task, held, folder
+        self.skills = task.skills
         self.losses: dict[int, dict[str, Losses]] = {length: {} for length in held}
         self.stages: list[Losses] = []
         self.pairs: dict[str, tuple[float, float]] = {}
         self.changed = (0.0, 0.0)
-        self._seen: dict[str, Skill] = {}
+        self.missed: list[str] = []
 
     @property
     def short(self) -> int:
         return min(self.held)
 
     def run(self) -> None:
-        base = fresh_base(self.base)
+        base = fresh_base(self.task.base)
         self._measure(BASE, lambda ids, _: base(ids, use_cache=False).logits)
-        for name, method in ((JOINT, lora_training.jointly), (TURN, lora_training.in_turn)):
-            model = method(self.base, self.pools, self.recipe, self.seed)
-            self._measure(name, expert_logits(model, 0))
-        self._measure_mixture(self._specialised(), OURS, OURS_OWN)
-        grown = self._grown()
+        self._measure(JOINT, expert_logits(lora_training.jointly(self.task), 0))
+        self._measure(TURN, expert_logits(lora_training.in_turn(self.task), 0))
+        self._measure_mixture(lora_training.specialised(self.task, self.folder / "specialised", say), OURS, OURS_OWN)
+        grown = self._grow()
         self._measure_mixture(grown, GROWN, GROWN_OWN)
-        with uniform(grown):
-            self._measure(UNIFORM, expert_logits(grown))
-        with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as folder:
-            self._measure_peers(models.export_experts(grown, Path(folder)))
+        with models.dense(grown.model):
+            self._measure(DENSE, expert_logits(grown.model))
+        with uniform(grown.model):
+            self._measure(UNIFORM, expert_logits(grown.model))
+        self._measure_peers(models.export_experts(grown.model, self.folder / "experts"))
 
-    # ---- training ----
-
-    def _specialised(self) -> DyLoRAMoE:
-        model = lora_training.mixture(self.base, len(self.skills), self.recipe, self.seed)
-        lora_training.specialise(model, self.pools, self.recipe)
-        library = SkillLibrary()
-        for expert, name in enumerate(self.skills):
-            self._learn(model, library, name, expert)
-        return self._finished(model, library)
-
-    def _grown(self) -> DyLoRAMoE:
-        model, library = lora_training.mixture(self.base, FIRST, self.recipe, self.seed), SkillLibrary()
-        lora_training.specialise(model, {name: self.pools[name] for name in self.skills[:FIRST]}, self.recipe)
-        for expert, name in enumerate(self.skills[:FIRST]):
-            self._learn(model, library, name, expert)
-        before = [self._state(self._finished(model, library), expert) for expert in range(FIRST)]
-        self._stage(model)
-        for name in self.skills[FIRST:]:
-            states = self._collected(model, name).states.rows()
-            nearest = library[NoveltyDetector(model, library).judge(states).skill].expert
-            expert = lora_training.grow(model, nearest, self.pools[name], self.recipe)
-            self._learn(model, library, name, expert)
-            before.append(self._state(self._finished(model, library), expert))
-            self._stage(model)
+    def _grow(self) -> Trained:
+        before: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for trained in lora_training.grown(self.task, self.folder / "grown", FIRST, say):
+            model, known = trained.model, self.skills[: FIRST + len(self.stages)]
+            before += [self._state(model, expert) for expert in range(len(before), model.num_experts)]
+            self.stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
+        self.missed = [name for name in self.skills if name not in trained.experts]
         after = [self._state(model, expert) for expert in range(model.num_experts)]
         pairs = list(zip(before, after, strict=True))
         self.changed = tuple(max(float((old[i] - new[i]).abs().max()) for old, new in pairs) for i in (0, 1))
-        return model
-
-    def _collected(self, model: DyLoRAMoE, name: str) -> Skill:
-        """What the library keeps of a skill. It depends on the base model only, not on the experts."""
-        if name not in self._seen:
-            found = collect(model, [{"input_ids": row.tolist()} for row in self.pools[name]], self._sizes(model))
-            self._seen[name] = Skill(name, tokens=found.tokens, features=found.features, states=found.states)
-        return self._seen[name]
-
-    def _learn(self, model: DyLoRAMoE, library: SkillLibrary, name: str, expert: int) -> None:
-        library.update(replace(self._collected(model, name), expert=expert), self._sizes(model))
-
-    def _sizes(self, model: DyLoRAMoE):
-        numbers = sum(p.numel() for p in model.expert_tensors(0).values())
-        return sample_sizes(4 * numbers, model.router.gate.in_features)
-
-    def _finished(self, model: DyLoRAMoE, library: SkillLibrary) -> DyLoRAMoE:
-        fit_router(model.router, library, model.num_experts)
-        model.mark_mature()
-        return model.eval()
+        return trained
 
     def _state(self, model: DyLoRAMoE, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors of an expert, and what it computes for a row."""
@@ -202,25 +161,23 @@ class Seed:
 
     # ---- measuring ----
 
-    def _stage(self, model: DyLoRAMoE) -> None:
-        known = self.skills[: model.num_experts]
-        self.stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
-
     def _measure(self, name: str, logits: Logits) -> None:
         for length, rows in self.held.items():
             self.losses[length][name] = {k: mean_loss(logits, rows[k], i) for i, k in enumerate(self.skills)}
         means = ", ".join(f"{mean(self.losses[length][name]):.4f}" for length in self.held)
-        print(f"{time.strftime('%H:%M:%S')}  seed {self.seed}: {name}: {means}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')}  seed {self.task.seed}: {name}: {means}", flush=True)
 
-    def _measure_mixture(self, model: DyLoRAMoE, routed: str, own: str) -> None:
-        self._measure(own, lambda ids, skill: expert_logits(model, skill)(ids, skill))
+    def _measure_mixture(self, trained: Trained, routed: str, own: str) -> None:
+        model, experts = trained.model, [trained.experts.get(name) for name in self.skills]
+        self._measure(own, lambda ids, skill: expert_logits(model, experts[skill])(ids, skill))
         self._measure(routed, expert_logits(model))
         rows = self.held[self.short]
         half = self.short // 2
         found = []
         for first, second in enumerate([*range(1, len(self.skills)), 0]):
             ids = torch.cat([rows[self.skills[i]][:, :half] for i in (first, second)], 1)
-            ours, of_first, of_second = (token_losses(expert_logits(model, e), ids, 0) for e in (None, first, second))
+            who = (None, experts[first], experts[second])
+            ours, of_first, of_second = (token_losses(expert_logits(model, expert), ids, 0) for expert in who)
             oracle = torch.cat([of_first[:, : half - 1], of_second[:, half - 1 :]], 1)
             found.append((ours.mean(), oracle.mean()))
         self.pairs[routed] = tuple(torch.tensor(found).mean(0).tolist())
@@ -228,9 +185,9 @@ class Seed:
     def _measure_peers(self, adapters: list[str]) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of PEFT about itself
-            arrow = create_arrow_model(fresh_base(self.base), adapters, ArrowConfig(top_k=min(3, len(adapters))))
+            arrow = create_arrow_model(fresh_base(self.task.base), adapters, ArrowConfig(top_k=min(3, len(adapters))))
             self._measure(ARROW, peft_logits(arrow))
-            merged = PeftModel.from_pretrained(fresh_base(self.base), adapters[0], adapter_name="0")
+            merged = PeftModel.from_pretrained(fresh_base(self.task.base), adapters[0], adapter_name="0")
             for index, path in enumerate(adapters[1:], start=1):
                 merged.load_adapter(path, str(index))
             names, count = [str(index) for index in range(len(adapters))], len(adapters)
@@ -242,6 +199,12 @@ class Seed:
                 merged.add_weighted_adapter(names, [weight] * count, kind, combination_type=kind, **options)
                 merged.set_adapter(kind)
                 self._measure(method, peft_logits(merged))
+
+
+def say(line: str) -> None:
+    """Of what train.py says, only what it makes of the data."""
+    if line.startswith("skill: "):
+        print(line, flush=True)
 
 
 def expert_logits(model: DyLoRAMoE, expert: int | None = None) -> Logits:
@@ -287,8 +250,8 @@ def mean(losses: Losses) -> float:
 
 def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
     skills = seeds[0].skills
-    steps = sizes.steps * len(skills)
-    batch = f"{sizes.recipe.rows} rows of {sizes.length} tokens"
+    steps = sizes.recipe.steps * len(skills)
+    batch = f"{sizes.recipe.rows} rows of {sizes.recipe.length} tokens"
     result.settings |= {"steps": steps, "skills": skills, "rank": sizes.recipe.rank, "rate": sizes.recipe.rate}
     for length in seeds[0].held:
         title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
@@ -353,6 +316,8 @@ def checks(seeds: list[Seed], result: Result) -> None:
     for part, what in enumerate(("tensors", "logits")):
         off = max(seed.changed[part] for seed in seeds)
         result.check(f"{what} of the grown experts, since each was trained", off, 0.0)
+    missed = sorted({name for seed in seeds for name in seed.missed})
+    result.claim(f"skills taken for known ones{': ' * bool(missed)}{', '.join(missed)}", len(missed), 0, "skills")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,31 @@
-"""Plain LoRA training, the same for every method that benchmarks.learning compares.
-
-AdamW with a linear schedule, one learning rate for all; the experts differ in which rows they are trained on.
-"""
+"""The methods that benchmarks.learning compares: training by train.py itself, and plain LoRAs on the same blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel, get_scheduler
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import fresh_base, seeded
+from dylora_moe.checkpoint.formats import SKILLS
+from dylora_moe.data.blocks import load_blocks
+from dylora_moe.data.sources import DataSpec
+from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.training.run import execute
+from dylora_moe.training.settings import TrainSettings
 
-WARMUP = 0.03  # of the steps
+from .texts import Corpus
+
+WARMUP = 0.03  # of the steps; like the other settings here, train.py's default
 CLIP = 1.0  # norm of the gradient
+Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,91 +33,185 @@ class Recipe:
     """What is the same for every method.
 
     Args:
+        steps: for each skill.
         rank: of one expert; alpha is twice as much.
         rows: of a batch.
+        length: of a row, in tokens.
         rate: the peak learning rate.
-        trunk: the share of a skill's rows that the trunk is trained on.
     """
 
+    steps: int
     rank: int = 8
     rows: int = 4
+    length: int = 128
     rate: float = 1e-3
-    trunk: float = 0.5
-
-    def lora(self, times: int = 1) -> MoELoraConfig:
-        rank = self.rank * times
-        return MoELoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
 
 
-def mixture(base, experts: int, recipe: Recipe, seed: int, times: int = 1) -> DyLoRAMoE:
-    """A mixture on a base whose tensors are shared; each expert has `times` the recipe's rank."""
-    with seeded(seed):
-        return DyLoRAMoE(fresh_base(base), experts, lora=recipe.lora(times))
+@dataclass(frozen=True)
+class Task:
+    """What is to be learned.
+
+    Args:
+        base: the base model, and `folder` where it is saved.
+        data: the training file of each skill.
+        held_out: a file of one held-out document, which train.py must have; it is not measured on.
+    """
+
+    base: PreTrainedModel
+    tokenizer: Any
+    folder: Path
+    data: dict[str, Path]
+    held_out: dict[str, Path]
+    recipe: Recipe
+    seed: int
+
+    @property
+    def skills(self) -> list[str]:
+        return list(self.data)
+
+    def mixture(self, rank: int) -> DyLoRAMoE:
+        """A mixture of one expert on the base, whose tensors are shared."""
+        lora = MoELoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
+        with seeded(self.seed):
+            return DyLoRAMoE(fresh_base(self.base), 1, lora=lora)
 
 
-def train(model: DyLoRAMoE, expert: int, batches: Sequence[torch.Tensor], recipe: Recipe) -> list[float]:
-    """Train one expert, one step for each batch (B, T); return the losses before each step."""
-    parameters = list(model.expert_tensors(expert).values())
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0)
-    warmup = max(1, round(WARMUP * len(batches)))
+def write_data(folder: Path, found: dict[str, Corpus], tokenizer: Any, recipe: Recipe, seed: int) -> tuple[dict, dict]:
+    """Write as much of each skill as its steps take; return the files of the training and of the held-out texts."""
+    data, held_out = {}, {}
+    for name, corpus in found.items():
+        documents, left, texts = list(corpus.train), recipe.steps * recipe.rows * recipe.length, []
+        random.Random(f"{seed} {name}").shuffle(documents)
+        while left > 0:
+            for document in documents:
+                ids = tokenizer(document, add_special_tokens=False)["input_ids"]
+                texts.append(document if len(ids) < left else tokenizer.decode(ids[:left]))
+                left -= len(ids) + 1
+                if left <= 0:
+                    break
+        data[name] = _write(folder / f"{name}.jsonl", texts)
+        held_out[name] = _write(folder / "held_out" / f"{name}.jsonl", corpus.held_out[:1])
+    return data, held_out
+
+
+def _write(path: Path, texts: Sequence[str]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+# ---- plain LoRAs ----
+
+
+def read_pools(task: Task) -> dict[str, list[dict]]:
+    """The blocks of each skill, those that train.py makes of the files."""
+    specs = {name: DataSpec.parse(str(path)) for name, path in task.data.items()}
+    held_out = [DataSpec.parse(str(path)) for path in task.held_out.values()]
+    recipe, pools = task.recipe, {}
+    for name, spec in specs.items():
+        blocks = load_blocks(
+            [spec], task.tokenizer, block_size=recipe.length, seed=task.seed, mixing="proportional", eval_specs=held_out
+        )
+        pools[name] = list(blocks.train)[: recipe.steps * recipe.rows]
+    return pools
+
+
+def jointly(task: Task) -> DyLoRAMoE:
+    """One LoRA of all experts' parameters, trained on everything at once."""
+    model, pools = task.mixture(task.recipe.rank * len(task.data)), read_pools(task)
+    mixed = [block for blocks in zip(*pools.values(), strict=False) for block in blocks]
+    train(model, batches(mixed, task.recipe.rows), task.recipe.rate)
+    return model
+
+
+def in_turn(task: Task) -> DyLoRAMoE:
+    """One LoRA of all experts' parameters, trained on one skill after the other."""
+    model = task.mixture(task.recipe.rank * len(task.data))
+    for blocks in read_pools(task).values():
+        train(model, batches(blocks, task.recipe.rows), task.recipe.rate)
+    return model
+
+
+def batches(blocks: Sequence[dict], rows: int) -> list[Batch]:
+    columns = ("input_ids", "labels", "position_ids")
+    parts = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
+    return [{name: torch.tensor([block[name] for block in part]) for name in columns} for part in parts]
+
+
+def train(model: DyLoRAMoE, found: Sequence[Batch], rate: float) -> list[float]:
+    """Train the only expert of a mixture, one step for each batch; return the loss before each step."""
+    parameters = list(model.trained_parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warmup = max(1, round(WARMUP * len(found)))
+    schedule = get_scheduler("cosine", optimizer, num_warmup_steps=warmup, num_training_steps=len(found))
     losses = []
     model.train()
-    for step, batch in enumerate(batches):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate * min((step + 1) / warmup, 1 - step / len(batches))
-        loss = model(batch, labels=batch, expert=expert).loss
+    for batch in found:
+        loss = model(**batch, expert=0).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, CLIP)
         optimizer.step()
-        model.zero_grad(set_to_none=True)  # of the other experts, too: a forced expert gives them zeros
+        schedule.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
     model.eval()
     return losses
 
 
-def mixed(pools: Sequence[torch.Tensor], rows: int) -> list[torch.Tensor]:
-    """Batches of rows of all skills in turns."""
-    return list(torch.stack(pools, 1).flatten(0, 1).split(rows))
+# ---- mixtures ----
 
 
-def copy_expert(model: DyLoRAMoE, source: int, target: int) -> None:
-    pairs = zip(model.expert_tensors(source).values(), model.expert_tensors(target).values(), strict=True)
-    with torch.no_grad():
-        for theirs, own in pairs:
-            own.copy_(theirs)
+@dataclass(frozen=True)
+class Trained:
+    """A mixture that train.py has trained. `experts`: of each skill, but for those that were taken for known ones."""
+
+    model: DyLoRAMoE
+    experts: dict[str, int]
 
 
-# ---- the methods ----
+def specialised(task: Task, run_dir: Path, say: Callable[[str], None]) -> Trained:
+    """A mixture with an expert for each skill, all of which are known from the beginning."""
+    return _trained(task, run_dir, task.skills, say)
 
 
-def jointly(base, pools: dict[str, torch.Tensor], recipe: Recipe, seed: int) -> DyLoRAMoE:
-    """One LoRA of all experts' parameters, trained on everything at once."""
-    model = mixture(base, 1, recipe, seed, times=len(pools))
-    train(model, 0, mixed(list(pools.values()), recipe.rows), recipe)
-    return model
+def grown(task: Task, run_dir: Path, first: int, say: Callable[[str], None]) -> Iterator[Trained]:
+    """A mixture that begins with some skills and gets the others one after another; after each stage, the mixture."""
+    yield _trained(task, run_dir, task.skills[:first], say)
+    for name in task.skills[first:]:
+        yield _trained(task, run_dir, [name], say, grow=True)
 
 
-def in_turn(base, pools: dict[str, torch.Tensor], recipe: Recipe, seed: int) -> DyLoRAMoE:
-    """One LoRA of all experts' parameters, trained on one skill after the other."""
-    model = mixture(base, 1, recipe, seed, times=len(pools))
-    for pool in pools.values():
-        train(model, 0, pool.split(recipe.rows), recipe)
-    return model
-
-
-def specialise(model: DyLoRAMoE, pools: dict[str, torch.Tensor], recipe: Recipe) -> None:
-    """A trunk on everything, its copy in each expert, and then each expert on its own skill."""
-    cut = {name: round(len(pool) * recipe.trunk / recipe.rows) * recipe.rows for name, pool in pools.items()}
-    train(model, 0, mixed([pool[: cut[name]] for name, pool in pools.items()], recipe.rows), recipe)
-    for expert in range(1, len(pools)):
-        copy_expert(model, 0, expert)
-    for expert, (name, pool) in enumerate(pools.items()):
-        train(model, expert, pool[cut[name] :].split(recipe.rows), recipe)
-
-
-def grow(model: DyLoRAMoE, nearest: int, pool: torch.Tensor, recipe: Recipe) -> int:
-    """Add an expert that begins as a copy of the nearest one, and train it on its skill."""
-    expert = model.add_expert()
-    copy_expert(model, nearest, expert)
-    train(model, expert, pool.split(recipe.rows), recipe)
-    return expert
+def _trained(
+    task: Task, run_dir: Path, skills: Sequence[str], say: Callable[[str], None], grow: bool = False
+) -> Trained:
+    recipe = task.recipe
+    fresh: dict[str, Any] = {
+        "model": str(task.folder),
+        "experts": len(skills),
+        "lora_r": recipe.rank,
+        "lora_alpha": 2 * recipe.rank,
+        "lora_dropout": 0.0,
+        "targets": ("all-linear",),
+    }
+    settings = TrainSettings(
+        data=tuple(str(task.data[name]) for name in skills),
+        mixing="proportional",
+        eval_data=tuple(str(task.held_out[name]) for name in skills),
+        eval_blocks=1,
+        block_size=recipe.length,
+        learning_rate=recipe.rate,
+        batch_size=recipe.rows,
+        max_steps=recipe.steps * len(skills),
+        seed=task.seed,
+        device="cpu",
+        save_steps=0,
+        output_dir=str(run_dir),
+        grow=grow,
+        **({} if grow else fresh),
+    )
+    result = execute(settings, say, say)
+    if result.saved is None:
+        raise RuntimeError(f"{run_dir}: training has saved nothing")
+    model = DyLoRAMoE.from_checkpoint(result.saved, base=fresh_base(task.base)).eval()
+    library = SkillLibrary.load(result.saved / SKILLS)
+    return Trained(model, {skill.name: skill.expert for skill in library})

@@ -12,17 +12,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import ArrowConfig, PeftModel, XLoraConfig, create_arrow_model, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base, load_tokenizer, resolve_dtype
 from dylora_moe.base.preserve import fresh_base, seeded
-from dylora_moe.base.tiny import byte_tokenizer
+from dylora_moe.base.tiny import write_tiny_base
 from dylora_moe.checkpoint.write import export_expert
 from dylora_moe.mixture.targets import ATTENTION_TARGETS, linear_layers
 from dylora_moe.validation.saved import fill_experts
@@ -67,12 +68,19 @@ def base_of(args: argparse.Namespace, settings: dict) -> PreTrainedModel:
     return base
 
 
-def tokenizer_of(args: argparse.Namespace) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base that the flags name."""
+def saved_base(args: argparse.Namespace, folder: Path, settings: dict) -> tuple[PreTrainedModel, Any]:
+    """The base that the flags name and its tokenizer, both saved to a folder as well."""
     if args.quick:
-        return byte_tokenizer()
+        write_tiny_base(folder)
+        source, _ = find_base(str(folder))
+        settings |= {"model": "tiny Llama", "weights": "random", "dtype": "float32"}
+        return load_base(source, "pretrained"), load_tokenizer(source)
+    base = base_of(args, settings)
     source, _ = find_base(str(args.model or gguf_file()), weights="none")
-    return load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return base, tokenizer
 
 
 def random_base(config, dtype: torch.dtype, device: str) -> PreTrainedModel:
