@@ -23,6 +23,7 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base, load_tokenizer, resolve_dtype
 from dylora_moe.base.preserve import fresh_base, seeded
+from dylora_moe.base.quiet import quiet
 from dylora_moe.base.tiny import write_tiny_base
 from dylora_moe.checkpoint.write import export_expert
 from dylora_moe.mixture.targets import ATTENTION_TARGETS, linear_layers
@@ -78,8 +79,9 @@ def saved_base(args: argparse.Namespace, folder: Path, settings: dict) -> tuple[
     base = base_of(args, settings)
     source, _ = find_base(str(args.model or gguf_file()), weights="none")
     tokenizer = load_tokenizer(source)
-    base.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with quiet():
+        base.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     return base, tokenizer
 
 
