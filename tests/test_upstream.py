@@ -64,9 +64,6 @@ NAMES = {
         Trainer, "a sharded base is there already", "Trainer.__init__", ("model", "device")
     ),
     "_wrap_model": Upstream(Trainer, "DDP around a sharded base", "Accelerator.prepare_model", ("model", "training")),
-    "_prepare_inputs": Upstream(
-        Trainer, "evaluation moves a batch as training does", "Trainer.training_step", ("inputs",)
-    ),
     "_tr_loss": Upstream(Trainer, "the loss since the last log goes on", "Trainer._maybe_log_save_evaluate"),
     "_total_loss_scalar": Upstream(Trainer, "the mean loss of a run goes on", "Trainer._finalize_training"),
     "_globalstep_last_logged": Upstream(

@@ -262,7 +262,7 @@ def check_skills(contents: Contents) -> None:
     _check_each(contents, "losses", np.where(losses == NO_LOSS, 0, losses), "-1 or a number from 0")
     largest = max((4 * expert.parameters for expert in config.experts), default=0) if config else 1 << 48
     sizes = sample_sizes(largest, widths["features"], widths["states"])
-    for kind, most in sizes._asdict().items():
+    for kind, most in (("features", sizes.features), ("states", sizes.states)):
         _check_sample(contents, kind, {part: values[f"{kind}.{part}"] for part in SAMPLE_PARTS}, most)
 
 

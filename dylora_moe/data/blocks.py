@@ -115,12 +115,11 @@ def load_blocks(
         mixing: "equal" or "proportional", see above.
         eval_specs: evaluation data. If there is any, nothing is held out.
         eval_fraction: the part of each data set's documents to hold out, at least one document.
-        max_eval_blocks: the most evaluation blocks of a data set; by default 64 held-out ones, and all of the
-            evaluation data. Further documents are trained on.
+        max_eval_blocks: per data set; by default 64 held-out ones, and all of the evaluation data.
         packed: whether documents share a block. A model that lets them see each other needs `packed=False`.
         vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
-        divide: divides data sets into several by their documents. The parts of `name` are `name-1`, `name-2`, ...
+        divide: divides data sets by their documents. The parts of `name` are `name-1`, `name-2`, ...
 
     Raises:
         UsageError: if an argument, a source or its content is unusable.

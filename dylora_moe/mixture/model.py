@@ -153,10 +153,13 @@ class Mixture(nn.Module):
             raise UsageError(f"a mixture has at most {MAX_EXPERTS} experts, this one has {self.num_experts}")
         check_configs([*self.expert_configs, *([] if config is None else [config])])
         config = self._with_targets(self.base, config or replace_config(self.expert_configs[0]))
+        frozen = [parameter for parameter in self.parameters() if not parameter.requires_grad]
         self._inject(config)
         self.router.grow()
         self._routing.attach(decoder_layers(self.base))
         self.train_only({*self._trained, self.num_experts - 1}, router=self._trains_router)
+        for parameter in frozen if self.num_experts > 2 else ():  # the router of one expert was not trained yet
+            parameter.requires_grad_(False)
         if self._usage is not None:
             self.reset_usage()
         self.train(self.training)  # the new modules, too

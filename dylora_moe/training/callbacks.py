@@ -79,9 +79,18 @@ def log_line(logs: dict[str, float], step: int, max_steps: int) -> str | None:
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """The callback of Transformers, which here also saves the checkpoint at which it stops."""
+    """The callback of Transformers, which here also saves the checkpoint at which it stops.
+
+    Args:
+        patience: evaluations without improvement after which the run stops.
+        after: the step from which on evaluations count: that at which the experts branch off their trunk.
+    """
 
     stopped = False
+
+    def __init__(self, patience: int, after: int = 0):
+        super().__init__(early_stopping_patience=patience)
+        self.after = after
 
     @property
     def may_stop_next(self) -> bool:
@@ -92,6 +101,8 @@ class EarlyStopping(EarlyStoppingCallback):
         self.stopped = False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if state.global_step < self.after:
+            return
         super().on_evaluate(args, state, control, metrics, **kwargs)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             self.stopped = control.should_save = True

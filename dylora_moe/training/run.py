@@ -71,7 +71,8 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
                 return RunResult(start.step, start.folder, nothing_new=True)
             if how is not None:
                 say(sharding.shard(run.model, arguments.device, how))
-            early = EarlyStopping(early_stopping_patience=settings.early_stopping) if settings.early_stopping else None
+            patience = settings.early_stopping
+            early = EarlyStopping(patience, run.stage.branch_step or 0) if patience else None
             stop = StopSignals(warn, early)
             saver = PeftCheckpointCallback(
                 run.skills, run.compared, stop.ended_early, at_end=lambda: set_losses(trainer, run)

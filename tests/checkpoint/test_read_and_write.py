@@ -279,8 +279,10 @@ def codegemma(experts: int) -> DyLoRAMoE:
 
 def test_what_is_not_adapters_is_small_on_codegemma(tmp_path):
     model = codegemma(2)
-    folder = tmp_path / "a"
-    save_checkpoint(folder, model, skills=two_skills())
+    folder, skills = tmp_path / "a", SkillLibrary()
+    for index, name in enumerate(("python", "prose")):  # of no data, as in the scripts
+        skills.add(Skill(name, index))
+    save_checkpoint(folder, model, skills=skills)
     contents = inspect_checkpoint(folder)
     assert contents.problems == []
     weights = sum(info.st_size for name, info in contents.files.items() if name.endswith(formats.ADAPTER_WEIGHTS))

@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -22,24 +21,22 @@ from ..support.runs import assert_same, newest, signal_at, states, steps
 
 
 @pytest.fixture(scope="module")
-def demo_run(tmp_path_factory) -> tuple[Path, str, float]:
-    """The run folder, what was printed, and the seconds it took."""
+def demo_run(tmp_path_factory) -> tuple[Path, str]:
+    """The run folder, and what was printed."""
     folder = tmp_path_factory.mktemp("demo") / "run"
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
         patch.setattr("sys.argv", ["train.py", "--demo", "--output-dir", str(folder)])
-        started = time.monotonic()
         assert train.main(["--demo", "--output-dir", str(folder)]) == 0
-    return folder, "\n".join(said), time.monotonic() - started
+    return folder, "\n".join(said)
 
 
-def test_the_demo_saves_twice_within_a_minute(demo_run):
-    folder, _, seconds = demo_run
+def test_the_demo_saves_twice(demo_run):
+    folder, _ = demo_run
     assert steps(folder) == [30, 60]
     assert states(folder / "checkpoint-30") == ["immature", "new"]  # at the end of the trunk
     assert states(folder / "checkpoint-60") == ["mature", "mature"]
-    assert seconds < 60
 
 
 def test_its_loss_falls(demo_run):

@@ -32,9 +32,10 @@ from ..support.runs import arguments, assert_same, contents, material, newest, s
 
 ROOT = Path(__file__).parents[2]
 PLAIN = ()
+JOINT = ("--route", "joint")
 ACCUMULATED = ("--batch-size", "4", "--grad-accum", "3")  # 4 steps an epoch, the last of one micro-batch
 EVALUATED = ("--eval-steps", "3", "--label-smoothing", "0.1", "--top-k", "1", "--experts", "3")
-STOPPING = ("--eval-steps", "2", "--early-stopping", "2")
+STOPPING = (*JOINT, "--eval-steps", "2", "--early-stopping", "2")
 LOSSES = {0: 1.5, 2: 4.0, 4: 4.5, 6: 4.6, 8: 3.0, 10: 2.0, 12: 1.0}  # with STOPPING the run ends at 6
 
 
@@ -74,7 +75,7 @@ def handlers():
         pytest.param(PLAIN, "on_step_begin", 0, 1, id="first step"),
         pytest.param(PLAIN, "on_step_begin", 6, 7, id="mid-epoch"),
         pytest.param(PLAIN, "on_step_begin", 4, 5, id="end of an epoch"),
-        pytest.param(PLAIN, "on_epoch_begin", 5, 6, id="begin of an epoch"),
+        pytest.param(JOINT, "on_epoch_begin", 5, 6, id="begin of an epoch"),
         pytest.param(PLAIN, "on_step_begin", 3, 4, id="at a save"),
         pytest.param(PLAIN, "on_step_begin", 10, 11, id="one before the end"),
         pytest.param(ACCUMULATED, "on_substep_end", 4, 5, id="within accumulation"),
@@ -138,7 +139,7 @@ def test_a_base_whose_documents_have_a_block_each(monkeypatch, tmp_path, capsys)
     assert train.main(arguments(tmp_path / "run", *flags, "--resume")) == 0
     assert_same(newest(tmp_path / "whole"), newest(tmp_path / "run"))
     with monkeypatch.context() as patch:  # as if a later version of Transformers kept them apart
-        patch.setattr("dylora_moe.training.run.why_not_packed", lambda model: None)
+        patch.setattr("dylora_moe.training.prepare.why_not_packed", lambda model: None)
         more = ("--resume", "--max-steps", "12")
         assert train.main(arguments(tmp_path / "run", *flags, *more)) == 2
     err = capsys.readouterr().err
@@ -200,14 +201,14 @@ def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path,
     assert "held-out loss" in out
 
 
-@pytest.mark.parametrize(("step", "state"), [(6, "immature"), (12, "mature")])
-def test_an_evaluation_is_cut_short_and_made_again(monkeypatch, tmp_path, capsys, step, state):
+@pytest.mark.parametrize(("step", "expected"), [(6, ["immature", "new"]), (12, ["mature"] * 2)])  # 6: of the trunk
+def test_an_evaluation_is_cut_short_and_made_again(monkeypatch, tmp_path, capsys, step, expected):
     line = rf"^step +{step}/12  held out: one .*, two "
     run_dir, flags = tmp_path / "run", ("--eval-steps", "6", "--batch-size", "1")
     with monkeypatch.context() as patch:
         signal_at(patch, "on_prediction_step", step)
         assert train.main(arguments(run_dir, *flags)) == 143
-    assert (newest(run_dir).name, states(newest(run_dir))) == (f"checkpoint-{step}", [state] * 2)
+    assert (newest(run_dir).name, states(newest(run_dir))) == (f"checkpoint-{step}", expected)
     out = capsys.readouterr().out
     assert f"stopped by SIGTERM at step {step}; saved {newest(run_dir)}" in out
     assert re.search(line, out, re.MULTILINE) is None

@@ -283,9 +283,19 @@ def test_handlers_are_there_inside_only():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_early_stopping_counts_from_the_branch_on():
+    early = EarlyStopping(1, after=5)
+    args = TrainingArguments("unused", eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", use_cpu=True)
+    for step, stops in ((4, False), (5, True)):
+        control = TrainerControl()
+        state = TrainerState(global_step=step, best_metric=1.0)
+        early.on_evaluate(args, state, control, {"eval_loss": 2.0})
+        assert (control.should_training_stop, early.stopped) == (stops, stops)
+
+
 def test_which_evaluations_are_cut_short():
     """Not one whose outcome decides whether the run ends, and none outside of training."""
-    early = EarlyStopping(early_stopping_patience=2)
+    early = EarlyStopping(2)
     args = SimpleNamespace(device="cpu")
 
     def evaluated_at(step: int, stop: StopSignals) -> TrainerControl:
