@@ -3,6 +3,7 @@
     python train.py --demo
     python train.py --model google/codegemma-2b --data code.jsonl=2 --data prose/ --experts 4 --output-dir runs/first
     python train.py ... --output-dir runs/first --resume
+    python train.py --grow --output-dir runs/first --data sql.jsonl
     torchrun --nproc_per_node 2 train.py ...
     accelerate launch --use_fsdp --fsdp_version 2 --num_processes 2 train.py ...
 
