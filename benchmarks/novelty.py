@@ -1,11 +1,12 @@
-"""Does novelty tell known skills from new ones? Five skills, and documents of some forty other kinds of text.
+"""Does novelty tell known skills from new ones? Five skills, and data sets of some forty other kinds of text.
 
 python -m benchmarks.novelty
 python -m benchmarks.novelty --json benchmarks/results/novelty.json
 
 The text is what this machine has: Python and its packages, C and C++ headers, man pages, message catalogs in many
-languages, and what else is below /usr/share. Of each skill, documents that it was not collected from are judged, too. A
-kind of which there is no document of 512 tokens is left out.
+languages, and what else is below /usr/share. A data set has six documents; those of a skill are documents that it was
+not collected from. A kind of which there are fewer documents is left out. Each data set is judged as
+`train.py --grow` judges it, then once more by each skill alone; then it is shown which ones are divided.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import random
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +31,12 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig, NoveltyDetector, SkillLibrary
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_tokenizer
 from dylora_moe.base.preserve import fresh_base
-from dylora_moe.skills.features import WINDOW, collect
+from dylora_moe.data.documents import Document
+from dylora_moe.skills.features import collect, read_states
 from dylora_moe.skills.library import Skill
-from dylora_moe.skills.novelty import Metric
+from dylora_moe.skills.novelty import Metric, Verdict
 from dylora_moe.skills.sizes import MOST_STATES, SampleSizes
+from dylora_moe.stages.growth import Judge, windows_to_judge
 
 from . import common, models
 from .common import Result
@@ -41,11 +45,15 @@ SITE, STDLIB = sysconfig.get_paths()["purelib"], sysconfig.get_paths()["stdlib"]
 ROOTS = ("/usr/share", "/usr/include", "/usr/lib/git-core", "/etc/init.d", "/var/lib/dpkg/info", SITE, STDLIB)
 MOST_BYTES = 3 << 20  # of a file that is looked at
 CHARACTERS = (1500, 8000)  # of a document: the fewest, and the most
-TRAINED, HELD_OUT = 60, 2  # documents of a skill
-TOKENS = 4 * WINDOW  # that are judged
+SET = 6  # documents of a data set
+TRAINED, HELD_OUT = 60, 2 * SET  # documents of a skill
 ASKED = 0.95  # 38 of 40
 NEW = "new"
 PROSE = "English prose"
+MIXED = {  # each skill with a kind that is none
+    "Python": "SQL", PROSE: "messages in de", "C headers": "JavaScript", "C++ headers": "SQL",
+    "man pages": "reStructuredText",
+}  # fmt: skip
 SKILLS = {
     "Python": (f"{SITE}/transformers/*.py", f"{SITE}/peft/*.py", f"{STDLIB}/asyncio/*.py"),
     "C headers": ("/usr/include/[a-b]*.h", "/usr/include/[d-z]*.h"),
@@ -86,19 +94,29 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     model = DyLoRAMoE(fresh_base(base), 2, lora=MoELoraConfig(r=4))
     tokenize = _tokenizer(args, base)
     known, new = texts([f"{STDLIB}/asyncio"] if args.quick else ROOTS)
-    library, asked = SkillLibrary(), []
+    library = SkillLibrary()
     sizes = SampleSizes(64, 16 if args.quick else MOST_STATES)
     for name, documents in known.items():
         kept = documents[HELD_OUT:]
-        blocks = [{"input_ids": tokenize(text)} for text in (kept[:8] if args.quick else kept)]
-        found = collect(model, blocks, sizes)
+        found = collect(model, [{"input_ids": tokenize(text)} for text in kept], sizes)
         library.update(Skill(name, tokens=found.tokens, features=found.features, states=found.states), sizes)
-        asked += [(name, name, ids) for ids in map(tokenize, documents[:HELD_OUT]) if len(ids) >= TOKENS]
-    for kind, documents in new.items():
-        long = (ids for ids in map(tokenize, documents) if len(ids) >= TOKENS)
-        asked += [(kind, NEW, ids) for ids in [next(long, None)] if ids is not None]
     check([skill.states.rows().double() for skill in library], result)
-    judge(NoveltyDetector(model, library), asked, result)
+    sets = [DataSet(name, name, list(map(tokenize, d[i : i + SET]))) for name, d in known.items() for i in (0, SET)]
+    sets += [DataSet(kind, NEW, list(map(tokenize, d[:SET]))) for kind, d in new.items() if len(d) >= SET]
+    if args.quick:
+        sets = sets[: 2 * len(known)] + sets[-2:]
+    judge(NoveltyDetector(model, library), sets, result)
+    judge_alone(model, library, sets, result)
+    divide(NoveltyDetector(model, library), sets, result)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Documents of one kind, and what they should be taken for: "new" or a skill."""
+
+    kind: str
+    wanted: str
+    documents: list[list[int]]
 
 
 def check(groups: list[torch.Tensor], result: Result) -> None:
@@ -115,18 +133,66 @@ def check(groups: list[torch.Tensor], result: Result) -> None:
     result.check("distances to the last skill against NumPy, relative", float(off), 1e-3)
 
 
-def judge(detector: NoveltyDetector, asked: list[tuple[str, str, list[int]]], result: Result) -> None:
-    """Judge documents, each with its kind and what it should be taken for, "new" or a skill."""
+def judge(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> None:
     note = "Distance to the nearest skill, relative to its threshold: above 1 is new."
     table = result.table("novelty", "Known or new?", ["kind", "right", "taken for", "nearest", "relative"], note)
     right = 0
-    for (kind, wanted, _), verdict in zip(asked, detector.judge_documents([ids for *_, ids in asked]), strict=True):
-        assert verdict is not None  # each has 512 tokens
+    for each in sets:
+        verdict = verdict_of(detector, each)
         found = verdict.skill if verdict.known else NEW
-        right += found == wanted
-        relative = f"{verdict.distance / verdict.threshold:.2f}"
-        table.add(kind, common.MARKS[found == wanted], found, verdict.skill, relative)
-    result.claim(f"{right} of {len(asked)} documents are judged right", right / len(asked), ASKED, "", at_least=True)
+        right += found == each.wanted
+        table.add(each.kind, common.MARKS[found == each.wanted], found, verdict.skill, _relative(verdict))
+    result.claim(f"{right} of {len(sets)} data sets are judged right", right / len(sets), ASKED, "", at_least=True)
+
+
+def judge_alone(model: DyLoRAMoE, library: SkillLibrary, sets: list[DataSet], result: Result) -> None:
+    """Judge by a library of one skill, for each of them."""
+    title = "Known or new, with one skill only?"
+    table = result.table("alone", title, ["skill", "right", "its own sets", "nearest others", "judged wrongly"])
+    right = 0
+    for skill in library:
+        alone = SkillLibrary()
+        alone.add(skill)
+        detector = NoveltyDetector(model, alone)
+        verdicts = [(each, verdict_of(detector, each)) for each in sets]
+        wrong = [each.kind for each, verdict in verdicts if verdict.known != (each.wanted == skill.name)]
+        right += len(sets) - len(wrong)
+        own = ", ".join(_relative(verdict) for each, verdict in verdicts if each.wanted == skill.name)
+        others = sorted((float(_relative(verdict)), each.kind) for each, verdict in verdicts if each.kind != skill.name)
+        nearest = ", ".join(f"{kind} {relative:.2f}" for relative, kind in others[:2])
+        table.add(skill.name, f"{len(sets) - len(wrong)} of {len(sets)}", own, nearest, ", ".join(wrong))
+    share = right / len(library) / len(sets)
+    result.claim("with one skill only, judged right", share, ASKED, "", at_least=True)
+
+
+def divide(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> None:
+    """Which data sets are divided: those of one kind should not be, those of two kinds at their border."""
+    columns = ["data set", "right", "divided into", "documents known", "new"]
+    table = result.table("divided", "Is a data set divided?", columns, "The parts as known + new.")
+    by_kind = {each.kind: each for each in reversed(sets)}  # the first one of each kind
+    pairs = [(by_kind[one], by_kind[other]) for one, other in MIXED.items() if {one, other} <= set(by_kind)]
+    pure = [each for each in by_kind.values() if each.wanted != NEW or each.kind in MIXED.values()]
+    right = 0
+    for parts in [*((each,) for each in pure), *pairs]:
+        judge = Judge(detector)
+        documents = [Document(np.array(ids, np.int32), np.ones(len(ids), bool)) for e in parts for ids in e.documents]
+        (labels,) = judge(["data"], [documents])
+        ideal = len(parts) == 1 or labels.count(0) == len(parts[0].documents)
+        ok = len(judge.decisions) == len(parts) and ideal
+        right += ok
+        sizes = f"{labels.count(0)} + {labels.count(1)}" if len(judge.decisions) == 2 else "-"
+        known, new = (sum(getattr(d, f"documents_{kind}") for d in judge.decisions) for kind in ("known", "new"))
+        table.add(" and ".join(each.kind for each in parts), common.MARKS[ok], sizes, str(known), str(new))
+    share = right / (len(pure) + len(pairs))
+    result.claim("data sets are divided where they should be", share, ASKED, "", at_least=True)
+
+
+def verdict_of(detector: NoveltyDetector, each: DataSet) -> Verdict:
+    return detector.judge(read_states(detector.model, windows_to_judge(each.kind, each.documents)))
+
+
+def _relative(verdict: Verdict) -> str:
+    return f"{verdict.distance / verdict.threshold:.2f}"
 
 
 # ---- text ----
@@ -137,7 +203,7 @@ def texts(roots: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[st
     paths = sorted(_files(roots))
     known: dict[str, list[str]] = {PROSE: _prose()}
     known |= {kind: list(_read(paths, patterns, TRAINED + HELD_OUT)) for kind, patterns in SKILLS.items()}
-    new = {kind: list(_read(paths, patterns, 6)) for kind, patterns in OTHERS.items()}
+    new = {kind: list(_read(paths, patterns, 8)) for kind, patterns in OTHERS.items()}
     new |= {f"messages in {code}": _messages(paths, code) for code in LANGUAGES}
     return {kind: found for kind, found in known.items() if len(found) > HELD_OUT}, new
 
@@ -176,7 +242,7 @@ def _prose() -> list[str]:
 
     found = [text[: CHARACTERS[1]] for _, text in sorted(topics.items()) if len(text) >= CHARACTERS[0]]
     random.Random(0).shuffle(found)
-    return sorted(found[: TRAINED + HELD_OUT], key=len, reverse=True)
+    return found[: TRAINED + HELD_OUT]
 
 
 def _messages(paths: list[str], code: str) -> list[str]:
@@ -192,7 +258,7 @@ def _messages(paths: list[str], code: str) -> list[str]:
 
 def _tokenizer(args: argparse.Namespace, base: Any) -> Callable[[str], list[int]]:
     if args.quick:  # the tiny model knows bytes
-        return lambda text: list(text.encode())[: 2 * TOKENS]
+        return lambda text: list(text.encode())[:512]
     name = base.config._name_or_path
     path = models.gguf_file() if name == models.CPU_MODEL else None
     return partial(_ids, load_tokenizer(find_base(str(path or name), weights="none")[0]))

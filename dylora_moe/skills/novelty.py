@@ -4,15 +4,19 @@
     verdict = detector.judge(collect(model, blocks, sizes).states.rows())
     verdicts = detector.judge_documents(documents)  # lists of token ids
 
-A text is described by the mean of the base model's last hidden states, without experts, over four windows of 128
+A text is described by the mean of the base model's last hidden states, without experts, over some windows of 128
 tokens. Its distance to a skill is the Mahalanobis distance to the mean of the skill's windows, with one covariance of
 all skills (https://huggingface.co/papers/1807.03888), shrunk as by Ledoit and Wolf
 (https://doi.org/10.1016/S0047-259X(03)00096-4).
 
-The threshold of a skill is the geometric mean of two distances to it: the one within which 90 % of its own text lies,
-and the one beyond which 90 % of the nearest other skill lies. Both are cross-validated in four folds, because a skill's
-own windows are far too near to a mean and a covariance that were computed from them. Where there is one skill only, the
-base model's reading of random tokens stands for another one.
+The threshold of a skill is the geometric mean of two distances to it: the one within which 90 % of texts of as many
+windows of it lie, and the median one of its single windows. The more windows of a text are averaged, the nearer it
+comes to its skill, while one of another kind stays about as far away as single windows are. Both are cross-validated in
+four folds, because a skill's own windows are far too near to a mean and a covariance that were computed from them. No
+other skill is needed, so that one skill is enough, and a skill that resembles another does not become narrower.
+
+The windows of one document resemble each other, so that their mean is farther from that of the skill than the mean of
+as many windows of several documents. A document by itself is therefore allowed a little more.
 """
 
 from __future__ import annotations
@@ -24,14 +28,14 @@ import numpy as np
 import torch
 
 from ..errors import UsageError
-from ..mixture.expert_matrices import weight_of
 from ..mixture.model import Mixture
-from .features import read_states, windows_of
+from .features import LEAST_WINDOW, read_states, windows_of
 from .library import SkillLibrary
 
-GROUP = 4  # windows that are judged together
 FOLDS = 4
-OWN, OTHER = 0.9, 0.1  # quantiles of the distances to a skill
+DOCUMENT_WINDOWS = 4  # by which a single document is judged
+DOCUMENT_ALLOWANCE = 1.1  # by which the thresholds are multiplied for a single document
+OWN = 0.9  # quantile of the distances to a skill of its own texts
 
 
 class Verdict(NamedTuple):
@@ -58,35 +62,43 @@ class NoveltyDetector:
                 "novelty cannot be judged: no skill of the library has text; add one by SkillLibrary.update with what "
                 "skills.features.collect finds in its training blocks"
             )
-        self._background = None if len(self.states) > 1 else background(model).double()
         self._metric = Metric(list(self.states.values()))
-        self._thresholds: dict[int, dict[str, float]] = {}
+        self._most = min(len(states) for states in self.states.values()) // FOLDS
+        self._thresholds: dict[int, dict[str, float]] = {}  # by the number of windows
 
     def judge(self, states: torch.Tensor) -> Verdict:
-        """Judge a text by the states (K, H) of its windows. With more than four, the median of groups of four counts.
+        """Judge a text by the states (K, H) of its windows, which should come from several of its documents.
 
         Raises:
             UsageError: if there is no state, or of another width.
         """
-        groups = _groups(states.double())
-        verdicts = [self._judge(group) for group in groups]
-        return sorted(verdicts, key=lambda v: v.distance / v.threshold)[(len(verdicts) - 1) // 2]
+        return self._judge(states, 1.0)
 
     def judge_documents(self, documents: Sequence[Sequence[int]]) -> list[Verdict | None]:
         """Judge each document by four windows of it, evenly spaced; None where it has less than 32 tokens."""
         found: list[Verdict | None] = []
         for ids in documents:
             windows = windows_of(np.asarray(ids, dtype=np.int32))
-            chosen = [windows[i * len(windows) // min(GROUP, len(windows))] for i in range(min(GROUP, len(windows)))]
-            found.append(self.judge(read_states(self.model, chosen)) if len(ids) >= 32 else None)
+            number = min(DOCUMENT_WINDOWS, len(windows))
+            chosen = [windows[i * len(windows) // number] for i in range(number)]
+            long = len(ids) >= LEAST_WINDOW
+            found.append(self._judge(read_states(self.model, chosen), DOCUMENT_ALLOWANCE) if long else None)
         return found
 
-    def _judge(self, group: torch.Tensor) -> Verdict:
-        thresholds = self._thresholds_for(len(group))
-        distances = self._metric.distances(group.mean(0, keepdim=True))[0]  # (S,)
+    def _judge(self, states: torch.Tensor, allowance: float) -> Verdict:
+        if not len(states):
+            raise UsageError("text cannot be judged: there are less than two tokens")
+        if states.shape[1] != self._metric.means.shape[1]:
+            raise UsageError(
+                f"text cannot be judged: its states have {states.shape[1]} numbers, those of the skills have "
+                f"{self._metric.means.shape[1]}: they come from different base models"
+            )
+        thresholds = self._thresholds_for(min(len(states), self._most))
+        distances = self._metric.distances(states.double().mean(0, keepdim=True))[0]  # (S,)
         pairs = zip(self.states, distances.tolist(), strict=True)
         name, distance = min(pairs, key=lambda pair: pair[1] / thresholds[pair[0]])
-        return Verdict(distance <= thresholds[name], name, distance, thresholds[name])
+        threshold = allowance * thresholds[name]
+        return Verdict(distance <= threshold, name, distance, threshold)
 
     def _thresholds_for(self, size: int) -> dict[str, float]:
         if size not in self._thresholds:
@@ -95,24 +107,21 @@ class NoveltyDetector:
 
     def _calibrate(self, size: int) -> dict[str, float]:
         """The threshold of each skill for texts of `size` windows."""
+        texts, windows = self._held_out(size), self._held_out(1)
+        return {
+            name: float((own.quantile(OWN) * single.median()).sqrt())
+            for name, own, single in zip(self.states, texts, windows, strict=True)
+        }
+
+    def _held_out(self, size: int) -> list[torch.Tensor]:
+        """Of each skill, the distances (G,) to it of means of `size` states of it that are not in the metric."""
         skills = list(self.states.values())
-        found: list[list[torch.Tensor]] = [[] for _ in skills]  # distances (G, S) of held-out groups of each skill
+        found: list[list[torch.Tensor]] = [[] for _ in skills]
         for fold in range(FOLDS):
-            train = [states[torch.arange(len(states)) % FOLDS != fold] for states in skills]
-            metric = Metric(train)
+            metric = Metric([states[torch.arange(len(states)) % FOLDS != fold] for states in skills])
             for index, states in enumerate(skills):
-                held = states[fold::FOLDS]
-                found[index].append(metric.distances(_means(held, size)))
-            if self._background is not None:
-                others = metric.distances(_means(self._background, size))
-        distances = [torch.cat(some) for some in found]
-        thresholds = {}
-        for index, name in enumerate(self.states):
-            own = distances[index][:, index].quantile(OWN)
-            away = [d[:, index].quantile(OTHER) for i, d in enumerate(distances) if i != index]
-            nearest = min(away) if away else others[:, index].quantile(OTHER)
-            thresholds[name] = float((own * nearest).sqrt())
-        return thresholds
+                found[index].append(metric.distances(_means(states[fold::FOLDS], size))[:, index])
+        return [torch.cat(distances) for distances in found]
 
 
 class Metric:
@@ -141,21 +150,7 @@ def ledoit_wolf(centred: torch.Tensor) -> torch.Tensor:
     return (1 - share) * covariance + (share + 1e-9) * target  # invertible in any case
 
 
-def _groups(states: torch.Tensor) -> list[torch.Tensor]:
-    if not len(states):
-        raise UsageError("text cannot be judged: there are less than two tokens")
-    whole = [states[start : start + GROUP] for start in range(0, len(states) - GROUP + 1, GROUP)]
-    return whole or [states]
-
-
 def _means(states: torch.Tensor, size: int) -> torch.Tensor:
     """Means of `size` states each, (G, H): as many groups as there are, each state in several of them."""
-    rolled = [states.roll(shift, 0) for shift in range(min(size, len(states)))]
+    rolled = [states.roll(shift, 0) for shift in range(size)]
     return torch.stack(rolled).mean(0)
-
-
-def background(model: Mixture) -> torch.Tensor:
-    """Return the states (32, H) of windows of random tokens, the same on every machine."""
-    generator = np.random.Generator(np.random.PCG64(0))
-    vocabulary = weight_of(model.get_input_embeddings()).shape[0]
-    return read_states(model, generator.integers(0, vocabulary, (32, 128)).astype(np.int32))

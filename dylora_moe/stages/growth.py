@@ -46,11 +46,11 @@ class Judge:
 
     def _divide(self, source: str, documents: list[Document]) -> list[int]:
         chosen = [documents[i] for i in evenly(len(documents), DOCUMENTS)]
-        verdicts = self.detector.judge_documents([document.ids.tolist() for document in chosen])
+        verdicts = self._verdicts(chosen)
         new = sum(verdict is not None and not verdict.known for verdict in verdicts)
         known = sum(verdict is not None and verdict.known for verdict in verdicts)
         if min(new, known) >= max(LEAST_DOCUMENTS, MIXED_SHARE * (new + known)):
-            labels = self._part_of_each(documents)
+            labels = self._part_of_each(verdicts if len(chosen) == len(documents) else self._verdicts(documents))
             halves = [[d for d, label in zip(documents, labels, strict=True) if label == part] for part in (0, 1)]
             decisions = [self._decide(source, half) for half in halves if half]
             if len({decision.known for decision in decisions}) == 2:
@@ -60,9 +60,12 @@ class Judge:
         self.decisions.append(self._decide(source, documents, (known, new)))
         return [0] * len(documents)
 
-    def _part_of_each(self, documents: list[Document]) -> list[int]:
+    def _verdicts(self, documents: list[Document]) -> list[Verdict | None]:
+        return self.detector.judge_documents([document.ids.tolist() for document in documents])
+
+    @staticmethod
+    def _part_of_each(verdicts: list[Verdict | None]) -> list[int]:
         """Return 0 for documents like the first one that can be judged, known or new, and 1 for the others."""
-        verdicts = self.detector.judge_documents([document.ids.tolist() for document in documents])
         known = [None if verdict is None else verdict.known for verdict in verdicts]
         first = next(value for value in known if value is not None)
         return [int(value is not None and value != first) for value in known]
