@@ -103,8 +103,6 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     check([skill.states.rows().double() for skill in library], result)
     sets = [DataSet(name, name, list(map(tokenize, d[i : i + SET]))) for name, d in known.items() for i in (0, SET)]
     sets += [DataSet(kind, NEW, list(map(tokenize, d[:SET]))) for kind, d in new.items() if len(d) >= SET]
-    if args.quick:
-        sets = sets[: 2 * len(known)] + sets[-2:]
     judge(NoveltyDetector(model, library), sets, result)
     judge_alone(model, library, sets, result)
     divide(NoveltyDetector(model, library), sets, result)

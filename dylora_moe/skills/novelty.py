@@ -95,8 +95,7 @@ class NoveltyDetector:
             )
         thresholds = self._thresholds_for(min(len(states), self._most))
         distances = self._metric.distances(states.double().mean(0, keepdim=True))[0]  # (S,)
-        pairs = zip(self.states, distances.tolist(), strict=True)
-        name, distance = min(pairs, key=lambda pair: pair[1] / thresholds[pair[0]])
+        distance, name = min(zip(distances.tolist(), self.states, strict=True))
         threshold = allowance * thresholds[name]
         return Verdict(distance <= threshold, name, distance, threshold)
 
