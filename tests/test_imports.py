@@ -168,7 +168,7 @@ def test_the_names_in_the_documentation_are_in_the_code():
     names = [name for name in names if name not in files]
     assert len(files) > 15 and len(names) > 20
     assert [name for name in files if not (PACKAGE / name).is_file()] == []
-    known = defined | {"config", "json", "lm_loss", "loss", "manifest"}
+    known = defined | {"config", "html", "json", "lm_loss", "loss", "manifest", "results"}
     assert [name for name in names if name not in known and name != "py"] == []
     told = re.findall(r"`((?:\w+/)+|\w+\.py)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
     places = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir()), ROOT, ROOT / "tests"]

@@ -89,7 +89,8 @@ class Outcome:
             UsageError: If a file cannot be written.
         """
         folder = self.run_dir if self.result.saved is None else self.result.saved.parent
-        held_out = ranks.on_first(lambda: read_held_out(folder)) | self._current()
+        found = ranks.on_first(lambda: read_held_out(folder)) | self._current()
+        held_out = {name: found[name] for name in self.run.skills.names if name in found}
         measured = {}
         if self.result.stopped_by is None:
             skills = [skill for skill in self.run.skills if skill.name in held_out]
