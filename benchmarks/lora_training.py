@@ -18,6 +18,7 @@ from dylora_moe.checkpoint.formats import SKILLS
 from dylora_moe.data.blocks import load_blocks
 from dylora_moe.data.sources import DataSpec
 from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.system.interrupts import handled
 from dylora_moe.training.run import execute
 from dylora_moe.training.settings import TrainSettings
 
@@ -209,7 +210,8 @@ def _trained(
         grow=grow,
         **({} if grow else fresh),
     )
-    result = execute(settings, say, say)
+    with handled():
+        result = execute(settings, say, say)
     if result.saved is None:
         raise RuntimeError(f"{run_dir}: training has saved nothing")
     model = DyLoRAMoE.from_checkpoint(result.saved, base=fresh_base(task.base)).eval()

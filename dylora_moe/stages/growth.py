@@ -52,7 +52,8 @@ class Judge:
         if min(new, known) >= max(LEAST_DOCUMENTS, MIXED_SHARE * (new + known)):
             labels = self._part_of_each(verdicts if len(chosen) == len(documents) else self._verdicts(documents))
             halves = [[d for d, label in zip(documents, labels, strict=True) if label == part] for part in (0, 1)]
-            decisions = [self._decide(source, half) for half in halves if half]
+            judged = [half for half in halves if sum(map(len, half)) >= LEAST_TOKENS]
+            decisions = [self._decide(source, half) for half in judged]
             if len({decision.known for decision in decisions}) == 2:
                 self.parts[source] = "".join(map(str, labels))
                 self.decisions += decisions
