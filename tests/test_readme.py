@@ -24,6 +24,7 @@ NOT_RUN = {
     "make test": "runs this test",
     "pip install .": "tests/test_package.py installs the package",
     "python train.py --model google/codegemma-2b": "needs gated weights and a data set of the Hub",
+    "python train.py --grow --output-dir runs/first": "tests/stages/test_growth.py grows mixtures",
     "python test_checkpoint_save_load.py --model google/codegemma-2b": "tests/validation/test_scripts.py runs it",
     "torchrun": "tests/training/test_distributed.py starts two processes",
     "accelerate launch": "tests/training/test_distributed.py starts two processes",

@@ -58,7 +58,7 @@ def test_it_says_how_to_validate(demo_run, capsys):
 
 
 def test_it_says_how_to_go_on(demo_run, tmp_path):
-    folder, said, _ = demo_run
+    folder, said = demo_run
     moved = shutil.copytree(folder, tmp_path / "run")
     line = re.search(r"^train on: python train.py (.*)$", said, re.MULTILINE)[1].replace(str(folder), str(moved))
     assert train.main([*shlex.split(line), "--max-steps", "64"]) == 0
