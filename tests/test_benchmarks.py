@@ -55,7 +55,11 @@ def test_describe_says_what_a_measurement_ran_on():
 
 
 @pytest.mark.parametrize(
-    "benchmark", [routing, generate, checkpoint, scaling, novelty, learning], ids=lambda module: module.__name__
+    "benchmark",
+    [
+        pytest.param(module, id=module.__name__, marks=[pytest.mark.slow] if module in (learning, novelty) else [])
+        for module in (routing, generate, checkpoint, scaling, novelty, learning)
+    ],
 )
 def test_benchmark_runs_in_its_smallest_size(benchmark, tmp_path, capsys):
     path = tmp_path / "found.json"
