@@ -18,6 +18,7 @@ from dylora_moe.checkpoint.formats import SKILLS
 from dylora_moe.data.blocks import load_blocks
 from dylora_moe.data.sources import DataSpec
 from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.stages.batches import BlockCollator
 from dylora_moe.system.interrupts import handled
 from dylora_moe.training.run import execute
 from dylora_moe.training.settings import TrainSettings
@@ -26,7 +27,7 @@ from .texts import Corpus
 
 WARMUP = 0.03  # of the steps; like the other settings here, train.py's default
 CLIP = 1.0  # norm of the gradient
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]  # as BlockCollator makes it
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,7 @@ def in_turn(task: Task) -> DyLoRAMoE:
 
 
 def batches(blocks: Sequence[dict], rows: int) -> list[Batch]:
-    columns = ("input_ids", "labels", "position_ids")
-    parts = [blocks[start : start + rows] for start in range(0, len(blocks), rows)]
-    return [{name: torch.tensor([block[name] for block in part]) for name in columns} for part in parts]
+    return [BlockCollator()(blocks[start : start + rows]) for start in range(0, len(blocks), rows)]
 
 
 def train(model: DyLoRAMoE, found: Sequence[Batch], rate: float) -> list[float]:

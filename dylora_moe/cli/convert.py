@@ -100,9 +100,12 @@ def _new_config(old: Path, new: Path) -> dict[str, Any]:
         raise CheckpointError(old, contents.problems)
     if str(base.get("name")).startswith(BESIDE) and new.resolve().parent != old.resolve().parent:
         raise UsageError(f"{old} names a base model in its own run folder: name a new folder in {old.resolve().parent}")
+    # Imports torch, which the other commands do without.
+    from ..mixture.config import RouterConfig
+
     # The average of all experts is closest to how they were trained; the best two of a fresh router would be any two.
     router = {key: router.get(key) for key in ("temperature", "balance_coefficient")} | {"top_k": count}
-    router |= {"width": width, "decay": 0.95, "prior_tokens": 2.0}
+    router |= {"width": width, "decay": RouterConfig.decay, "prior_tokens": RouterConfig.prior_tokens}
     base = base | {"architecture": architecture | {"settings": None}, "quantization": None}
     changes = {"format_version": formats.FORMAT_VERSION, "probe": False, "router": router, "base_model": base}
     return found | changes
@@ -114,7 +117,7 @@ def _object(found: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _write_rest(folder: Path, config: dict[str, Any]) -> None:
-    # Imports torch, which the other commands do without.
+    # As above.
     from ..skills.library import SkillLibrary
 
     count, width = config["num_experts"], config["router"]["width"]

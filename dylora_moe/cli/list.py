@@ -15,7 +15,7 @@ from ..store import run_folder
 from ..store.manifest import FolderGone
 from ..system import command_line
 from ..system.command_line import PASSED
-from .wording import experts_line
+from .wording import existing_folder, experts_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Print a line for each checkpoint, by step. Nothing is hashed, so that it is fast whatever the size of the run."""
-    folder = Path(args.run)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
+    folder = existing_folder(args.run)
     if (folder / formats.ADAPTERS).exists():
         raise UsageError(
             f"{folder}: expected a run folder, found a checkpoint; to look into it\n"

@@ -11,6 +11,7 @@ from ..reporting.publish import write_report
 from ..reporting.results import RESULTS
 from ..system import command_line
 from ..system.command_line import PASSED, say
+from .wording import existing_folder
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -19,9 +20,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     """Write the page and say where it is."""
-    folder = Path(args.run)
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
+    folder = existing_folder(args.run)
     if not (folder / RESULTS).exists():
         near = sorted({str(path.parent) for path in _near(folder)})
         remedy = f"these folders have one:\n{listed(near)}" if near else "train.py writes one at the end of each stage."

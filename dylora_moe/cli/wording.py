@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from ..checkpoint.config import CheckpointConfig
-from ..errors import counted
+from ..errors import UsageError, counted
+
+
+def existing_folder(path: str) -> Path:
+    """Return a run folder as a path. Raises UsageError if it is not there, or no folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
+    return folder
 
 
 def experts_line(config: CheckpointConfig | None) -> str:

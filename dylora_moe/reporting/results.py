@@ -56,7 +56,7 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageResult:
     """One stage of a run: its first training, or one growth."""
 
     kind: Literal["train", "grow"]
@@ -102,7 +102,7 @@ class Results:
     route: Literal["specialised", "joint"]
     experts: int  # number of experts
     versions: dict[str, str]  # of the libraries that trained it
-    stages: list[Stage]  # in order; the file is written anew at the end of each
+    stages: list[StageResult]  # in order; the file is written anew at the end of each
     skills: list[SkillEntry]  # in the order in which they were learned
     examples: list[Example] = field(default_factory=list)
 

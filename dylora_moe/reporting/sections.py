@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from .charts import COLOURS, Chart, Mark, Scale, Tick, line_chart, mark_of
-from .results import Decision, Example, Results, SkillEntry, SkillLoss, Stage
+from .results import Decision, Example, Results, SkillEntry, SkillLoss, StageResult
 
 MOST_STAGES = 12  # rows of the forgetting matrix
 MOST_EXAMPLES = 6
@@ -85,7 +85,7 @@ def _letter(number: int) -> Mark:
     return Mark(LETTERS[number % len(LETTERS)], number % COLOURS)
 
 
-def measured_stage(results: Results) -> tuple[int, Stage] | None:
+def measured_stage(results: Results) -> tuple[int, StageResult] | None:
     """Return the last stage that measured held-out losses, with its number, or None."""
     measured = [(number, stage) for number, stage in enumerate(results.stages, 1) if stage.evaluation]
     return measured[-1] if measured else None
@@ -212,7 +212,7 @@ def weights_text(weights: Sequence[float]) -> str:
     return ", ".join(f"{expert}: {100 * weights[expert]:.0f}\u00a0%" for expert in shown)
 
 
-def shown_stages(results: Results, most: int) -> list[tuple[int, Stage, list[Cell]]]:
+def shown_stages(results: Results, most: int) -> list[tuple[int, StageResult, list[Cell]]]:
     """Return the last rows of the forgetting matrix, with cells for so many skills, each with the stage's number."""
     rows = list(zip(range(1, len(results.stages) + 1), results.stages, forgetting(results), strict=True))
     return [(n, stage, cells[:most]) for n, stage, cells in rows[-MOST_STAGES:]]

@@ -81,6 +81,11 @@ def collect(model: Mixture, blocks: Iterable[Mapping[str, Any]], sizes: SampleSi
         return Collected(_features(model, pieces), _states(model, windows), tokens)
 
 
+def evenly(count: int, most: int) -> list[int]:
+    """Return at most so many indices of `count` things, evenly spaced."""
+    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
+
+
 def windows_of(ids: np.ndarray) -> list[np.ndarray]:
     """Cut tokens (T,) into windows of 128; the last is left out if it is shorter than 32, and not the only one."""
     windows = [ids[start : start + WINDOW] for start in range(0, len(ids), WINDOW)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from ..constants import expert_name
 from ..errors import UsageError
 from ..mixture.router import Router
 from .library import SkillLibrary
@@ -19,12 +20,13 @@ STRENGTH = 1e-2  # of the L2 penalty, for features of a mean square of 1
 STEPS = 200  # the most of L-BFGS
 
 
-def fit_router(router: Router, library: SkillLibrary, num_experts: int) -> None:
+def fit_router(router: Router, library: SkillLibrary) -> None:
     """Set the router's `gate.weight`, `gate.bias` and `prior` by the features of a library.
 
     Raises:
         UsageError: if an expert has no skill with features, or a skill an expert that is not there.
     """
+    num_experts = router.num_experts
     rows, counts, experts = _data(library, num_experts, router.gate.in_features)
     prior_tokens, temperature = router.config.prior_tokens, router.config.temperature
     per_expert = torch.bincount(experts, minlength=num_experts)
@@ -52,14 +54,14 @@ def _data(library: SkillLibrary, num_experts: int, width: int) -> tuple[torch.Te
     without = sorted(set(range(num_experts)) - {skill.expert for skill in skills if skill.expert is not None})
     if without:
         raise UsageError(
-            f"the router cannot be fitted: no skill with text is known of {', '.join(f'expert_{i}' for i in without)}; "
+            f"the router cannot be fitted: no skill with text is known of {', '.join(map(expert_name, without))}; "
             "add one by SkillLibrary.update with what skills.features.collect finds in its training blocks"
         )
     wrong = [s.name for s in skills if s.features.width != width]
     if wrong:
         raise UsageError(
-            f"the router cannot be fitted: the features of {', '.join(wrong)} not the {width} numbers a row of the "
-            f"base model's input embeddings; they come from another base model"
+            f"the router cannot be fitted: the features of {', '.join(wrong)} do not have the {width} numbers a row of "
+            "the base model's input embeddings; they come from another base model"
         )
     rows = torch.cat([skill.features.rows() for skill in skills])
     counts = torch.cat([skill.features.counts for skill in skills])

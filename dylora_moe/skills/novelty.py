@@ -29,7 +29,7 @@ import torch
 
 from ..errors import UsageError
 from ..mixture.model import Mixture
-from .features import LEAST_WINDOW, read_states, windows_of
+from .features import LEAST_WINDOW, evenly, read_states, windows_of
 from .library import SkillLibrary
 
 FOLDS = 4
@@ -79,8 +79,7 @@ class NoveltyDetector:
         found: list[Verdict | None] = []
         for ids in documents:
             windows = windows_of(np.asarray(ids, dtype=np.int32))
-            number = min(DOCUMENT_WINDOWS, len(windows))
-            chosen = [windows[i * len(windows) // number] for i in range(number)]
+            chosen = [windows[i] for i in evenly(len(windows), DOCUMENT_WINDOWS)]
             long = len(ids) >= LEAST_WINDOW
             found.append(self._judge(read_states(self.model, chosen), DOCUMENT_ALLOWANCE) if long else None)
         return found

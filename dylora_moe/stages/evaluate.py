@@ -43,14 +43,7 @@ class Evaluation:
         """
         model = self.model
         total = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-        alone = (
-            model.disable_experts()
-            if expert == NO_EXPERT
-            else nullcontext()
-            if expert is None
-            else model.expert(expert)
-        )
-        with evaluating(model), alone:
+        with evaluating(model), _only(model, expert):
             model.reset_usage()
             for batch in self.own_batches(rows):
                 batch = {n: v.to(model.device) if isinstance(v, torch.Tensor) else v for n, v in batch.items()}

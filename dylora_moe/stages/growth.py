@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -13,12 +13,12 @@ from ..errors import UsageError, counted
 from ..mixture.model import Mixture
 from ..mixture.targets import replace_config
 from ..reporting.results import Decision
-from ..skills.features import WINDOW, collect, read_states, windows_of
+from ..skills.features import WINDOW, evenly, read_states, windows_of
 from ..skills.fit import fit_router
-from ..skills.library import Skill, SkillLibrary
+from ..skills.library import SkillLibrary
 from ..skills.novelty import NoveltyDetector, Verdict
 from .plan import copy_expert
-from .setup import Stage, Trained, sizes_of, skill_names
+from .setup import Stage, Trained, add_skill, skill_names
 
 WINDOWS = 16  # of a data set, by which it is judged as a whole
 LEAST_TOKENS = 2 * WINDOW  # of a data set
@@ -114,11 +114,6 @@ def windows_to_judge(source: str, documents: Sequence[Sequence[int] | np.ndarray
     return [windows[i] for i in evenly(len(windows), WINDOWS)]
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """Return at most so many indices of `count` things, evenly spaced."""
-    return list(range(count)) if count <= most else [i * count // most for i in range(most)]
-
-
 def check_skills(library: SkillLibrary, num_experts: int, where: str) -> None:
     """Raise UsageError if a mixture cannot be grown, because an expert has no skill with text."""
     having = {skill.expert for skill in library if len(skill.features) and len(skill.states)}
@@ -139,7 +134,7 @@ def grow(
         update: whether a known data set trains the expert that has its skill; otherwise it trains nothing.
     """
     names = [source.name for source in blocks.sources]
-    decisions = [_named(decision, name) for decision, name in zip(judge.decisions, names, strict=True)]
+    decisions = [replace(decision, skill=name) for decision, name in zip(judge.decisions, names, strict=True)]
     new = [decision.skill for decision in decisions if not decision.known]
     skills = dict(zip(new, skill_names(new, library.names), strict=True))
     data: list[Trained | None] = []
@@ -166,17 +161,11 @@ def grow_by(
     if verdict.known:
         return verdict, nearest
     index = _add_expert(model, nearest)
-    sizes = sizes_of(model, index)
-    found = collect(model, [{"input_ids": ids} for ids in documents], sizes)
     (unique,) = skill_names([name], library.names)
-    library.add(Skill(unique, index, found.tokens, None, found.features, found.states))
-    fit_router(model.router, library, model.num_experts)
+    add_skill(model, library, Trained(unique, index), [{"input_ids": ids} for ids in documents])
+    fit_router(model.router, library)
     model.train_only([index])
     return verdict, index
-
-
-def _named(decision: Decision, name: str) -> Decision:
-    return Decision(**vars(decision) | {"skill": name})
 
 
 def _add_expert(model: Mixture, nearest: int) -> int:

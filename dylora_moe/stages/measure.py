@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..constants import NO_EXPERT
 from ..mixture.model import Mixture
-from ..mixture.router import count_tokens
+from ..mixture.router import Usage, count_tokens
 from ..reporting.results import Example, SkillLoss
 from ..skills.features import input_embeddings
 from .evaluate import Evaluation
@@ -34,16 +34,25 @@ class Measured:
     confidence: list[tuple[int, float]]  # (position in the text, mean weight of its own expert there)
 
 
-def measure(evaluation: Evaluation, rows: Any, own: int | None) -> Measured:
+@dataclass(frozen=True)
+class Known:
+    """What was measured on the held-out text of a skill before, and need not be measured again."""
+
+    routed: tuple[float, Usage | None] | None = None  # what `Evaluation.loss` has returned
+    own: float | None = None  # loss of the skill's own expert
+
+
+def measure(evaluation: Evaluation, rows: Any, own: int | None, known: Known = Known()) -> Measured:
     """Measure a skill on its held-out rows. Every rank calls this.
 
     Args:
         own: the expert of the skill; None in a jointly trained mixture.
     """
     model = evaluation.model
-    routed, usage = evaluation.loss(rows)
+    routed, usage = known.routed or evaluation.loss(rows)
     shares = usage.shares() if usage is not None else [1.0]
-    alone = {i: evaluation.loss(rows, i)[0] for i in _candidates(shares, own)}
+    alone = {} if own is None or known.own is None else {own: known.own}
+    alone |= {i: evaluation.loss(rows, i)[0] for i in _candidates(shares, own) if i not in alone}
     best = min(alone, key=lambda i: (alone[i], i))
     of_own = None if own is None else alone[own]
     loss = SkillLoss(evaluation.loss(rows, NO_EXPERT)[0], routed, of_own, alone[best], best)

@@ -72,7 +72,7 @@ class PlannedBlocks(Dataset):
     def __init__(self, blocks: Any, plan: Plan, rows: int, micro_batches: int, seed: int):
         self.blocks = blocks
         self.plan = plan
-        sources = np.asarray(blocks["source"])
+        sources = source_of_rows(blocks)
         before = plan.first_step * micro_batches * rows
         trunk = 0 if plan.branch_step is None else (plan.branch_step - plan.first_step) * micro_batches * rows
         batches = (plan.last_step - plan.first_step) * micro_batches - trunk // rows
@@ -88,6 +88,11 @@ class PlannedBlocks(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.blocks[int(self.order[index])] | {"expert": int(self.experts[index])}
+
+
+def source_of_rows(blocks: Any) -> np.ndarray:
+    """Return the index of the data set of each row, (rows,), without making Python numbers of them."""
+    return blocks.with_format("numpy", columns=["source"])[:]["source"]
 
 
 def _passes(count: int, seed: int) -> Iterator[int]:

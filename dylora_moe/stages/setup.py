@@ -16,6 +16,7 @@ from ..reporting.results import Decision
 from ..skills.features import collect
 from ..skills.library import Skill, SkillLibrary
 from ..skills.sizes import NAME_BYTES, SampleSizes, sample_sizes
+from .plan import source_of_rows
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,31 @@ def add_skills(model: Mixture, library: SkillLibrary, blocks: TokenBlocks, stage
     """Add what the data sets of a stage tell of their skills to the library."""
     for index, source in enumerate(blocks.sources):
         trained = stage.data[index]
-        if trained is None:
-            continue
-        sizes = sizes_of(model, trained.expert or 0)
-        found = collect(model, source_rows(blocks, index), sizes)
-        skill = Skill(trained.skill, trained.expert, source.tokens, None, found.features, found.states)
-        library.update(skill, sizes)
+        if trained is not None:
+            add_skill(model, library, trained, source_rows(blocks, index), source.tokens)
+
+
+def add_skill(
+    model: Mixture,
+    library: SkillLibrary,
+    trained: Trained,
+    rows: Iterable[Mapping[str, Any]],
+    tokens: int | None = None,
+) -> None:
+    """Add what some rows tell of a skill to the library.
+
+    Args:
+        tokens: how many there are, if rows are repeated; by default those of the rows.
+    """
+    sizes = sizes_of(model, trained.expert or 0)
+    found = collect(model, rows, sizes)
+    count = found.tokens if tokens is None else tokens
+    library.update(Skill(trained.skill, trained.expert, count, None, found.features, found.states), sizes)
 
 
 def source_rows(blocks: TokenBlocks, index: int) -> Any:
     """Return the training blocks of a data set."""
-    return blocks.train.select(np.flatnonzero(np.asarray(blocks.train["source"]) == index))
+    return blocks.train.select(np.flatnonzero(source_of_rows(blocks.train) == index))
 
 
 def sizes_of(model: Mixture, expert: int) -> SampleSizes:
@@ -120,7 +135,7 @@ def sizes_of(model: Mixture, expert: int) -> SampleSizes:
 def trained_blocks(blocks: TokenBlocks, stage: Stage) -> tuple[Any, tuple[int, ...]]:
     """Return the blocks that a stage trains on, and the expert of each data set, by its index in `source`."""
     experts = tuple(-1 if each is None else each.expert or 0 for each in stage.data)
-    keep = np.flatnonzero(np.asarray(experts)[np.asarray(blocks.train["source"])] >= 0)
+    keep = np.flatnonzero(np.asarray(experts)[source_of_rows(blocks.train)] >= 0)
     train = blocks.train if len(keep) == len(blocks.train) else blocks.train.select(keep)
     return train, experts
 

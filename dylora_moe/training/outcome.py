@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from ..checkpoint.write import describe_mixture
 from ..distributed import ranks
 from ..errors import UsageError
 from ..reporting.publish import check_results, write_results
-from ..reporting.results import RESULTS, Example, Results, SkillEntry, Stage, read_results
+from ..reporting.results import RESULTS, Example, Results, SkillEntry, StageResult, read_results
 from ..reporting.words import telling_words
 from ..skills.library import Skill
-from ..stages.measure import Measured, examples, measure, packed, texts_of, unpacked
-from ..stages.setup import sizes_of, source_rows
+from ..stages.measure import Known, Measured, examples, measure, packed, texts_of, unpacked
+from ..stages.setup import Trained, sizes_of, source_rows
 from ..store.whole_files import publish_files
 from .prepare import Prepared
 from .summary import RunResult
@@ -57,13 +57,25 @@ def earlier_results(checkpoint: Path | None) -> Results | None:
     return read_results(checkpoint.parent)
 
 
-def set_losses(trainer: MoETrainer, run: Prepared) -> None:
-    """Note the held-out loss of each skill that was trained in the skill library. Every rank calls this."""
+def held_out_rows(run: Prepared) -> Iterator[tuple[str, Trained, Any]]:
+    """Yield the data sets that are trained on and have held-out text: the name, what it trains, the held-out rows."""
     for source, trained in zip(run.blocks.sources, run.stage.data, strict=True):
         rows = run.blocks.evaluation.get(source.name)
         if trained is not None and rows is not None and len(rows):
-            loss, _ = trainer.evaluation().loss(rows, trained.expert)
-            run.skills.update(Skill(trained.skill, loss=loss), sizes_of(run.model, trained.expert or 0))
+            yield source.name, trained, rows
+
+
+def set_losses(trainer: MoETrainer, run: Prepared) -> dict[str, float]:
+    """Note the held-out loss of each skill that was trained in the skill library. Every rank calls this.
+
+    Returns:
+        The losses by skill.
+    """
+    losses = {}
+    for _, trained, rows in held_out_rows(run):
+        losses[trained.skill], _ = trainer.evaluation().loss(rows, trained.expert)
+        run.skills.update(Skill(trained.skill, loss=losses[trained.skill]), sizes_of(run.model, trained.expert or 0))
+    return losses
 
 
 @dataclass(frozen=True)
@@ -72,6 +84,7 @@ class Outcome:
 
     Attributes:
         earlier: the results of the stages before, if the run grows a mixture or goes on with an earlier one.
+        losses: what `set_losses` has returned; empty if the run was stopped, or had ended before.
     """
 
     run_dir: Path
@@ -79,6 +92,7 @@ class Outcome:
     trainer: MoETrainer
     result: RunResult
     earlier: Results | None
+    losses: Mapping[str, float]
 
     def leave(self) -> None:
         """Measure what the run has made of each skill, and write all files. Every rank calls this.
@@ -89,23 +103,29 @@ class Outcome:
             UsageError: If a file cannot be written.
         """
         folder = self.run_dir if self.result.saved is None else self.result.saved.parent
-        found = ranks.on_first(lambda: read_held_out(folder)) | self._current()
+        current = {trained.skill: rows for _, trained, rows in held_out_rows(self.run)}
+        found = ranks.on_first(lambda: read_held_out(folder)) | current
         held_out = {name: found[name] for name in self.run.skills.names if name in found}
         measured = {}
         if self.result.stopped_by is None:
-            skills = [skill for skill in self.run.skills if skill.name in held_out]
-            measured = {s.name: measure(self.trainer.evaluation(), held_out[s.name], s.expert) for s in skills}
+            skills, known = [skill for skill in self.run.skills if skill.name in held_out], self._known()
+            measured = {
+                skill.name: measure(
+                    self.trainer.evaluation(), held_out[skill.name], skill.expert, known.get(skill.name, Known())
+                )
+                for skill in skills
+            }
         texts = {name: rows for name, rows in held_out.items() if name in measured}
         shown = examples(self.run.model, self.run.tokenizer, texts)
         ranks.on_first(lambda: self._write(held_out, measured, shown))
 
-    def _current(self) -> dict[str, Any]:
-        """Return the held-out rows of this run by skill."""
-        found = {}
-        for source, trained in zip(self.run.blocks.sources, self.run.stage.data, strict=True):
-            rows = self.run.blocks.evaluation.get(source.name)
-            if trained is not None and rows is not None and len(rows):
-                found[trained.skill] = rows
+    def _known(self) -> dict[str, Known]:
+        """Return what the last evaluations of this run have told of its skills."""
+        final, found = {each.name: each.after for each in self.result.held_out}, {}
+        for name, trained, _ in held_out_rows(self.run):
+            usage = self.trainer.usage_by_data.get(name)
+            routed = (final[name], usage) if name in final and usage is not None else None
+            found[trained.skill] = Known(routed, self.losses.get(trained.skill))
         return found
 
     def _write(self, held_out: Mapping[str, Any], measured: Mapping[str, Measured], examples: list[Example]) -> None:
@@ -129,12 +149,12 @@ class Outcome:
 
     # ---- its parts ----
 
-    def _stages_before(self) -> list[Stage]:
+    def _stages_before(self) -> list[StageResult]:
         """Return the stages before this one; what a run that was stopped has written is replaced."""
         stages = [] if self.earlier is None else self.earlier.stages
         return [stage for stage in stages if not (self.run.resumes and stage.first_step >= self.run.stage.first_step)]
 
-    def _stage(self, measured: Mapping[str, Measured]) -> Stage:
+    def _stage(self, measured: Mapping[str, Measured]) -> StageResult:
         stage = self.run.stage
         points: list[tuple[int, float | None]] = [
             (int(e["step"]), e["loss"]) for e in self.trainer.state.log_history if "loss" in e
@@ -142,7 +162,7 @@ class Outcome:
         branch = stage.branch_step or stage.first_step
         curves = {"trunk": [p for p in points if p[0] <= branch], "experts": [p for p in points if p[0] > branch]}
         names = list(dict.fromkeys(trained.skill for trained in stage.trained))
-        return Stage(
+        return StageResult(
             kind="grow" if stage.grows else "train",
             first_step=min(stage.first_step, self.result.step),
             last_step=self.result.step,

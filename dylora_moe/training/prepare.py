@@ -70,7 +70,7 @@ def prepare(settings: TrainSettings, start: Start, device: torch.device) -> Prep
     if not prepared.resumes:
         skills = ranks.gather(prepared.skills)[0]
         if prepared.stage.trained and settings.route == "specialised" and prepared.model.num_experts > 1:
-            fit_router(prepared.model.router, skills, prepared.model.num_experts)
+            fit_router(prepared.model.router, skills)
         prepared = replace(prepared, skills=skills)
     if settings.route == "specialised":
         prepared.model.train_only({each.expert or 0 for each in prepared.stage.trained})

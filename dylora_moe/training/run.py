@@ -74,8 +74,9 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             patience = settings.early_stopping
             early = EarlyStopping(patience, run.stage.branch_step or 0) if patience else None
             stop = StopSignals(warn, early)
+            losses: dict[str, float] = {}
             saver = PeftCheckpointCallback(
-                run.skills, run.compared, stop.ended_early, at_end=lambda: set_losses(trainer, run)
+                run.skills, run.compared, stop.ended_early, at_end=lambda: losses.update(set_losses(trainer, run))
             )
             arguments.eval_on_start = not run.resumes  # the loss that the experts start from
             trainer = make_trainer(settings, arguments, run, [early, saver, stop])
@@ -93,7 +94,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             saved = newest.path if newest else start.folder
             held_out = [] if stop.received else held_out_results(trainer)
             result = RunResult(trainer.state.global_step, saved, stop.received, run.ended, held_out=held_out)
-            Outcome(run_dir, run, trainer, result, earlier).leave()
+            Outcome(run_dir, run, trainer, result, earlier, losses).leave()
             return result
 
 

@@ -79,7 +79,7 @@ def test_order_and_parts_change_no_bit_of_samples_and_router():
     for order, parts in (((0, 1, 2), 1), ((2, 0, 1), 1), ((0, 1, 2), 3)):
         model = tiny_mixture()
         library = three_skills(model, order, parts)
-        fit_router(model.router, library, 3)
+        fit_router(model.router, library)
         routers.append([*model.router.state_dict().values(), *library["s1"].features.tensors()])
     for other in routers[1:]:
         assert all(map(torch.equal, routers[0], other))
@@ -94,7 +94,7 @@ def test_a_fitted_router_knows_held_out_rows_and_one_fitted_to_mixed_up_skills_d
 
     def own(skills: SkillLibrary) -> list[float]:
         """The probability of each skill's own expert after 32 tokens of its held-out rows."""
-        fit_router(model.router, skills, 3)
+        fit_router(model.router, skills)
         found = []
         for skill in range(3):
             rows = torch.tensor(rows_of(skill, 20, seed=1))
@@ -114,13 +114,13 @@ def test_two_skills_of_one_expert_and_a_temperature():
     for skill, expert in enumerate((0, 1, 0)):
         found = collect(model, blocks_of(skill), SIZES)
         library.add(Skill(f"s{skill}", expert, features=found.features))
-    fit_router(model.router, library, 2)
+    fit_router(model.router, library)
     ids = torch.tensor(rows_of(2, 1, seed=1))
     weights = model.router.logits(_sums(model, ids)).softmax(-1)[0, -1]
     assert weights[0] > 0.8
     with seeded(0):
         hotter = tiny_mixture(experts=2, router=type(model.router.config)(temperature=2.0))
-    fit_router(hotter.router, library, 2)
+    fit_router(hotter.router, library)
     assert torch.allclose(hotter.router.logits(_sums(model, ids, hotter)).softmax(-1)[0, -1], weights, atol=1e-5)
 
 
@@ -136,9 +136,9 @@ def test_what_cannot_be_fitted_is_refused_by_name():
     library = three_skills(model)
     library.remove("s1")
     with pytest.raises(UsageError, match=r"no skill with text is known of expert_1; add one by SkillLibrary\.update"):
-        fit_router(model.router, library, 3)
+        fit_router(model.router, library)
     with pytest.raises(UsageError, match="s2: skills of experts beyond 1"):
-        fit_router(model.router, library, 2)
+        fit_router(tiny_mixture(experts=2).router, library)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.router.state_dict().items())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from dylora_moe.reporting.results import Decision, Example, Results, SkillEntry, SkillLoss, Stage
+from dylora_moe.reporting.results import Decision, Example, Results, SkillEntry, SkillLoss, StageResult
 
 NAMES = ("python", "prose", "c-headers", "man-pages", "sql", "german", "logs", "tex")
 WORDS = ("import self return", "which attribute statement", "define extern pyobject", "synopsis option see")
@@ -50,7 +50,7 @@ def unmeasured() -> Results:
     return replace(results, stages=stages, skills=skills, examples=[])
 
 
-def _stage(number: int, trained: list[int], known: int) -> Stage:
+def _stage(number: int, trained: list[int], known: int) -> StageResult:
     start = 240 * number
     curves = {
         name(skill): [
@@ -67,7 +67,7 @@ def _stage(number: int, trained: list[int], known: int) -> Stage:
     novelty = [Decision(name(s), 512, False, name(0), 18.25 + s, 12.1, 40, 0) for s in trained] if number else []
     if number:
         novelty.append(Decision("more-python", 2048, True, name(0), 7.5, 12.1, 3, 120))
-    return Stage(
+    return StageResult(
         "grow" if number else "train", start, start + 240, [name(s) for s in trained], curves, evaluation, novelty
     )
 
