@@ -90,7 +90,6 @@ def run(place: Path, command: list[str]) -> str:
     return done.stdout
 
 
-@pytest.mark.slow  # `make docs-check` runs it
 @pytest.mark.real
 def test_every_block_runs_as_it_stands(smollm_gguf, place):
     model_folder(place / MODEL, smollm_gguf)

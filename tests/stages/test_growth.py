@@ -109,7 +109,7 @@ def test_a_mixed_data_set_is_divided(run, tmp_path, capsys):
     assert "skill: mixed-1: known (" in out and "skill: mixed-2: new (" in out and "trains expert_2" in out
 
 
-@pytest.mark.parametrize("event", ["on_step_begin", pytest.param("on_step_end", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("event", ["on_step_begin", "on_step_end"])
 def test_growth_that_was_stopped_goes_on_to_the_same_bytes(run, tmp_path, monkeypatch, event):
     data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
     shutil.copytree(run, tmp_path / "through")

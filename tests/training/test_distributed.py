@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -45,8 +46,23 @@ SCENARIOS = {  # name -> (run folder, more flags, what is spoiled, exit code); F
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
-    """The folder of the runs, and what each rank got out of each scenario; all in one launch of two processes."""
-    folder = tmp_path_factory.mktemp("two")
+    """The folder of the runs, and what each rank got out of each scenario; all in one launch of two processes.
+
+    Where several processes run the tests, the first one launches it, and the others wait for what it finds.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((folder / f"{rank}.json").exists() for rank in (0, 1)):
+            launch(folder)
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, {name: [rank[i] for rank in ranks] for i, name in enumerate(SCENARIOS)}
+
+
+def launch(folder: Path) -> None:
+    """Run all scenarios in two processes, which write `<rank>.json` when they are done."""
     todo = [
         {
             "argv": arguments(folder / run, "--batch-size", "4", *more),
@@ -59,8 +75,6 @@ def two(tmp_path_factory) -> tuple[Path, dict[str, list[dict]]]:
     worker = [str(ROOT / "tests/support/ranks_worker.py"), str(folder / "scenarios.json"), str(folder)]
     done = subprocess.run([*TORCHRUN, *worker], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
-    return folder, {name: [rank[i] for rank in ranks] for i, name in enumerate(SCENARIOS)}
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
