@@ -1,6 +1,7 @@
 """DyLoRA-MoE: a mixture of LoRA experts on a frozen causal LM, with checkpoints that can be trusted.
 
-Importing the package is light: torch, transformers and peft are loaded when a name that needs them is first used.
+Importing the package is light: torch, transformers and peft are loaded when a name that needs them is first used. It
+makes `AutoConfig` and `AutoModelForCausalLM` of Transformers know the checkpoints of a mixture (auto.py).
 """
 
 from __future__ import annotations
@@ -8,11 +9,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .auto import register_with_transformers
+
 __version__ = "0.2.1"
 
 _HOMES = {
     "CheckpointError": "errors",
     "DyLoRAMoE": "api",
+    "DyLoRAMoEConfig": "api",
     "DyLoRAMoEError": "errors",
     "MoELoraConfig": "mixture.config",
     "MoETrainer": "training.trainer",
@@ -36,3 +40,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_with_transformers()

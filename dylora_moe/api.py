@@ -5,21 +5,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from .base.find import find_base
 from .base.load import load_base
 from .base.preserve import seeded
 from .checkpoint.read import load_mixture
 from .checkpoint.write import export_expert, save_checkpoint
+from .errors import UsageError
 from .mixture.config import MoELoraConfig, RouterConfig
 from .mixture.model import Mixture
+from .pretrained.config import DyLoRAMoEConfig
+from .sharing.pull import find_checkpoint
+from .sharing.push import push
 from .skills.library import SkillLibrary
 from .skills.novelty import Verdict
 from .stages.growth import grow_by
+
+# Arguments of `from_pretrained`, by what they are for.
+_HUB = ("cache_dir", "force_download", "local_files_only")
+_NEEDLESS = ("config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs")
 
 
 class DyLoRAMoE(Mixture):
@@ -75,6 +84,96 @@ class DyLoRAMoE(Mixture):
         """
         return load_mixture(folder, base, kind=cls, **options)
 
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        name: str | os.PathLike,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        base: PreTrainedModel | str | os.PathLike | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> DyLoRAMoE:
+        """Read a checkpoint from a folder, a run folder or the Hub, as every model of Transformers is read.
+
+        `AutoModelForCausalLM.from_pretrained` does the same. The mixture is in evaluation mode.
+
+        Args:
+            name: a checkpoint, a run folder, of which the newest checkpoint is read, or the id of a repository on the
+                Hub, such as "user/repo".
+            revision: a branch, tag or commit of that repository.
+            base: as in `from_checkpoint`.
+            dtype: of the base model; None and "auto" for that of the checkpoint.
+            device_map: a device, or "auto" for the best one. A mixture is on one device.
+            options: `cache_dir`, `force_download` and `local_files_only`, as in Transformers.
+
+        Raises:
+            CheckpointError: with every problem of the checkpoint.
+            UsageError: if the checkpoint or its base model is not available, or for options that cannot be honoured.
+        """
+        dtype = options.pop("torch_dtype", dtype)
+        found = {key: options.pop(key) for key in _HUB if key in options}
+        refused = sorted(key for key, value in options.items() if key not in _NEEDLESS and value is not None)
+        if refused:
+            raise UsageError(f"DyLoRAMoE.from_pretrained has no option {', '.join(refused)}: leave it out")
+        folder = find_checkpoint(name, revision=revision, token=token, **found)
+        loading: dict[str, Any] = {}
+        if not isinstance(base, PreTrainedModel):
+            chosen = {"dtype": None if dtype == "auto" else dtype, "device": _device(device_map), "token": token}
+            loading = {key: value for key, value in chosen.items() if value is not None}
+        model = load_mixture(folder, base, kind=cls, **loading)
+        model.name_or_path = model.config.name_or_path = os.fspath(name)
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model.eval()
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        push_to_hub: bool = False,
+        *,
+        skills: SkillLibrary | None = None,
+        **options: Any,
+    ) -> Path:
+        """Publish a checkpoint at `save_directory`, as `save_checkpoint` does; no base weights are written.
+
+        Args:
+            push_to_hub: whether to push it to the Hub as well.
+            options: those of `push_to_hub`, with `repo_id`; by default the name of the folder.
+
+        Raises:
+            UsageError: as `save_checkpoint` and `push_to_hub` do.
+        """
+        # Arguments by which the Trainer and others call this method, and which make no difference here.
+        for key in ("is_main_process", "state_dict", "safe_serialization", "save_function", "max_shard_size"):
+            options.pop(key, None)
+        if options and not push_to_hub:
+            raise UsageError(f"save_pretrained has no option {', '.join(sorted(options))} without push_to_hub=True")
+        folder = self.save_checkpoint(save_directory, skills=skills)
+        if push_to_hub:
+            push(folder, options.pop("repo_id", folder.name), **options)
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, skills: SkillLibrary | None = None, **options: Any) -> str:
+        """Push the mixture to a repository on the Hub, which is made if need be, with a model card.
+
+        Args:
+            repo_id: such as "user/repo".
+            options: `base_model`, the id of the base on the Hub if it was loaded from a folder; `token`, `private`,
+                `revision`, `commit_message` and `create_pr`, as in Transformers.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            UsageError: if the Hub refuses, or the base model is known by a local path only.
+        """
+        with TemporaryDirectory(prefix="dylora_push_") as folder:
+            return push(self.save_checkpoint(Path(folder, "checkpoint"), skills=skills), repo_id, **options)
+
     def save_checkpoint(self, folder: str | Path, *, step: int = 0, skills: SkillLibrary | None = None) -> Path:
         """Publish a checkpoint at `folder`, whole or not at all, and return its path.
 
@@ -111,3 +210,28 @@ class DyLoRAMoE(Mixture):
             UsageError: if there is no such expert, or the folder exists already or cannot be written.
         """
         export_expert(self, expert, folder)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Return the number of parameters that are trained, and of all, those of the base included."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad), sum(self.parameter_counts().values())
+
+    def print_trainable_parameters(self) -> None:
+        """Print what `get_nb_trainable_parameters` returns, as PEFT does."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+def _device(device_map: Any) -> Any:
+    """Return the one device that a device map names; None if it is not given."""
+    if isinstance(device_map, dict):
+        places = set(device_map.values())
+        if len(places) != 1:
+            raise UsageError(f"a mixture is on one device, device_map names {len(places)}: give one of them")
+        device_map = places.pop()
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return "auto"
+    return device_map
+
+
+AutoConfig.register(DyLoRAMoEConfig.model_type, DyLoRAMoEConfig, exist_ok=True)
+AutoModelForCausalLM.register(DyLoRAMoEConfig, DyLoRAMoE, exist_ok=True)

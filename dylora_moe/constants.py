@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+MODEL_TYPE = "dylora-moe"  # in config.json, by which the Auto classes of Transformers know a mixture
+
 MIB = 1 << 20
 
 MAX_EXPERTS = 1024

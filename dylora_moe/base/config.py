@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
+from ..constants import MODEL_TYPE
 from ..errors import UsageError, listed, shown
 from .quiet import quiet, refused
 
@@ -63,10 +64,14 @@ def read_object(path: Path) -> dict[str, Any]:
 def checked_config(raw: dict[str, Any], where: str) -> PreTrainedConfig:
     """Check the numbers and the type of a config and return it as an object. Raises UsageError naming `where`."""
     model_type = raw.get("model_type")
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        what = "a DyLoRA-MoE checkpoint, not a base model" if model_type == "dylora-moe" else "not known"
+    if model_type == MODEL_TYPE:
         raise UsageError(
-            f"The config of {where} cannot be used: model_type {model_type!r} is {what} to this transformers. "
+            f"{where} is a checkpoint of a mixture, not a base model: load it with DyLoRAMoE.from_pretrained, or give "
+            "the base model that it was trained on."
+        )
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        raise UsageError(
+            f"The config of {where} cannot be used: model_type {model_type!r} is not known to this transformers. "
             "Expected a causal language model that transformers knows without extra code."
         )
     problems = sorted(_impossible_sizes(raw))

@@ -46,7 +46,7 @@ def ask(hub_id: str, revision: str | None, token: str | None, weight_files: Coll
             "Unset HF_HUB_OFFLINE, or give a local folder; for a gated model also",
             unreachable=True,
         )
-    sent = _token(token)
+    sent = sent_token(token)
     with quiet(), _hub_errors(hub_id, revision, sent):
         api = huggingface_hub.HfApi()
         info = _within(HUB_SECONDS, api.model_info, hub_id, revision=revision, token=sent, timeout=HUB_SECONDS)
@@ -74,14 +74,17 @@ def cached(hub_id: str, revision: str | None) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def download(hub_id: str, revision: str | None, patterns: list[str], token: str | None) -> Path:
-    """Download the files that match `patterns` and return the folder that they are in. Raises HubError."""
-    sent = _token(token)
+def download(hub_id: str, revision: str | None, patterns: list[str], token: str | None, **options: Any) -> Path:
+    """Download the files that match `patterns` and return the folder that they are in. Raises HubError.
+
+    options: further ones of `huggingface_hub.snapshot_download`, such as `cache_dir`.
+    """
+    sent = sent_token(token)
     with quiet(), _hub_errors(hub_id, revision, sent):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, token=sent))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, token=sent, **options))
 
 
-def _token(token: str | None) -> str | Literal[False]:
+def sent_token(token: str | None) -> str | Literal[False]:
     """Return the given token, or that of HF_TOKEN or the stored login. False makes huggingface_hub send none."""
     return token or get_token() or False
 

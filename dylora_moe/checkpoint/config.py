@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import repr  # of bounded length
 from typing import Any
 
+from ..constants import MODEL_TYPE
 from . import formats
 
 BESIDE = "../"  # begins the name of a base model in the run folder, so that the run folder can be moved
@@ -120,7 +121,7 @@ class CheckpointConfig:
 
     def to_json(self) -> bytes:
         """Return the bytes of config.json: the same for the same content."""
-        kind = {"model_type": formats.MODEL_TYPE, "format_version": formats.FORMAT_VERSION}
+        kind = {"model_type": MODEL_TYPE, "format_version": formats.FORMAT_VERSION}
         return encode(kind | {"num_experts": self.num_experts} | asdict(self))
 
     @classmethod

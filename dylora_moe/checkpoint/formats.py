@@ -7,7 +7,6 @@ from collections.abc import Container
 
 FORMAT_VERSION = 2
 OLD_VERSION = 1  # of DyLoRA-MoE 0.2.1, which `dylora-moe convert` reads
-MODEL_TYPE = "dylora-moe"
 
 CHECKPOINT = "checkpoint"  # what a script names the one that it writes
 CONFIG = "config.json"

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ..constants import expert_name
+from ..constants import MODEL_TYPE, expert_name
 from ..errors import CheckpointError, UsageError, listed, shown
 from ..store import run_folder
+from ..store.files import FileProblem, read_json
 from ..store.manifest import MANIFEST, Identity, file_digest, held_still, manifest_problems
 from . import formats
 from .config import CheckpointConfig
@@ -253,6 +254,15 @@ TRAINER_RULES: Rules = (  # for every field of a TrainerState
 )
 
 
+def _model_type(folder: Path) -> str | None:
+    """Return what kind of model the config.json of a folder is of, if it says so."""
+    with suppress(OSError, FileProblem):
+        found = read_json(folder / formats.CONFIG, MAX_JSON_BYTES)
+        if isinstance(found, dict) and isinstance(found.get("model_type"), str):
+            return shown(found["model_type"])
+    return None
+
+
 def checkpoint_folder(folder: os.PathLike | str) -> Path:
     """Return the folder that a user names as a checkpoint.
 
@@ -278,4 +288,6 @@ def checkpoint_folder(folder: os.PathLike | str) -> Path:
             raise UsageError(f"{folder} is a run folder without a complete checkpoint:\n{reasons}")
         if os.path.lexists(folder / formats.CHECKPOINT / MANIFEST):
             raise UsageError(f"{folder}: the checkpoint is in it,\n    {folder / formats.CHECKPOINT}")
+        if (model_type := _model_type(folder)) not in (None, MODEL_TYPE):
+            raise UsageError(f"{folder} is a model ({model_type}), not a checkpoint of a mixture: from_base loads it")
     return folder

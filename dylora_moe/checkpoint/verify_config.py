@@ -6,7 +6,7 @@ import re
 import shlex
 from typing import Any
 
-from ..constants import BITSANDBYTES, MAX_EXPERTS, STATES, expert_name
+from ..constants import BITSANDBYTES, MAX_EXPERTS, MODEL_TYPE, STATES, expert_name
 from . import formats
 from .config import CheckpointConfig
 from .findings import Contents, Rules, get, natural, nothing_or, number, short, text, texts
@@ -95,7 +95,7 @@ def _sha256(value: object) -> bool:
 
 
 _CONFIG_RULES: Rules = (
-    ("model_type", repr(formats.MODEL_TYPE), lambda v: v == formats.MODEL_TYPE),
+    ("model_type", repr(MODEL_TYPE), lambda v: v == MODEL_TYPE),
     ("format_version", f"{formats.FORMAT_VERSION}", lambda v: natural(v) and v == formats.FORMAT_VERSION),
     ("num_experts", f"1 to {MAX_EXPERTS}", lambda v: natural(v, 1, MAX_EXPERTS)),
     ("experts", "a list", lambda v: isinstance(v, list)),

@@ -44,6 +44,7 @@ class ForwardPass:
         sparse: whether each token has its top-k experts only.
         unchanged: what was derived from the parameters; None in training, where they change.
         records: whether somebody wants the routing probabilities.
+        returns_logits: whether the output of the decoder is to have `router_logits`.
         linear: a context for the operations of the pass.
         routing: the weights of the experts whose sum every layer adds; None outside of the decoder.
         probabilities: (B, T, N) over all experts, if `records` and the tokens are routed.
@@ -56,6 +57,7 @@ class ForwardPass:
     sparse: bool = False
     unchanged: Unchanged | None = None
     records: bool = False
+    returns_logits: bool = False
     linear: AbstractContextManager = field(default_factory=nullcontext)
     routing: tuple[RoutingWeights, ...] | None = None
     probabilities: torch.Tensor | None = None
@@ -80,6 +82,10 @@ class ForwardPass:
         if key not in self._dispatches:
             self._dispatches[key] = choose_dispatch(routing.to(device), layout, groupable)
         return self._dispatches[key]
+
+    def router_logits(self) -> tuple[torch.Tensor, ...]:
+        """Return the logits (B * T, N) of the router, as Mixtral does for each layer; () if nothing was routed."""
+        return () if self.probabilities is None else (self.probabilities.flatten(0, -2).log(),)
 
     def again(self) -> ForwardPass:
         """Return the pass as it is now, for a layer that is run again in the backward pass."""
@@ -117,11 +123,13 @@ class MixtureOutput(CausalLMOutputWithPast):
     """The output of a causal LM, with the parts of its loss.
 
     `loss` is what training minimises: `lm_loss`, in nats per labelled token, and in training the load-balancing loss
-    times its coefficient. `balance_loss` is None if nothing was routed.
+    times its coefficient. `balance_loss` is None if nothing was routed. `router_logits`, (B * T, N), are those of the
+    one router, if `output_router_logits` asks for them.
     """
 
     lm_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 OUTPUT_FIELDS = {field.name for field in fields(MixtureOutput)}

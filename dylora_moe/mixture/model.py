@@ -10,13 +10,14 @@ import torch
 from peft import PeftModelForCausalLM
 from torch import nn
 from torch.nn import functional as F
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base
 from ..base.structure import check_base, decoder_layers
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
+from ..pretrained.model import OnBase
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
 from .cross_entropy import summed_cross_entropy
 from .expert_matrices import Watch, weight_of
@@ -29,7 +30,7 @@ from .routing import Routing
 from .targets import replace_config, resolve_targets
 
 
-class Mixture(nn.Module):
+class Mixture(OnBase):
     """A mixture of LoRA experts on a frozen causal LM, with one trainable router.
 
     Args:
@@ -45,9 +46,6 @@ class Mixture(nn.Module):
             left as it was.
     """
 
-    accepts_loss_kwargs = True  # the Trainer hands over num_items_in_batch
-    loss_type = "ForCausalLM"  # the Trainer counts labels as the loss does: without the first of each row
-
     def __init__(
         self,
         base: PreTrainedModel,
@@ -57,8 +55,8 @@ class Mixture(nn.Module):
         router: RouterConfig | None = None,
         label_smoothing: float = 0.0,
     ):
-        super().__init__()
         check_base(base)
+        super().__init__(base)
         configs = expert_configs(experts, lora)
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
             raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
@@ -79,6 +77,8 @@ class Mixture(nn.Module):
         self.router = Router(width, len(configs), router or RouterConfig(), device=device)
         self._routing = Routing(self.router, self.base, self._watch, self._states)
         self._usage: list[torch.Tensor] | None = None
+        self.config.router_aux_loss_coef = self.router.config.balance_coefficient
+        self._is_built = True
         self.train_all_experts()
         self.train(base.training)
 
@@ -93,14 +93,6 @@ class Mixture(nn.Module):
     def base(self) -> PreTrainedModel:
         """The base model, with the routed layers inside."""
         return cast(PreTrainedModel, self.peft_model.get_base_model())
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        return self.base.config
-
-    @property
-    def generation_config(self) -> GenerationConfig | None:
-        return self.base.generation_config
 
     @property
     def device(self) -> torch.device:
@@ -246,6 +238,7 @@ class Mixture(nn.Module):
     def _inject(self, config: MoELoraConfig) -> None:
         name = expert_name(self.num_experts)
         self._states.add([layer.lora_B[name] for layer in self._injector.add(name, config)])
+        self.config.num_experts = self.num_experts
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
         config, notes = resolve_targets(base, config)
@@ -253,6 +246,10 @@ class Mixture(nn.Module):
         return config
 
     # ---- running it ----
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._routing.called():
+            return super().__call__(*args, **kwargs)
 
     def forward(
         self,
@@ -281,19 +278,18 @@ class Mixture(nn.Module):
         self._injector.check(training=self.training and torch.is_grad_enabled())
         if labels is not None:
             kwargs.setdefault("use_cache", False)
-        if self.training:
-            self._routing.wrap_checkpointing([self.base.get_decoder(), *decoder_layers(self.base)])
         as_tuple = kwargs.pop("return_dict", True) is False
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids, "return_dict": True}
         for_loss = labels is not None or (self.training and torch.is_grad_enabled())
         linear = float32_products(weight_of(self.get_input_embeddings())) if for_loss else None
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
-        record = labels is not None and wanted and self.num_experts > 1
+        with_logits = bool(kwargs.pop("output_router_logits", False))  # a base may have a router of its own
+        record = with_logits or (labels is not None and wanted and self.num_experts > 1)
         with self._routing.run(expert, record=record, linear=linear) as state:
             out = self.base(input_ids, **kwargs)
-        losses = {}
+        losses: dict[str, Any] = {"router_logits": state.router_logits()} if with_logits else {}
         if labels is not None:
-            losses = self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.probabilities)
+            losses |= self._losses(out.logits, labels, attention_mask, num_items_in_batch, state.probabilities)
         result = MixtureOutput(**{name: value for name, value in out.items() if name in OUTPUT_FIELDS} | losses)
         for name, value in out.items():
             if name not in OUTPUT_FIELDS:  # some bases return their state in a field of their own
@@ -361,36 +357,6 @@ class Mixture(nn.Module):
     def usage(self) -> Usage | None:
         """Return how tokens were routed since `reset_usage`; None if it was not called, or there is one expert."""
         return Usage(*self._usage) if self._usage is not None and self.num_experts > 1 else None
-
-    # ---- what the Trainer and users of Transformers expect ----
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
-    ) -> None:
-        """Enable it as Transformers does, without re-entrance: routing weights are no argument of a layer."""
-        options = dict(activation_checkpointing_kwargs or {})
-        if options.setdefault("use_reentrant", False):
-            raise UsageError("gradient checkpointing of a mixture needs use_reentrant=False")
-        enable = getattr(self.base, "activation_checkpointing_enable", None) or self.base.gradient_checkpointing_enable
-        enable(options, **kwargs)
-
-    def activation_checkpointing_disable(self) -> None:
-        disable = getattr(self.base, "activation_checkpointing_disable", None)
-        (disable or self.base.gradient_checkpointing_disable)()
-
-    @property
-    def is_activation_checkpointing(self) -> bool:
-        return any(getattr(module, "gradient_checkpointing", False) for module in self.base.modules())
-
-    # Earlier names:
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
-
-    gradient_checkpointing_disable = activation_checkpointing_disable
-    is_gradient_checkpointing = is_activation_checkpointing
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base.get_input_embeddings()
 
     def parameter_counts(self) -> dict[str, int]:
         """Return the number of parameters of "base", "experts" (all) and "router"."""

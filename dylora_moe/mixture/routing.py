@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
+from transformers.utils import ModelOutput
 
 from ..base.structure import decoder_layers
 from ..errors import UsageError
@@ -70,6 +71,7 @@ class Routing:
         self.states = states
         self.current = CurrentPass()
         self.forced: Expert = None
+        self.calls = 0  # of the mixture, under way
         decoder = base.get_decoder()
         decoder.register_forward_pre_hook(self.enter, with_kwargs=True)
         decoder.register_forward_hook(self.leave, always_call=True)
@@ -77,7 +79,7 @@ class Routing:
 
     def attach(self, layers: nn.ModuleList) -> None:
         """Connect the routed layers; again after an expert has brought new ones."""
-        routed = []
+        self._layers, routed = layers, []
         for layer in layers:
             sharing: dict[tuple, list[RoutedLinear]] = {}
             for name, module in layer.named_modules():
@@ -120,6 +122,16 @@ class Routing:
         return ForwardPass(only, groups, mature and not self.router.training, unchanged, record)
 
     @contextmanager
+    def called(self) -> Iterator[None]:
+        """Inside, a forward pass of the base model is one of the mixture."""
+        with self.current.turn():
+            self.calls += 1
+            try:
+                yield
+            finally:
+                self.calls -= 1
+
+    @contextmanager
     def force(self, expert: Expert) -> Iterator[None]:
         """Inside, every token goes to one expert, with weight 1; NO_EXPERT leaves the base model alone.
 
@@ -133,20 +145,32 @@ class Routing:
             with self.current.turn():
                 self.forced = before
 
-    def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+    def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Compute the routing weights for the arguments of the decoder: its pre-forward hook."""
+        if decoder.training and torch.is_grad_enabled():
+            self._check_called()
+            self._wrap_checkpointing([decoder, *self._layers])
         state = self.current.state
         if state is None:  # the base or its decoder was called by itself
             state = self.current.state = self._begin()
             state.lasts = False
         state.sums = None
+        state.returns_logits = bool(kwargs.pop("output_router_logits", False))
         if sum(map(len, state.groups)) < 2:
             state.route(())
-            return
-        if args:
-            kwargs = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments
-        state.sums, sums = self._sums(decoder, kwargs, state.groups)
+            return args, kwargs
+        arguments = inspect.signature(decoder.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+        state.sums, sums = self._sums(decoder, arguments, state.groups)
         state.route(self._weights(state, sums))
+        return args, kwargs
+
+    def _check_called(self) -> None:
+        """Refuse to train experts behind a router that is to be trained as well, but is not part of the model."""
+        if self.calls == 0 and self.router.num_experts > 1 and self.router.prior.requires_grad:
+            raise UsageError(
+                "a part of the mixture is trained by itself: the experts would learn, the router would not. Hand the "
+                "mixture to the trainer, not its peft_model or base"
+            )
 
     def leave(self, decoder: nn.Module, args: tuple, output: Any) -> None:
         """End the decoder, and keep the sums of its tokens in the cache that it returns, if it does: its forward hook.
@@ -160,6 +184,8 @@ class Routing:
         state.route(None)
         if not state.lasts:
             self.current.state = None
+        if state.returns_logits and isinstance(output, ModelOutput):
+            output["router_logits"] = state.router_logits()
         cache = None if state.sums is None or output is None else _find_cache(output)
         if cache is not None and state.sums is not None:
             layer = _route_in(cache)
@@ -196,7 +222,7 @@ class Routing:
         An expert that is alone in the first group has none: it is added as PEFT adds it.
         """
         logits = [self.router.logits(*each) for each in zip(sums, state.groups, strict=True)]  # (B, T, N) each
-        if state.records:
+        if state.records or state.returns_logits:
             order = torch.tensor(list(chain(*state.groups)), device=logits[0].device).argsort()
             state.probabilities = torch.cat(logits, -1).softmax(-1).index_select(-1, order)
         weights = []
@@ -218,7 +244,7 @@ class Routing:
 
     # ---- gradient checkpointing ----
 
-    def wrap_checkpointing(self, modules: Iterable[nn.Module]) -> None:
+    def _wrap_checkpointing(self, modules: Iterable[nn.Module]) -> None:
         """Make gradient checkpointing, where it is on, run each layer again with the state of its first run."""
         for module in modules:
             function = module.__dict__.get("_gradient_checkpointing_func")

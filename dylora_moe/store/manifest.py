@@ -34,9 +34,9 @@ Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
 Digest = Callable[[Path, int], tuple[int, str]]  # as `file_digest`
 Identity = tuple[int, int]  # device and inode of a folder
 
-# What may be in a checkpoint though no manifest lists it: files of the Hub, of desktops and of a tokenizer.
+# What may be in a checkpoint though no manifest lists it: files of the Hub, the Trainer, desktops and a tokenizer.
 _BESIDE = re.compile(
-    r"README\.md|\.gitattributes|\.cache/huggingface/.+|(.+/)?(\.DS_Store|Thumbs\.db)"
+    r"README\.md|training_args\.bin|\.gitattributes|\.cache/huggingface/.+|(.+/)?(\.DS_Store|Thumbs\.db)"
     r"|tokenizer(_config)?\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
     r"|sentencepiece\.bpe\.model|special_tokens_map\.json|added_tokens\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja",
@@ -116,6 +116,17 @@ def survey(folder: Path) -> tuple[list[str], list[str], Digests]:
         if path not in known
     ]
     return problems, extras, intact
+
+
+def read_manifest(folder: Path) -> Digests:
+    """Return what the manifest of a folder lists. Raises UsageError if there is none, or it is not valid."""
+    try:
+        listed, problems = _read(folder, list_entries(folder).get(MANIFEST))
+    except (OSError, ValueError) as error:
+        listed, problems = {}, [f"{MANIFEST}: {error}"]
+    if problems:
+        raise UsageError(f"{folder} is not a checkpoint: {problems[0]}")
+    return listed
 
 
 def encode(digests: Digests) -> tuple[bytes, list[str]]:

@@ -69,6 +69,8 @@ class MoETrainer(Trainer):
         self.plan = self.train_dataset.plan if isinstance(self.train_dataset, PlannedBlocks) else None
         if self.plan is not None:
             self.add_callback(Branch(self.plan))
+            if self.args.ddp_find_unused_parameters is None:  # a block trains one expert
+                self.accelerator.ddp_handler.find_unused_parameters = True
         self.start_step = start_step
         self.usage_by_data: dict[str, Usage] = {}
         self._resumed: SavedState | None = None  # what goes on in this run

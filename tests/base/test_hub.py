@@ -1,13 +1,10 @@
 """The hub, played by a server on this machine: what is asked of it, and what it says when it refuses."""
 
 import contextlib
-import http.server
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -20,8 +17,7 @@ from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base, load_tokenizer
 
 from ..support.base_folders import LLAMA, config_only, error_of, folder_of, isolate, tiny_folder, use_hub
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from ..support.hub import COMMIT, serving
 
 
 @pytest.fixture(autouse=True)
@@ -34,81 +30,10 @@ def tiny(tmp_path_factory):
     return tiny_folder(tmp_path_factory.mktemp("tiny") / "tiny-llama")
 
 
-class Hub(http.server.ThreadingHTTPServer):
-    """Plays the hub for the models of `folders`; keeps what was asked. `gated`: only `token` opens the files."""
-
-    def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.folders = {"tiny/llama": folder}
-        self.gated, self.token, self.status, self.asked = False, "hf_right", None, []
-        self.files_status = None  # the same for files alone
-
-    @property
-    def address(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def downloads(self):
-        return [path for method, path in self.asked if method == "GET" and "/resolve/" in path]
-
-
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        hub, path = self.server, self.path.split("?")[0]
-        hub.asked.append((self.command, path))
-        sent = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        status = hub.status or (hub.files_status if "/resolve/" in path else None)
-        if status:
-            return self.send(status)
-        if sent and sent != hub.token:
-            return self.send(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        api = path.startswith("/api/models/")
-        name = "/".join(path.removeprefix("/api/models").split("/")[1:3])
-        folder = hub.folders.get(name)
-        if folder is None:
-            return self.send(404 if sent else 401, {"X-Error-Code": "RepoNotFound"})
-        if any(part in path for part in ("/revision/", "/resolve/", "/tree/")):
-            revision = path.split(name, 1)[1].split("/")[2]
-            if revision not in ("main", COMMIT):
-                return self.send(404, {"X-Error-Code": "RevisionNotFound"})
-        files = sorted(folder.iterdir())
-        if api and "/tree/" in path:
-            entries = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0" * 40} for f in files]
-            return self.send(200, body=json.dumps(entries).encode())
-        if api:
-            info = {"id": name, "modelId": name, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
-            info |= {"gated": "manual" if hub.gated else False, "siblings": [{"rfilename": f.name} for f in files]}
-            return self.send(200, body=json.dumps(info).encode())
-        if hub.gated and sent != hub.token:
-            return self.send(403 if sent else 401, {"X-Error-Code": "GatedRepo"})
-        file = folder / path.rsplit("/", 1)[1]
-        if not file.is_file():
-            return self.send(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
-        body = file.read_bytes()
-        return self.send(200, {"X-Repo-Commit": COMMIT, "ETag": f'"{len(body)}-{file.name}"'}, body)
-
-    def send(self, status, headers=None, body=b""):
-        self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def hub(tiny, monkeypatch):
-    server = Hub(tiny)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    use_hub(monkeypatch, server.address)
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(monkeypatch, {"tiny/llama": tiny}) as server:
+        yield server
 
 
 def test_public_model_needs_no_token_and_keeps_its_revision(hub, monkeypatch, capfd):

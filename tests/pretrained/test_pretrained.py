@@ -1,0 +1,183 @@
+"""A mixture is a model of Transformers: the Auto classes, pipelines and trainers take it as one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
+
+from dylora_moe import DyLoRAMoE, DyLoRAMoEConfig, UsageError
+
+from ..support.data import chat_tokenizer
+from ..support.tiny import random_ids, tiny_base, tiny_mixture
+
+IDS = random_ids(2, 12)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A base, a mixture on it, and its checkpoint."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_base().save_pretrained(folder / "base")
+    model = tiny_mixture()
+    model.base.config._name_or_path = str(folder / "base")
+    model.save_pretrained(folder / "run" / "checkpoint-5")
+    return folder, model.eval()
+
+
+def logits_of(model, **options) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS, **options).logits
+
+
+# ---- loading and saving ----
+
+
+def test_importing_the_package_is_all_that_the_auto_classes_need(saved):
+    folder, _ = saved
+    code = f"""
+import sys, dylora_moe
+assert "torch" not in sys.modules and "transformers" not in sys.modules
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_pretrained({str(folder / "run" / "checkpoint-5")!r})).__name__)
+"""
+    for program, expected in ((code, "DyLoRAMoE"), (code.replace(", dylora_moe", ""), None)):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.stdout.strip() or None) == expected, done.stderr
+
+
+def test_auto_classes_load_what_was_saved(saved):
+    folder, model = saved
+    checkpoint = folder / "run" / "checkpoint-5"
+    config = AutoConfig.from_pretrained(checkpoint)
+    assert isinstance(config, DyLoRAMoEConfig)
+    assert (config.num_experts, config.hidden_size, config.vocab_size) == (3, 32, 97)
+    assert config.router_aux_loss_coef == model.router.config.balance_coefficient
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto", device_map="cpu")
+    assert isinstance(loaded, DyLoRAMoE) and isinstance(loaded, PreTrainedModel) and not loaded.training
+    assert torch.equal(logits_of(loaded), logits_of(model))
+    assert not torch.equal(logits_of(loaded), logits_of(DyLoRAMoE(tiny_base(), 3)))
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(saved):
+    folder, model = saved
+    loaded = DyLoRAMoE.from_pretrained(folder / "run", attn_implementation="eager", dtype=torch.float64)
+    assert loaded.config._attn_implementation == loaded.base.config._attn_implementation == "eager"
+    assert loaded.dtype == torch.float64
+    torch.testing.assert_close(logits_of(loaded).float(), logits_of(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"subfolder": "x"}, "no option subfolder"),
+        ({"device_map": {"a": "cpu", "b": "cuda"}}, "one device, device_map names 2"),
+        ({"revision": "main"}, "is a local folder"),
+    ],
+)
+def test_options_that_cannot_be_honoured_are_refused(options, words, saved):
+    with pytest.raises(UsageError, match=words):
+        DyLoRAMoE.from_pretrained(saved[0] / "run", **options)
+
+
+def test_a_base_and_a_mixture_are_not_taken_for_each_other(saved):
+    folder, _ = saved
+    with pytest.raises(UsageError, match=r"is a model \(llama\), not a checkpoint of a mixture"):
+        DyLoRAMoE.from_pretrained(folder / "base")
+    with pytest.raises(UsageError, match="is a checkpoint of a mixture, not a base model"):
+        DyLoRAMoE.from_base(str(folder / "run" / "checkpoint-5"))
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        LlamaForCausalLM.from_pretrained(folder / "run" / "checkpoint-5")
+
+
+def test_the_trainer_saves_a_checkpoint(saved, tmp_path):
+    _, model = saved
+    trainer = Trainer(model, TrainingArguments(tmp_path / "run", report_to=[]))
+    trainer.save_model(str(tmp_path / "model"))
+    assert torch.equal(logits_of(DyLoRAMoE.from_pretrained(tmp_path / "model")), logits_of(model))
+
+
+# ---- what Transformers asks of a model ----
+
+
+def test_it_answers_as_its_base():
+    model, base = tiny_mixture(), tiny_base()
+    assert DyLoRAMoE.can_generate() and model.dtype == torch.float32
+    assert model.get_output_embeddings() is model.base.lm_head
+    assert model.base_model is model.base.model and model.get_decoder() is model.base.model
+    assert model.config.max_position_embeddings == base.config.max_position_embeddings
+    model.config.pad_token_id = 7
+    assert model.base.config.pad_token_id == 7
+    model.generation_config = GenerationConfig(max_new_tokens=3)
+    assert model.base.generation_config.max_new_tokens == 3
+    assert model.generate(IDS, do_sample=False).shape[1] == IDS.shape[1] + 3
+    model.tie_weights()
+    model.add_model_tags(["a"])
+    assert model.model_tags == ["a"]
+    assert model.resize_token_embeddings(97) is model.get_input_embeddings()
+    with pytest.raises(UsageError, match="stays at 97 tokens, and cannot become 98"):
+        model.resize_token_embeddings(98)
+    with pytest.raises(UsageError, match="is frozen"):
+        model.set_input_embeddings(torch.nn.Embedding(97, 32))
+
+
+def test_trainable_parameters_are_counted_as_peft_does(capsys):
+    model = tiny_mixture(experts=1)
+    trained, total = model.get_nb_trainable_parameters()
+    assert (trained, total - sum(p.numel() for p in model.router.parameters())) == (
+        model.peft_model.get_nb_trainable_parameters()
+    )
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {trained:,} || all params: {total:,} || trainable%: ")
+
+
+def test_pipeline_generates_what_the_model_generates():
+    tokenizer, model = chat_tokenizer(), tiny_mixture()
+    generator = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    text = "A B"
+    found = generator(text, max_new_tokens=5, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    wanted = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=5, do_sample=False)[0]
+    assert found == wanted.tolist()
+
+
+def test_router_logits_are_returned_as_mixtral_does():
+    model = tiny_mixture()
+    logits = model(IDS, output_router_logits=True).router_logits[0]
+    assert logits.shape == (IDS.numel(), 3)
+    torch.testing.assert_close(logits.exp().sum(-1), torch.ones(IDS.numel()))
+    torch.testing.assert_close(model.base_model(IDS, output_router_logits=True).router_logits[0], logits)
+    assert "router_logits" not in model(IDS)
+
+
+def test_a_part_is_not_trained_without_the_router():
+    """A trainer that is given `peft_model` would train the experts, and never the router."""
+    model = tiny_mixture().train()
+    with pytest.raises(UsageError, match="not its peft_model or base"):
+        model.peft_model(input_ids=IDS)
+    model(IDS, labels=IDS).loss.backward()
+    assert model.router.prior.grad.abs().sum() > 0
+    model.train_only([0])
+    model.peft_model(input_ids=IDS)
+    model.eval()
+    model.peft_model(input_ids=IDS)
+
+
+def test_tokenizer_beside_a_checkpoint_is_found(saved, tmp_path):
+    _, model = saved
+    model.save_pretrained(tmp_path / "model")
+    chat_tokenizer().save_pretrained(tmp_path / "model")
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+    DyLoRAMoE.from_pretrained(tmp_path / "model")
