@@ -29,6 +29,8 @@ NOT_RUN = {
     "torchrun": "tests/training/test_distributed.py starts two processes",
     "accelerate launch": "tests/training/test_distributed.py starts two processes",
     "export HF_TOKEN=": "there is no token",
+    "dylora-moe push": "tests/sharing pushes to a Hub on this machine",
+    "dylora-moe pull": "tests/sharing pulls from a Hub on this machine",
 }
 
 

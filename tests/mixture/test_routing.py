@@ -493,8 +493,8 @@ def test_a_fresh_mixture_is_its_base(kind, dtype, experts):
 @pytest.mark.parametrize("run", ["the mixture", "its base"])
 def test_nothing_is_left_of_a_pass_also_of_one_that_failed(run):
     model, ids = tiny_mixture(), random_ids(1, 4)
-    run = model if run == "the mixture" else model.base
-    run.train()(ids, labels=ids)
+    run = model.train() if run == "the mixture" else model.base
+    run(ids, labels=ids)
     layer = next(layer for _, layer in model.routed_layers())
     assert layer.current.state is None
     layer.base_layer.register_forward_pre_hook(lambda module, args: 1 / 0)
