@@ -130,11 +130,11 @@ class DyLoRAMoE(Mixture):
             model.set_attn_implementation(attn_implementation)
         return model.eval()
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | os.PathLike,
-        push_to_hub: bool = False,
         *,
+        push_to_hub: bool = False,
         skills: SkillLibrary | None = None,
         **options: Any,
     ) -> Path:
@@ -152,12 +152,14 @@ class DyLoRAMoE(Mixture):
             options.pop(key, None)
         if options and not push_to_hub:
             raise UsageError(f"save_pretrained has no option {', '.join(sorted(options))} without push_to_hub=True")
-        folder = self.save_checkpoint(save_directory, skills=skills)
+        folder = self.save_checkpoint(Path(save_directory), skills=skills)
         if push_to_hub:
             push(folder, options.pop("repo_id", folder.name), **options)
         return folder
 
-    def push_to_hub(self, repo_id: str, *, skills: SkillLibrary | None = None, **options: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, skills: SkillLibrary | None = None, **options: Any
+    ) -> str:
         """Push the mixture to a repository on the Hub, which is made if need be, with a model card.
 
         Args:

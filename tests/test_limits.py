@@ -13,6 +13,7 @@ FILES_IN_A_ROOM, LINES_OF_A_FILE, LINES_OF_A_FUNCTION, PARAMETERS = 12, 400, 60,
 # "file::function" -> why it may have more parameters.
 MANY_PARAMETERS = {
     "dylora_moe/api.py::from_base": "the public door: each is a setting by keyword, as in from_pretrained",
+    "dylora_moe/api.py::from_pretrained": "as in Transformers",
     "dylora_moe/data/blocks.py::load_blocks": "the settings of the data, by keyword",
 }
 

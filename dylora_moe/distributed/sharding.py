@@ -120,7 +120,7 @@ def shard(model: Mixture, device: torch.device, how: Sharding) -> str:
     _check_layers(layers, how.layers)
     size = ranks.world()[1]
     if size == 1:
-        model.to(device)
+        nn.Module.to(model, device)
         return "FSDP2: one process has the whole base"
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -70,7 +70,7 @@ def _described(base_model: dict[str, Any] | None) -> PreTrainedConfig | None:
     """Return the config of the base model that a checkpoint's config.json describes; None if it does not."""
     entry = (base_model or {}).get("architecture") or {}
     settings, kind = entry.get("settings"), entry.get("model_type")
-    if not settings or kind not in CONFIG_MAPPING:
+    if not settings or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     sizes = {key: value for key, value in entry.items() if key not in ("model_type", "settings", "fingerprint")}
     return CONFIG_MAPPING[kind](**settings, **{key: value for key, value in sizes.items() if value is not None})

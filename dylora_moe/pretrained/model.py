@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,7 +26,8 @@ class OnBase(PreTrainedModel):
     _is_built = False  # whether `base` can be asked
 
     def __init__(self, base: PreTrainedModel):
-        config = DyLoRAMoEConfig(base_config=base.config, name_or_path=base.config._name_or_path)
+        config = DyLoRAMoEConfig(base_config=base.config)
+        config.name_or_path = base.config._name_or_path
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # the Trainer counts labels as the loss does: without the first of each row
         self._no_split_modules = base._no_split_modules
@@ -46,7 +47,7 @@ class OnBase(PreTrainedModel):
         return self.base.dtype
 
     @property
-    def all_tied_weights_keys(self) -> dict[str, str]:
+    def all_tied_weights_keys(self) -> dict[str, str]:  # type: ignore[override]
         """The tied parameters of the base model, by their names in this model."""
         names = {id(module): name for name, module in self.named_modules()}
         prefix = names[id(self.base)]
@@ -58,7 +59,7 @@ class OnBase(PreTrainedModel):
     def can_generate(cls) -> bool:
         return True
 
-    @property
+    @property  # type: ignore[override]
     def generation_config(self) -> GenerationConfig | None:
         return self.base.generation_config
 
@@ -86,10 +87,10 @@ class OnBase(PreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         raise _frozen("its output embeddings cannot be replaced")
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
         """Return the input embeddings, if they have `new_num_tokens` rows."""
         embeddings = self.get_input_embeddings()
-        rows = len(embeddings.weight)  # type: ignore[arg-type]
+        rows = len(cast(torch.Tensor, embeddings.weight))
         if new_num_tokens in (None, rows):
             return embeddings
         raise _frozen(f"its vocabulary stays at {rows} tokens, and cannot become {new_num_tokens}")
@@ -102,7 +103,7 @@ class OnBase(PreTrainedModel):
 
     # ---- gradient checkpointing ----
 
-    def activation_checkpointing_enable(
+    def activation_checkpointing_enable(  # type: ignore[override]
         self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any
     ) -> None:
         """Enable it as Transformers does, without re-entrance: routing weights are no argument of a layer."""
