@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from .base.find import find_base
 from .base.load import load_base
 from .base.preserve import seeded
+from .base.source import quantized
 from .checkpoint.read import load_mixture
 from .checkpoint.write import export_expert, save_checkpoint
 from .errors import UsageError
@@ -52,14 +53,18 @@ class DyLoRAMoE(Mixture):
         device: str | torch.device = "cpu",
         token: str | None = None,
         revision: str | None = None,
+        quantize: str = "none",
         seed: int = 0,
     ) -> DyLoRAMoE:
         """Load a base model (hub id, folder, GGUF file or preset) and put fresh experts, seeded by `seed`, on it.
+
+        quantize: "none", or "nf4" or "int8" for a base model that bitsandbytes quantizes as it is loaded.
 
         Raises:
             UsageError: if the base model is not available, or experts and base do not fit each other.
         """
         source, weights = find_base(model, weights=weights, token=token, revision=revision)
+        source = quantized(source, quantize)
         base = load_base(source, weights, dtype=dtype, device=device, seed=seed)
         with seeded(seed):
             mixture = cls(base, experts, lora=lora, router=router, label_smoothing=label_smoothing)

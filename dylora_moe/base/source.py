@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from ..errors import UsageError
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = tuple(f"{name}.index.json" for name in SINGLE_FILES)
 WEIGHT_FILES = SINGLE_FILES + INDEX_FILES
+
+
+# Arguments of BitsAndBytesConfig. nf4: https://huggingface.co/papers/2305.14314, int8:
+# https://huggingface.co/papers/2208.07339
+QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "int8": {"load_in_8bit": True},
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,18 @@ class Base:
                 f"{self.name} is a preset: it has an architecture but no weights. Use find_base to get them."
             )
         return Path(self.location)
+
+
+def quantized(base: Base, how: str) -> Base:
+    """Return a base model that is quantized in one of the `QUANTIZATIONS` when it is loaded. Raises UsageError."""
+    if how not in QUANTIZATIONS:
+        raise UsageError(f"Unknown quantization {how!r}: expected one of {', '.join(QUANTIZATIONS)}.")
+    if how != "none" and base.kind == "gguf":
+        raise UsageError(
+            f"{base.name} is a GGUF file, which bitsandbytes does not quantize: give the model's folder or Hub id, or "
+            "leave quantization out."
+        )
+    return replace(base, quantization=QUANTIZATIONS[how])
 
 
 def has_weights(folder: Path) -> bool:

@@ -39,7 +39,6 @@ class DyLoRAMoEConfig(PreTrainedConfig):
         elif isinstance(self.base_config, dict):
             self.base_config = CONFIG_MAPPING[self.base_config["model_type"]].from_dict(self.base_config)
         if self.base_config is not None:
-            kwargs.setdefault("attn_implementation", self.base_config._attn_implementation)
             self.dtype = self.dtype or self.base_config.dtype
         self.router_aux_loss_coef = (kwargs.get("router") or {}).get("balance_coefficient", self.router_aux_loss_coef)
         super().__post_init__(**kwargs)
@@ -48,8 +47,19 @@ class DyLoRAMoEConfig(PreTrainedConfig):
         """Return this config, which reads the text model's."""
         return self
 
+    @property
+    def _attn_implementation(self) -> str | None:
+        """The attention implementation, which is the base model's."""
+        base = self.__dict__.get("base_config")
+        return None if base is None else base._attn_implementation
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        if (base := self.__dict__.get("base_config")) is not None and value is not None:
+            base._attn_implementation = value
+
     def __getattr__(self, name: str) -> Any:
-        base = None if name.startswith("__") else self.__dict__.get("base_config")
+        base = None if name.startswith("_") else self.__dict__.get("base_config")
         if base is not None:
             for config in (base.get_text_config(), base):
                 if hasattr(config, name):
@@ -57,7 +67,7 @@ class DyLoRAMoEConfig(PreTrainedConfig):
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        base = self.__dict__.get("base_config")
+        base = None if name.startswith("_") else self.__dict__.get("base_config")
         if base is not None and name not in self.__dict__ and not hasattr(type(self), name):
             for config in (base.get_text_config(), base):
                 if hasattr(config, name):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from ..base.find import find_base
 from ..base.load import load_base, load_tokenizer
 from ..base.preserve import seeded
+from ..base.source import quantized
 from ..checkpoint.read import load_into, load_mixture, named_base, read_skills
 from ..checkpoint.verify import SoundCheckpoint, open_checkpoint
 from ..constants import IMMATURE
@@ -192,6 +193,7 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
     """Return the mixture with fresh experts, and the tokenizer of its base model."""
     source, weights = find_base(settings.base_model, weights=settings.weights, token=settings.hf_token)
     tokenizer = load_tokenizer(source, token=settings.hf_token)
+    source = quantized(source, settings.quantize)
     base = load_base(source, weights, dtype=settings.dtype, device=str(device), seed=settings.seed)
     targets = None if settings.targets is None else list(settings.targets)
     lora = MoELoraConfig(

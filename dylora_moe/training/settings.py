@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..base.find import DEFAULT_MODEL
+from ..base.source import QUANTIZATIONS
 from ..constants import MAX_EXPERTS, MAX_SEED
 from ..errors import UsageError
 from ..system.command_line import number, path
@@ -25,7 +26,7 @@ DEMO = {  # the settings of --demo, over which a --config file and flags win
 # What a checkpoint has fixed for the mixture that grows from it.
 FIXED_IN_GROWTH = (
     "experts", "lora_r", "lora_alpha", "lora_dropout", "targets", "top_k", "temperature", "balance_coefficient",
-    "route", "demo",
+    "route", "demo", "quantize",
 )  # fmt: skip
 RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # whoever sets the one discards a weaker setting of the other
 
@@ -49,6 +50,11 @@ class TrainSettings:
     )
     dtype: str | None = flag(
         None, "dtype of the base model: float32, bfloat16, float16 or float64 (default: the one in its config)"
+    )
+    quantize: str = flag(
+        "none",
+        "quantize the base model with bitsandbytes as it is loaded: nf4 (4 bits) or int8 (default: none)",
+        choices=tuple(QUANTIZATIONS),
     )
     device: str = flag("auto", "auto, cpu, cuda or mps (default: auto)")
     experts: int | None = flag(

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import test_checkpoint_save_load
+import train
 from dylora_moe import DyLoRAMoE
+from dylora_moe.base.find import find_base
+from dylora_moe.base.source import QUANTIZATIONS
+from dylora_moe.base.source import quantized as quantized_as
 from dylora_moe.checkpoint.verify import find_problems
 from dylora_moe.errors import CheckpointError, UsageError
 
 from ..support.mutations import edit_json, rewrite_manifest
+from ..support.runs import arguments, assert_same, newest, signal_at
 from ..support.tiny import random_ids, randomise, tiny_base
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -59,6 +66,31 @@ def test_a_quantized_base_is_loaded_again_as_it_was(folder, tmp_path, how, capsy
     randomise(DyLoRAMoE(tiny_base(), 2)).save_checkpoint(tmp_path / "plain")
     with pytest.raises(CheckpointError, match=r"quantization: None there, {.*} here"):
         DyLoRAMoE.from_checkpoint(tmp_path / "plain", quantized(folder, how))
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("how", ["nf4", "int8"])
+def test_train_quantizes_and_resumes_to_the_byte(how, tmp_path, capsys, monkeypatch):
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    assert train.main(arguments(whole, "--quantize", how, steps=6)) == 0, capsys.readouterr()
+    with monkeypatch.context() as patch:
+        signal_at(patch, "on_step_end", 3)
+        assert train.main(arguments(stopped, "--quantize", how, steps=6)) == 143
+    assert train.main(arguments(stopped, "--quantize", how, "--resume", steps=6)) == 0, capsys.readouterr()
+    assert_same(newest(stopped), newest(whole))
+    found = json.loads((newest(whole) / "config.json").read_text())["base_model"]["quantization"]
+    assert found == QUANTIZATIONS[how]
+    shutil.rmtree(newest(stopped))
+    assert train.main(arguments(stopped, "--resume", "--accept-changes", steps=6)) == 2
+    assert "quantization" in capsys.readouterr().err
+
+
+def test_what_cannot_be_quantized_is_refused(folder):
+    with pytest.raises(UsageError, match="Unknown quantization 'int4'"):
+        DyLoRAMoE.from_base(str(folder), 2, quantize="int4")
+    gguf = replace(find_base(str(folder))[0], kind="gguf")
+    with pytest.raises(UsageError, match="is a GGUF file, which bitsandbytes does not quantize"):
+        quantized_as(gguf, "nf4")
 
 
 def test_a_quantized_base_needs_its_library_and_is_never_replaced_by_a_float_one(folder, tmp_path, monkeypatch):

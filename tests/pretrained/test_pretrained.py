@@ -113,6 +113,15 @@ def test_the_trainer_saves_a_checkpoint(saved, tmp_path):
 # ---- what Transformers asks of a model ----
 
 
+def test_the_config_of_the_base_stays_as_it_is():
+    base = tiny_base()
+    base.config._name_or_path = "org/base"
+    before = base.config.to_dict() | {"_": (base.config._name_or_path, base.config._attn_implementation)}
+    model = DyLoRAMoE(base, 2)
+    assert base.config.to_dict() | {"_": (base.config._name_or_path, base.config._attn_implementation)} == before
+    assert model.config.name_or_path == model.name_or_path == "org/base"
+
+
 def test_it_answers_as_its_base():
     model, base = tiny_mixture(), tiny_base()
     assert DyLoRAMoE.can_generate() and model.dtype == torch.float32
