@@ -26,6 +26,7 @@ from .sharing.push import push
 from .skills.library import SkillLibrary
 from .skills.novelty import Verdict
 from .stages.growth import grow_by
+from .system.command_line import say
 
 # Arguments of `from_pretrained`, by what they are for.
 _HUB = ("cache_dir", "force_download", "local_files_only")
@@ -225,7 +226,7 @@ class DyLoRAMoE(Mixture):
     def print_trainable_parameters(self) -> None:
         """Print what `get_nb_trainable_parameters` returns, as PEFT does."""
         trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+        say(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 
 def _device(device_map: Any) -> Any:

@@ -210,7 +210,7 @@ def test_what_is_named_like_a_size_and_is_none_is_accepted(tmp_path):
         ("{}", "model_type None"),
         ({"model_type": "nonesuch"}, "model_type 'nonesuch'"),
         ({"model_type": ["llama"]}, "model_type"),
-        ({"model_type": "dylora-moe"}, "DyLoRA-MoE checkpoint"),
+        ({"model_type": "dylora-moe"}, "checkpoint of a mixture"),
         (BertConfig().to_dict(), "not a causal language model"),
         ({"model_type": "t5"}, "not a causal language model"),
         ({**LLAMA, "architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
