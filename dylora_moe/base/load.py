@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +32,7 @@ from .structure import skeleton
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 DTYPES |= {name: name for name in DTYPES.values()}
+GGUF_EMBEDDINGS = "token_embd.weight"  # in every architecture
 SHOWN_NAMES = 3  # of tensors, in a line
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 TOKENIZER_PATTERNS = ["tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
@@ -82,6 +84,49 @@ def load_base(
     cast(Any, model).notes = notes
     model.requires_grad_(False)
     return model.eval()
+
+
+def load_embeddings(base: Base, *, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+    """Load the input embeddings of a base model; its other parameters are on the `meta` device.
+
+    Of files in safetensors or GGUF nothing else is read. From other files, and where the table cannot be told by its
+    name, the whole model is loaded.
+
+    Raises:
+        UsageError: as `load_base`.
+    """
+    model = load_base(base, "none", dtype=dtype)
+    embeddings: Any = model.get_input_embeddings()
+    name = next(name for name, parameter in model.named_parameters() if parameter is embeddings.weight)
+    with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):
+        found = _gguf_embeddings(base) if base.kind == "gguf" else _safetensors_embeddings(base, name)
+    if found is None or found.shape != embeddings.weight.shape:
+        return load_base(base, "pretrained", dtype=dtype)
+    embeddings.weight = nn.Parameter(found.to(embeddings.weight.dtype), requires_grad=False)
+    return model
+
+
+def _safetensors_embeddings(base: Base, name: str) -> torch.Tensor | None:
+    """Return the tensor of this name, before which a prefix of the model may be or lack; None if it cannot be told."""
+    folder = _weights_folder(base)
+    _check_weight_files(folder)
+    found = []
+    for shard in _shard_names(folder):
+        if not shard.endswith(".safetensors"):
+            return None
+        with safe_open(folder / shard, framework="pt") as file:
+            known = list(file.keys())
+            keys = [key for key in known if f".{name}".endswith(f".{key}") or f".{key}".endswith(f".{name}")]
+            found += [file.get_tensor(key) for key in keys]
+    return found[0] if len(found) == 1 else None
+
+
+def _gguf_embeddings(base: Base) -> torch.Tensor | None:
+    need_gguf(base.name)
+    import gguf  # optional
+
+    found = [tensor for tensor in gguf.GGUFReader(base.path).tensors if tensor.name == GGUF_EMBEDDINGS]
+    return torch.from_numpy(gguf.dequantize(found[0].data, found[0].tensor_type)) if found else None
 
 
 def resolve_dtype(dtype: str | torch.dtype | None, config: PreTrainedConfig | None = None) -> torch.dtype:

@@ -34,6 +34,16 @@ _shortener.maxstring = _shortener.maxother = _shortener.maxlong = 60
 _shortener.maxlevel = 2
 
 
+@dataclass(frozen=True)
+class SkillFacts:
+    """What the skill library says of one skill, apart from its samples."""
+
+    name: str
+    expert: int | None
+    tokens: int
+    loss: float | None  # held-out, in nats per token
+
+
 @dataclass
 class Contents:
     """What a folder holds, as far as it can be read, and every problem of it."""
@@ -42,6 +52,7 @@ class Contents:
     files: dict[str, os.stat_result] = field(default_factory=dict)
     beside: list[str] = field(default_factory=list)  # files that may be in the folder, and are not read
     config: CheckpointConfig | None = None  # None if it is missing or wrong
+    skills: list[SkillFacts] = field(default_factory=list)  # of a library in which nothing is wrong
     problems: list[str] = field(default_factory=list)
     suspects: set[str] = field(default_factory=set)  # the files that a problem names
     scans: dict[str, Scan] = field(default_factory=dict)  # of the safetensors files that have been read already

@@ -126,6 +126,16 @@ def inspect_config(folder: str | os.PathLike) -> CheckpointConfig | None:
     return check_config(contents)
 
 
+def inspect_facts(folder: str | os.PathLike) -> Contents:
+    """Return the config and the skills of a checkpoint, with the problems of these two files. Nothing else is read."""
+    contents = Contents(Path(folder))
+    contents.walk()
+    contents.config = check_config(contents)
+    if contents.config is not None:
+        check_skills(contents)
+    return contents
+
+
 def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents:
     contents.walk()
     _check_pollution(contents)

@@ -21,7 +21,7 @@ from ..skills.sizes import NAME_BYTES, NO_LOSS, SampleSizes, sample_sizes
 from ..store.files import FileProblem, parse_json
 from . import formats
 from .config import BESIDE, CheckpointConfig, ExpertEntry
-from .findings import Contents, Rules, nothing_or, number, short, texts
+from .findings import Contents, Rules, SkillFacts, nothing_or, number, short, texts
 from .safetensors_file import Scan, TensorInfo, read_array
 
 Size = tuple[int, int]  # of a layer: inputs and outputs
@@ -264,6 +264,14 @@ def check_skills(contents: Contents) -> None:
     sizes = sample_sizes(largest, widths["features"], widths["states"])
     for kind, most in (("features", sizes.features), ("states", sizes.states)):
         _check_sample(contents, kind, {part: values[f"{kind}.{part}"] for part in SAMPLE_PARTS}, most)
+    if not contents.is_known(name):
+        facts = (values[tensor].tolist() for tensor in ("names", "experts", "tokens", "losses"))
+        contents.skills = [_skill_facts(*each) for each in zip(*facts, strict=True)]
+
+
+def _skill_facts(name: list[int], expert: int, tokens: int, loss: float) -> SkillFacts:
+    text = bytes(name).rstrip(b"\0").decode("utf-8")
+    return SkillFacts(text, None if expert == NO_EXPERT else expert, tokens, None if loss == NO_LOSS else loss)
 
 
 def _check_each(

@@ -1,1 +1,1 @@
-"""The command `dylora-moe`: one file for each subcommand."""
+"""The command `dylora-moe`."""

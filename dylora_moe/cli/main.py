@@ -1,28 +1,37 @@
-"""What is in a checkpoint, what is in a run folder, and what a run has learned; without loading a model.
+"""Use a mixture from the shell, and see what is in a checkpoint or a run folder.
 
-dylora-moe verify runs/first/checkpoint-100
+dylora-moe generate runs/first/checkpoint-100
+dylora-moe generate runs/first/checkpoint-100 --prompt "How do I sort a list?" --show-routing
+dylora-moe route runs/first/checkpoint-100 "How do I sort a list?"
+dylora-moe eval runs/first/checkpoint-100 --data sql.jsonl
+dylora-moe inspect runs/first
 dylora-moe verify runs/first/checkpoint-100 --json result.json
 dylora-moe list runs/first
-dylora-moe convert OLD NEW
 dylora-moe report runs/first
+dylora-moe convert OLD NEW
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from importlib import import_module
 
 from .. import __version__
 from ..system import command_line
-from . import convert, report, verify
-from . import list as list_command
 
-# Command: its module, which has `add_flags` and `run`, and what --help says of it.
+# Command: what --help says of it. Its module is the file of its name in commands/, with `add_flags` and `run`.
 COMMANDS = {
-    "verify": (verify, "exit code 0: complete and sound, 1: problems, all of which are listed, 2: not a folder"),
-    "list": (list_command, "one line for each checkpoint of a run folder"),
-    "convert": (convert, "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router"),
-    "report": (report, "write the page report.html of a run folder, from its results.json"),
+    "generate": "answer a prompt, the prompts of standard input, or a chat in the terminal",
+    "route": "which expert a text goes to, how sure that is, and the tokens that decide it",
+    "eval": "loss of each data set: routed, by each expert alone, and of the base model",
+    "inspect": "what is in a checkpoint or a run: sizes, experts, skills, and what the last run said",
+    "verify": "exit code 0: complete and sound, 1: problems, all of which are listed, 2: not a folder",
+    "list": "one line for each checkpoint of a run folder",
+    "report": "write the page report.html of a run folder, from its results.json",
+    "convert": "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router",
 }
+TAKE_TEXTS = {"generate", "route"}  # words of theirs may have line breaks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,16 +40,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser(words).parse_args(words)
     return args.command(args)
 
 
-def build_parser() -> command_line.Parser:
-    parser = command_line.Parser(prog="dylora-moe", description=__doc__)
+def build_parser(words: Sequence[str]) -> command_line.Parser:
+    """Return the parser for a command line.
+
+    Only the command that it names gets its flags: the modules of the others are not loaded.
+    """
+    called = next((word for word in words if word in COMMANDS), None)
+    texts = called in TAKE_TEXTS
+    parser = command_line.Parser(prog="dylora-moe", description=__doc__, texts=texts)
     parser.add_argument("--version", action="version", version=f"dylora-moe {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{" + ",".join(COMMANDS) + "}")
-    for name, (module, summary) in COMMANDS.items():
-        command = commands.add_parser(name, help=summary)
-        module.add_flags(command)
-        command.set_defaults(command=module.run)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, texts=texts)
+        if name == called:
+            module = import_module(f"{__package__}.commands.{name}")
+            module.add_flags(command)
+            command.set_defaults(command=module.run)
     return parser

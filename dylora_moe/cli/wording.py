@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..checkpoint.config import CheckpointConfig
-from ..errors import UsageError, counted
+from ..errors import CheckpointError, UsageError, counted
 
 
 def existing_folder(path: str) -> Path:
@@ -14,6 +16,15 @@ def existing_folder(path: str) -> Path:
     if not folder.is_dir():
         raise UsageError(f"{folder}: expected a run folder, found {'a file' if folder.exists() else 'nothing'}.")
     return folder
+
+
+@contextmanager
+def needed() -> Iterator[None]:
+    """Inside, a checkpoint that is not sound is bad input, with exit code 2, and not the result of a check."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise UsageError(str(error)) from error
 
 
 def experts_line(config: CheckpointConfig | None) -> str:
@@ -31,3 +42,19 @@ def experts_line(config: CheckpointConfig | None) -> str:
 def states_of(config: CheckpointConfig | None) -> list[str]:
     """Return the state of each expert; an empty list if there is no config to tell them."""
     return [] if config is None else config.states
+
+
+def percent(share: float) -> str:
+    """Return a share as in "97.3 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table. Its first column is aligned on the left, the others on the right."""
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells)
+        ).rstrip()
+        for cells in (list(zip(row, widths, strict=True)) for row in (titles, *rows))
+    ]

@@ -29,10 +29,11 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets, interleave_datasets
 
 from ..errors import UsageError, counted
-from .documents import Document, Documents, check_vocabulary
+from .documents import Document, check_vocabulary
+from .held_out import Split, read_evaluation, split_text
 from .packing import COLUMNS, PADDED_COLUMNS, Packed, as_dataset, pack
 from .sources import DataSpec
-from .texts import Divide, Text, divided, read_text
+from .texts import Divide, divided, read_text
 
 EVAL_FRACTION = 0.05
 HELD_OUT_BLOCKS = 64  # the most per data set
@@ -131,9 +132,9 @@ def load_blocks(
     texts = [read_text(spec, tokenizer, token) for spec in specs]
     if divide is not None:
         texts = divided(texts, divide)
-    splits = [_split(text, seed, fraction, most_tokens) for text in texts]
+    splits = [split_text(text, seed, fraction, most_tokens) for text in texts]
     names, eval_names = (_unique_names([each.name for each in some]) for some in (texts, eval_specs))
-    tests = [_read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
+    tests = [read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
     if vocabulary is not None:
         for split in [*splits, *tests]:
             check_vocabulary(split.read.items, tokenizer, vocabulary, split.spec.source)
@@ -144,14 +145,45 @@ def load_blocks(
     mixed, drawn = _mix(train, [text.spec.weight for text in texts], seed, mixing)
     evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
     if eval_specs:
-        rows = [layout.pack(split.evaluation).rows[:most] for split in tests]
-        evaluation = {name: layout.as_dataset(some) for name, some in zip(eval_names, rows, strict=True)}
+        evaluation = dict(zip(eval_names, (layout.evaluation(split, most) for split in tests), strict=True))
     return TokenBlocks(
         train=mixed,
         evaluation=evaluation,
         sources=tuple(part.stats(name, count) for name, part, count in zip(names, parts, drawn, strict=True)),
         block_size=block_size,
     )
+
+
+def load_evaluation(
+    specs: Sequence[DataSpec],
+    tokenizer: Any,
+    *,
+    block_size: int,
+    most: int | None = None,
+    packed: bool = True,
+    vocabulary: int | None = None,
+) -> dict[str, Dataset]:
+    """Read data sets on which nothing is trained, as `load_blocks` reads its evaluation data.
+
+    Args:
+        most: blocks of each data set; by default all.
+
+    Returns:
+        Their blocks by name.
+
+    Raises:
+        UsageError: as `load_blocks`, and if a data set has nothing to predict.
+    """
+    most_tokens = math.inf if most is None else most * block_size
+    layout, found = _Layout(block_size, _padding(tokenizer, vocabulary), packed), []
+    for spec in specs:
+        split = read_evaluation(spec, tokenizer, None, 0, most_tokens)
+        if vocabulary is not None:
+            check_vocabulary(split.read.items, tokenizer, vocabulary, spec.source)
+        found.append(layout.evaluation(split, most))
+        if not len(found[-1]):
+            raise UsageError(f"{spec.source}: no block of {block_size} tokens has anything to predict in it")
+    return dict(zip(_unique_names([spec.name for spec in specs]), found, strict=True))
 
 
 def data_fingerprint(blocks: TokenBlocks) -> str:
@@ -215,96 +247,10 @@ def _unique_names(names: list[str]) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Split:
-    """The documents of a data set, divided into those to train on and those held out."""
-
-    spec: DataSpec
-    read: Documents
-    skipped_files: int
-    train: list[Document]
-    evaluation: list[Document]
-    held_out: set[bytes]  # the text keys on which no data set trains
-    by_tokens: bool  # whether the last tokens of a single document are held out
-
-
-def _split(text: Text, seed: int, fraction: float, max_tokens: float) -> _Split:
-    spec, read = text.spec, text.read
-    if not fraction:
-        return _Split(spec, read, text.skipped_files, read.items, [], held_out=set(), by_tokens=False)
-    by_key = {document.key: document for document in read.items}
-    by_tokens = len(by_key) == 1
-    if by_tokens:
-        train, evaluation = _split_tokens(spec.source, read.items, fraction, max_tokens)
-    else:
-        train, evaluation = _split_documents(read.items, by_key, seed, fraction, max_tokens)
-    return _Split(
-        spec=spec,
-        read=read,
-        skipped_files=text.skipped_files,
-        train=train,
-        evaluation=evaluation,
-        # Of a document split by tokens the whole text, on which no other data set may train either.
-        held_out={document.text_key for document in (by_key.values() if by_tokens else evaluation)},
-        by_tokens=by_tokens,
-    )
-
-
-def _read_evaluation(spec: DataSpec, tokenizer: Any, token: str | None, seed: int, max_tokens: float) -> _Split:
-    """Read evaluation data. No data set trains on a document of it, not even on one that `max_tokens` leaves out."""
-    text = read_text(spec, tokenizer, token)
-    read = text.read
-    by_key = {document.key: document for document in read.items}
-    chosen = [by_key[key] for key in _drawn(by_key, seed, len(by_key), max_tokens)]
-    held_out = {document.text_key for document in read.items}
-    return _Split(spec, read, text.skipped_files, [], chosen, held_out, by_tokens=False)
-
-
-def _split_documents(
-    documents: list[Document], by_key: dict[bytes, Document], seed: int, fraction: float, max_tokens: float
-) -> tuple[list[Document], list[Document]]:
-    """Return the documents to train on and those held out. Copies are held out once, and then not trained on."""
-    held = _drawn(by_key, seed, min(max(1, round(fraction * len(by_key))), len(by_key) - 1), max_tokens)
-    chosen = set(held)
-    return [document for document in documents if document.key not in chosen], [by_key[key] for key in held]
-
-
-def _drawn(by_key: dict[bytes, Document], seed: int, wanted: int, max_tokens: float) -> list[bytes]:
-    """Return the keys of `wanted` documents, or of fewer that have at most `max_tokens` together.
-
-    A longer document is drawn only if all are so long, because most of it would not be used.
-    """
-    ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed} ".encode() + key).digest())
-    fitting = (key for key in ranked if len(by_key[key]) <= max_tokens)
-    first = next(fitting, None) or min(ranked, key=lambda key: len(by_key[key]))
-    drawn, tokens = [first], len(by_key[first])
-    for key in [key for key in ranked if key != first][: wanted - 1]:
-        tokens += len(by_key[key])
-        if tokens > max_tokens:
-            break
-        drawn.append(key)
-    return drawn
-
-
-def _split_tokens(
-    source: str, documents: list[Document], fraction: float, max_tokens: float
-) -> tuple[list[Document], list[Document]]:
-    """Return the first tokens of each copy of the only document to train on, and its last tokens held out."""
-    one = documents[0]
-    cut = max(0, len(one) - int(min(max(2, round(fraction * len(one))), max_tokens)))
-    parts = Document(one.ids[:cut], one.learned[:cut]), Document(one.ids[cut:], one.learned[cut:])
-    if not all(part.learned[1:].any() for part in parts):
-        raise UsageError(
-            f"{source}: has one document (of {len(one)} tokens) and its last tokens cannot be held out, because one "
-            "of the two parts would have nothing to learn; give at least two documents"
-        )
-    return [parts[0]] * len(documents), [parts[1]]
-
-
-@dataclass(frozen=True)
 class _Part:
     """The blocks of one data set."""
 
-    split: _Split
+    split: Split
     documents: list[Document]  # to train on
     train: Packed
     evaluation: np.ndarray  # (blocks, 3, block_size)
@@ -348,8 +294,11 @@ class _Layout:
     def pack(self, documents: list[Document]) -> Packed:
         return pack(documents, self.block_size, self.pad, alone=not self.packed)
 
+    def evaluation(self, split: Split, most: int | None) -> Dataset:
+        return self.as_dataset(self.pack(split.evaluation).rows[:most])
 
-def _pack_split(split: _Split, held_out: set[bytes], layout: _Layout, most: int | None) -> _Part:
+
+def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int | None) -> _Part:
     source = split.spec.source
     documents = [document for document in split.train if document.text_key not in held_out]
     if layout.packed or not documents:

@@ -89,6 +89,22 @@ class Router(nn.Module):
         weight_of_evidence = (sums[..., -1:] + self.config.prior_tokens) * self.config.temperature
         return sums[..., :-1] / weight_of_evidence + prior
 
+    def contributions(self, embeddings: torch.Tensor, tokens: Tokens) -> torch.Tensor:
+        """Return what each token adds to the logits after the last one: (B, T, N) in float32.
+
+        With the prior, they sum up to those logits.
+
+        Args:
+            embeddings: (B, T, D) of any floating-point dtype.
+        """
+        age = tokens.counted.flip(1).cumsum(1).flip(1) - tokens.counted.long()  # (B, T): tokens that count after it
+        document = tokens.begins.cumsum(1)
+        counts = tokens.counted & (document == document[:, -1:])
+        left = _left(age, self.config.decay) * counts  # (B, T)
+        evidence = (left.sum(1, keepdim=True) + self.config.prior_tokens) * self.config.temperature  # (B, 1)
+        gate = F.linear(normalised(embeddings), self.gate.weight, self.gate.bias)  # (B, T, N)
+        return gate * (left / evidence).unsqueeze(-1)
+
     def _of(self, parameter: torch.Tensor, experts: tuple[int, ...] | None) -> torch.Tensor:
         return parameter if experts is None or len(experts) == self.num_experts else parameter[list(experts)]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..constants import NO_EXPERT
 from ..mixture.model import Mixture
-from ..mixture.router import Usage, count_tokens
+from ..mixture.router import Tokens, Usage, count_tokens
 from ..reporting.results import Example, SkillLoss
 from ..skills.features import input_embeddings
 from .evaluate import Evaluation
@@ -32,6 +32,7 @@ class Measured:
     loss: SkillLoss
     usage: list[float]  # share of the routed weight by expert
     confidence: list[tuple[int, float]]  # (position in the text, mean weight of its own expert there)
+    alone: dict[int, float]  # loss of each expert that was evaluated alone
 
 
 @dataclass(frozen=True)
@@ -42,21 +43,26 @@ class Known:
     own: float | None = None  # loss of the skill's own expert
 
 
-def measure(evaluation: Evaluation, rows: Any, own: int | None, known: Known = Known()) -> Measured:
+def measure(
+    evaluation: Evaluation, rows: Any, own: int | None, known: Known = Known(), *, every_expert: bool = False
+) -> Measured:
     """Measure a skill on its held-out rows. Every rank calls this.
 
     Args:
         own: the expert of the skill; None in a jointly trained mixture.
+        every_expert: whether each expert is evaluated alone, rather than those that are likely to be good at it.
     """
     model = evaluation.model
     routed, usage = known.routed or evaluation.loss(rows)
     shares = usage.shares() if usage is not None else [1.0]
     alone = {} if own is None or known.own is None else {own: known.own}
-    alone |= {i: evaluation.loss(rows, i)[0] for i in _candidates(shares, own) if i not in alone}
+    candidates = list(range(model.num_experts)) if every_expert else _candidates(shares, own)
+    alone |= {i: evaluation.loss(rows, i)[0] for i in candidates if i not in alone}
     best = min(alone, key=lambda i: (alone[i], i))
     of_own = None if own is None else alone[own]
     loss = SkillLoss(evaluation.loss(rows, NO_EXPERT)[0], routed, of_own, alone[best], best)
-    return Measured(loss, shares, [] if own is None or usage is None else _confidence(model, rows, own))
+    confidence = [] if own is None or usage is None else _confidence(model, rows, own)
+    return Measured(loss, shares, confidence, alone)
 
 
 def _candidates(shares: list[float], own: int | None) -> list[int]:
@@ -71,14 +77,27 @@ def routing_weights(model: Mixture, row: Mapping[str, Any]) -> torch.Tensor:
     Of all experts, where the mixture itself may use the top ones only. It needs the base's input embeddings only.
     Of a sharded base, every rank calls this.
     """
+    embeddings, tokens = _as_routed(model, row)
+    return model.router.logits(model.router.sums(embeddings, tokens))[0].softmax(-1).cpu()
+
+
+@torch.no_grad()
+def routing_reasons(model: Mixture, row: Mapping[str, Any]) -> torch.Tensor:
+    """Return what each token of a row adds to the router's logits after the last one, (T, N) in float32 on the CPU.
+
+    Like `routing_weights`, it needs the base's input embeddings only.
+    """
+    return model.router.contributions(*_as_routed(model, row))[0].cpu()
+
+
+def _as_routed(model: Mixture, row: Mapping[str, Any]) -> tuple[torch.Tensor, Tokens]:
+    """Return the input embeddings of a row, (1, T, D), and which of its tokens count."""
     device = model.device
     ids = torch.tensor([row["input_ids"]], device=device)  # (1, T)
     others = ("attention_mask", "position_ids")
     mask, positions = (torch.tensor([row[name]], device=device) if name in row else None for name in others)
     seen = torch.zeros(1, dtype=torch.bool, device=device)
-    tokens = count_tokens((1, ids.shape[1]), mask, positions, seen)
-    embeddings = input_embeddings(model)(ids)
-    return model.router.logits(model.router.sums(embeddings, tokens))[0].softmax(-1).cpu()
+    return input_embeddings(model)(ids), count_tokens((1, ids.shape[1]), mask, positions, seen)
 
 
 def _confidence(model: Mixture, rows: Any, own: int) -> list[tuple[int, float]]:

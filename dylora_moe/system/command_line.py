@@ -16,11 +16,12 @@ from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
-from ..errors import CheckpointError, DyLoRAMoEError, UsageError, has_controls, is_out_of_memory, printable
+from ..errors import CheckpointError, DyLoRAMoEError, UsageError, has_controls, is_out_of_memory, printable, shown
 
 PASSED, FAILED, CANNOT_RUN, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 PASS_MARK, FAIL_MARK = "✓", "✗"
 
+_NO_CONTROLS = "without control characters or line breaks; rename the file or folder"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -34,18 +35,23 @@ class FlagError(UsageError):
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` that takes flags with dashes or underscores, never abbreviated, and raises `FlagError`."""
+    """An `ArgumentParser` that takes flags with dashes or underscores, never abbreviated, and raises `FlagError`.
 
-    def __init__(self, **options: Any):
+    Args:
+        texts: whether words may have line breaks, as a prompt has. The types `text` and `path` refuse them even then.
+    """
+
+    def __init__(self, *, texts: bool = False, **options: Any):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
+        self._texts = texts
 
     def parse_known_args(  # type: ignore[override]  # the three overloads of argparse would be longer than the method
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
         args = sys.argv[1:] if args is None else args
-        if any(has_controls(arg) for arg in args):
-            self.error("expected words without control characters or line breaks; rename the file or folder")
+        if not self._texts and any(has_controls(arg) for arg in args):
+            self.error(f"expected words {_NO_CONTROLS}")
         return super().parse_known_args([_dashed(arg) for arg in args], namespace)
 
     def parse_args(  # type: ignore[override]  # as above
@@ -106,6 +112,8 @@ def text(value: str) -> str:
     """An argparse type that refuses an empty value, such as a shell makes of a variable that is not set."""
     if not value.strip():
         raise argparse.ArgumentTypeError("expected a value, got an empty one")
+    if has_controls(value):
+        raise argparse.ArgumentTypeError(f"expected a name {_NO_CONTROLS}")
     return value
 
 
@@ -120,6 +128,34 @@ def path(value: str) -> str:
 def say(text: object = "", file: TextIO | None = None) -> None:
     """Print a text. All that is printed goes through here: no name in a file of others may act on a terminal or CI."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
+
+
+class Pieces:
+    """Prints a text that comes in pieces, in printable form, but with its tabs.
+
+    What would make a line a command of GitHub Actions is told across the pieces.
+    """
+
+    def __init__(self, file: TextIO | None = None):
+        self._file = sys.stdout if file is None else file
+        self._line = ""  # what there is of the last line
+
+    def write(self, text: str, style: str = "") -> None:
+        """Print a piece.
+
+        Args:
+            style: of a terminal, by its numbers in an ANSI escape sequence, such as "4;36"; none by default.
+        """
+        made = "".join(map(self._fit, text))
+        self._file.write(f"\x1b[{style}m{made}\x1b[0m" if style and made else made)
+        self._file.flush()
+
+    def _fit(self, character: str) -> str:
+        before, self._line = self._line, "" if character == "\n" else self._line + character
+        if character in "\n\t":
+            return character
+        begins_command = before.lstrip() + character == "::" or (before + character).endswith("##[")
+        return ("\\" if begins_command else "") + shown(character)
 
 
 def annotate(title: str, text: str, file: TextIO | None = None) -> None:

@@ -92,7 +92,7 @@ class Report:
                     "passed": check.passed,
                     "seconds": round(check.seconds, 3),
                     "problems": check.problems,
-                    "measures": _finite(check.measures),
+                    "measures": finite(check.measures),
                 }
                 for check in self.checks
             ],
@@ -100,12 +100,12 @@ class Report:
         return json.dumps(value, indent=2) + "\n"
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
     """Replace infinity and NaN, which JSON does not have, by text."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -229,3 +229,12 @@ def report_file(value: str) -> str:
             raise argparse.ArgumentTypeError(f"{value} lies in a checkpoint, {folder}; give a file outside of it")
         folder = os.path.dirname(folder)
     return target
+
+
+def can_be_written(target: str) -> bool:
+    """Return whether the JSON can be written to this value of --json, which is told before the work."""
+    if target == "-":
+        return True
+    path = Path(target)
+    folder = path.absolute().parent
+    return not path.is_dir() and folder.is_dir() and os.access(path if path.exists() else folder, os.W_OK)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ..errors import UsageError
 from ..system import interrupts, machine
 from ..system.command_line import CANNOT_RUN, FAILED, INTERRUPTED, PASSED, explain, prepare_streams, say
 from .flags import QUICK, Script, given_json_target, parse
-from .report import Printer, Report, annotate, write_json
+from .report import Printer, Report, annotate, can_be_written, write_json
 from .run import Run
 
 
@@ -31,7 +29,7 @@ def run_script(
     prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
     asked = given_json_target(argv)
-    target = asked if asked and _can_be_written(asked) else None
+    target = asked if asked and can_be_written(asked) else None
     report, printer = Report(script.name), Printer(to_stderr=target == "-")
     with interrupts.handled():
         try:
@@ -68,14 +66,6 @@ def _explain(error: BaseException) -> tuple[int, str]:
         say("".join(traceback.format_exception(error)).rstrip(), sys.stderr)
         message = f"unexpected {type(error).__name__}: {error}"
     return CANNOT_RUN, message
-
-
-def _can_be_written(json_target: str) -> bool:
-    if json_target == "-":
-        return True
-    path = Path(json_target)
-    folder = path.absolute().parent
-    return not path.is_dir() and folder.is_dir() and os.access(path if path.exists() else folder, os.W_OK)
 
 
 def _finish(report: Report, printer: Printer, success: str, json_target: str | None) -> int:

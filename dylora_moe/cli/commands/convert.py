@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from ..checkpoint import formats
-from ..checkpoint.config import BESIDE, encode
-from ..checkpoint.findings import Contents, natural
-from ..checkpoint.verify import checkpoint_folder, inspect_files
-from ..constants import MAX_EXPERTS
-from ..errors import CheckpointError, UsageError
-from ..store.files import explained
-from ..store.manifest import file_digest, held_still, manifest_problems
-from ..store.publish import staged
-from ..system import command_line
-from ..system.command_line import PASS_MARK, PASSED, say
-from .wording import experts_line
+from ...checkpoint import formats
+from ...checkpoint.config import BESIDE, encode
+from ...checkpoint.findings import Contents, natural
+from ...checkpoint.verify import checkpoint_folder, inspect_files
+from ...constants import MAX_EXPERTS
+from ...errors import CheckpointError, UsageError
+from ...store.files import explained
+from ...store.manifest import file_digest, held_still, manifest_problems
+from ...store.publish import staged
+from ...system import command_line
+from ...system.command_line import PASS_MARK, PASSED, say
+from ..output import add_json_flag, people, write_json
+from ..wording import experts_line, states_of
 
 GATE_SIZE = 1e-3  # of the logits that a token's embedding gets
 NOTE = (
@@ -36,6 +37,7 @@ NOTE = (
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("old", metavar="OLD", type=command_line.path)
     parser.add_argument("new", metavar="NEW", type=command_line.path)
+    add_json_flag(parser)
 
 
 def run(args: Namespace) -> int:
@@ -46,8 +48,10 @@ def run(args: Namespace) -> int:
         raise UsageError(f"{new} is inside the old checkpoint, which stays as it is: name a folder elsewhere")
     with held_still(old):
         contents = _convert(old, new)
-    say(f"{PASS_MARK} {new}: converted from {old}, {experts_line(contents.config)}")
-    say(f"  {NOTE}")
+    say(f"{PASS_MARK} {new}: converted from {old}, {experts_line(contents.config)}", people(args))
+    say(f"  {NOTE}", people(args))
+    value = {"old": str(old), "checkpoint": str(new), "total_bytes": contents.total_bytes}
+    write_json(args, value | {"states": states_of(contents.config)})
     return PASSED
 
 
@@ -101,7 +105,7 @@ def _new_config(old: Path, new: Path) -> dict[str, Any]:
     if str(base.get("name")).startswith(BESIDE) and new.resolve().parent != old.resolve().parent:
         raise UsageError(f"{old} names a base model in its own run folder: name a new folder in {old.resolve().parent}")
     # Imports torch, which the other commands do without.
-    from ..mixture.config import RouterConfig
+    from ...mixture.config import RouterConfig
 
     # The average of all experts is closest to how they were trained; the best two of a fresh router would be any two.
     router = {key: router.get(key) for key in ("temperature", "balance_coefficient")} | {"top_k": count}
@@ -118,7 +122,7 @@ def _object(found: dict[str, Any], key: str) -> dict[str, Any]:
 
 def _write_rest(folder: Path, config: dict[str, Any]) -> None:
     # As above.
-    from ..skills.library import SkillLibrary
+    from ...skills.library import SkillLibrary
 
     count, width = config["num_experts"], config["router"]["width"]
     gate = np.random.default_rng(0).standard_normal((count, width), dtype=np.float32) * (GATE_SIZE / width**0.5)

@@ -6,16 +6,18 @@ import argparse
 from argparse import Namespace
 from pathlib import Path
 
-from ..errors import UsageError, listed
-from ..reporting.publish import write_report
-from ..reporting.results import RESULTS
-from ..system import command_line
-from ..system.command_line import PASSED, say
-from .wording import existing_folder
+from ...errors import UsageError, listed
+from ...reporting.publish import write_report
+from ...reporting.results import RESULTS
+from ...system import command_line
+from ...system.command_line import PASSED, say
+from ..output import add_json_flag, people, write_json
+from ..wording import existing_folder
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN_DIR", type=command_line.path)
+    add_json_flag(parser)
 
 
 def run(args: Namespace) -> int:
@@ -25,7 +27,9 @@ def run(args: Namespace) -> int:
         near = sorted({str(path.parent) for path in _near(folder)})
         remedy = f"these folders have one:\n{listed(near)}" if near else "train.py writes one at the end of each stage."
         raise UsageError(f"{folder}: expected {RESULTS}, found none; {remedy}")
-    say(f"wrote {write_report(folder)}")
+    page = write_report(folder)
+    say(f"wrote {page}", people(args))
+    write_json(args, {"run": str(folder), "report": str(page)})
     return PASSED
 
 

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
-from ..checkpoint.findings import Contents
-from ..checkpoint.verify import inspect_checkpoint
-from ..constants import MIB
-from ..errors import counted
-from ..system import command_line
-from ..system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED, say
-from ..validation.report import JSON_HELP, report_file
-from .wording import experts_line, states_of
+from ...checkpoint.findings import Contents
+from ...checkpoint.verify import inspect_checkpoint
+from ...constants import MIB
+from ...errors import counted
+from ...system import command_line
+from ...system.command_line import FAIL_MARK, FAILED, PASS_MARK, PASSED, say
+from ..output import add_json_flag, people, write_json
+from ..wording import experts_line, states_of
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="DIR", type=command_line.path)
-    parser.add_argument("--json", metavar="FILE", type=report_file, help=JSON_HELP)
+    add_json_flag(parser)
 
 
 def run(args: Namespace) -> int:
     folder = Path(args.checkpoint)
     contents = inspect_checkpoint(folder)
     code = FAILED if contents.problems else PASSED
-    lines = sys.stderr if args.json == "-" else sys.stdout
+    lines = people(args)
     for problem in contents.problems:
         say(f"{FAIL_MARK} {problem}", lines)
     if contents.problems:
@@ -36,13 +35,12 @@ def run(args: Namespace) -> int:
         say(f"{PASS_MARK} {folder}: complete and sound, {_summary(contents)}", lines)
     if contents.beside_line:
         say(f"  {contents.beside_line}", lines)
-    if args.json:
-        _write_json(args.json, folder, contents, code)
+    write_json(args, _as_json(folder, contents, code))
     return code
 
 
-def _write_json(target: str, folder: Path, contents: Contents, code: int) -> None:
-    value = {
+def _as_json(folder: Path, contents: Contents, code: int) -> dict[str, Any]:
+    return {
         "checkpoint": str(folder),
         "passed": not contents.problems,
         "exit_code": code,
@@ -54,12 +52,6 @@ def _write_json(target: str, folder: Path, contents: Contents, code: int) -> Non
         "experts": contents.config and contents.config.num_experts,
         "states": states_of(contents.config),
     }
-    text = json.dumps(value, indent=2) + "\n"
-    if target == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        Path(target).write_text(text, encoding="utf-8")
 
 
 def _summary(contents: Contents) -> str:
