@@ -13,11 +13,12 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
-
-import numpy as np
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from ..store.files import FileProblem, is_hole, open_regular, parse_json
+
+if TYPE_CHECKING:
+    import numpy as np  # imported where it is used: `dylora-moe list` starts in half the time without it
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_JSON_BYTES = 16 << 20
@@ -112,6 +113,8 @@ def scan_file(path: Path) -> Scan:
 
 
 def _extremes(chunks: Iterator[bytes]) -> Extremes:
+    import numpy as np
+
     finite, nonzero = True, False
     for raw in chunks:
         values = np.frombuffer(raw, dtype="<f4")
@@ -214,6 +217,8 @@ def _naturals(value: object, most: int) -> bool:
 
 def read_array(path: Path, name: str, info: TensorInfo) -> np.ndarray:
     """Read one uint8, float32 or int64 tensor; the caller has made sure that it is small."""
+    import numpy as np
+
     with open_file(path) as file:
         file.seek(info.start)
         raw = b"".join(_chunks(file, name, info))

@@ -119,13 +119,6 @@ def inspect_files(folder: str | os.PathLike, scans: dict[str, Scan] | None = Non
     return _inspect(Contents(Path(folder), scans=scans or {}), set(), values=False)
 
 
-def inspect_config(folder: str | os.PathLike) -> CheckpointConfig | None:
-    """Return the config of a checkpoint, of which nothing else is read, or None if it is missing or wrong."""
-    contents = Contents(Path(folder))
-    contents.walk()
-    return check_config(contents)
-
-
 def inspect_facts(folder: str | os.PathLike) -> Contents:
     """Return the config and the skills of a checkpoint, with the problems of these two files. Nothing else is read."""
     contents = Contents(Path(folder))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from ..constants import BITSANDBYTES, MAX_EXPERTS, MODEL_TYPE, STATES, expert_name
@@ -13,6 +15,13 @@ from .findings import Contents, Rules, get, natural, nothing_or, number, short, 
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def inspect_config(folder: str | os.PathLike) -> CheckpointConfig | None:
+    """Return the config of a checkpoint, of which nothing else is read, or None if it is missing or wrong."""
+    contents = Contents(Path(folder))
+    contents.walk()
+    return check_config(contents)
 
 
 def check_config(contents: Contents) -> CheckpointConfig | None:

@@ -35,11 +35,11 @@ class RoutedText:
     def legend(self, skills: Sequence[str]) -> None:
         """Print which colour or number each expert has, on a line of its own."""
         for expert in range(min(len(skills), MOST_IN_LEGEND)):
-            mark = "" if self._colours else f"[{expert}] "
-            self._pieces.write(f"{mark}{named(expert, skills)}", _style(expert) if self._colours else "")
-            self._pieces.write("  ")
+            mark = ("  " if expert else "") + ("" if self._colours else f"[{expert}] ")
+            self._pieces.write(mark)
+            self._pieces.write(named(expert, skills), _style(expert) if self._colours else "")
         if len(skills) > MOST_IN_LEGEND:
-            self._pieces.write(f"... and {len(skills) - MOST_IN_LEGEND} more experts")
+            self._pieces.write(f"  ... and {len(skills) - MOST_IN_LEGEND} more experts")
         self._pieces.write("\n")
 
     def write(self, text: str, expert: int | None) -> None:

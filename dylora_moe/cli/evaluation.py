@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from ..stages.setup import skill_names
 from ..training.outcome import HELD_OUT, read_held_out
 from .mixtures import Loaded
 
+BLOCK_SIZE = 512
+
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -38,20 +41,20 @@ def rows_of(loaded: Loaded, args: Namespace) -> dict[str, Dataset]:
     Raises:
         UsageError: if there are none, or the base model does not take them.
     """
-    base = loaded.model.base
-    most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if not args.data:
         run_dir = Path(args.checkpoint).resolve().parent
         found = read_held_out(run_dir)
         if not found:
             raise UsageError(f"there is no {HELD_OUT} in {run_dir}: name data sets with --data")
         return found
-    if most is not None and args.block_size > most:
+    base = loaded.model.base
+    most = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if args.block_size is not None and args.block_size > most:
         raise UsageError(f"--block-size {args.block_size}: the base model has {most} positions; use at most that many")
     return load_evaluation(
         [DataSpec.parse(text) for text in args.data],
         loaded.tokenizer,
-        block_size=args.block_size,
+        block_size=args.block_size or int(min(BLOCK_SIZE, most)),
         most=args.eval_blocks,
         packed=why_not_packed(base) is None,
         vocabulary=known_tokens(base),

@@ -80,9 +80,7 @@ def _is_prompt(value: Any) -> bool:
 def _of_json(value: Any, where: str) -> Prompt:
     kind = next((key for key in KEYS if isinstance(value, dict) and key in value), None)
     if kind is None:
-        raise UsageError(
-            f"{where}: expected a JSON object with text, prompt or messages, as the first line is"
-        )
+        raise UsageError(f"{where}: expected a JSON object with text, prompt or messages, as the first line is")
     if kind != "messages":
         return _not_empty(Prompt(clean(as_text(value[kind], where, kind)), kind), where)
     messages = read_messages(value[kind], where)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..checkpoint.verify import checkpoint_folder, inspect_config
+from ..checkpoint.verify import checkpoint_folder
+from ..checkpoint.verify_config import inspect_config
 from ..errors import UsageError
 from ..store import run_folder
 from ..store.manifest import held_still

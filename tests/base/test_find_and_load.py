@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import time
 
 import huggingface_hub
@@ -15,11 +16,13 @@ from transformers import (
 )
 
 from dylora_moe import DyLoRAMoE
+from dylora_moe.base import load
 from dylora_moe.base.find import DEFAULT_MODEL, PRESETS, find_base
 from dylora_moe.base.fingerprint import architecture
 from dylora_moe.base.load import (
     compact_random_bytes,
     load_base,
+    load_embeddings,
     load_tokenizer,
     parameter_bytes,
     resolve_device,
@@ -28,6 +31,7 @@ from dylora_moe.base.load import (
 from dylora_moe.checkpoint.config import ArchitectureEntry
 
 from ..support.base_folders import LLAMA, config_only, error_of, folder_of, isolate, tiny_folder
+from ..support.tiny import ARCHITECTURES, tiny_base
 
 # Of the Gemma 2B architecture. A change here makes every checkpoint written before look like another model's.
 CODEGEMMA_FINGERPRINT = "cf49df94314f13a7f7c0df89cfa9ba8ff004d52b8a385ee384c36712eae979a6"
@@ -278,6 +282,31 @@ def test_dtypes_and_devices(tiny, monkeypatch):
     assert "Unknown weights" in error_of(find_base, tiny, weights="some")
 
 
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_embeddings_are_loaded_alone(kind, tmp_path, monkeypatch):
+    """From one file or several, with and without the prefix of the model; otherwise with the whole model."""
+    tiny_base(kind).save_pretrained(tmp_path / "one")
+    tiny_base(kind).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len([*(tmp_path / "shards").glob("*.safetensors")]) > 1
+    wanted = tiny_base(kind).get_input_embeddings().weight
+    tensors, alone = load_file(tmp_path / "one/model.safetensors"), {"one": True, "shards": True}
+    name = next(name for name, tensor in tensors.items() if tensor.equal(wanted))
+    cut = {key.partition(".")[2] if key == name else key: value for key, value in tensors.items()}
+    copies = {"cut": cut, "longer": {f"text.{key}": value for key, value in tensors.items()}}
+    for folder, changed in (copies | {"twice": tensors | {f"text.{name}": wanted.detach().clone()}}).items():
+        shutil.copytree(tmp_path / "one", tmp_path / folder)
+        save_file(changed, tmp_path / folder / "model.safetensors", metadata={"format": "pt"})
+        alone[folder] = folder in copies
+    for folder, is_alone in alone.items():
+        source = find_base(str(tmp_path / folder))[0]
+        with monkeypatch.context() as patch:
+            if is_alone:
+                patch.setattr(load, "_pretrained", lambda *_: pytest.fail("the whole model was loaded"))
+            model = load_embeddings(source)
+        assert model.get_input_embeddings().weight.equal(wanted), folder
+        assert any(parameter.is_meta for parameter in model.parameters()) == is_alone
+
+
 def test_no_tokenizer_is_an_error_not_an_empty_one(tiny):
     assert "no tokenizer" in error_of(load_tokenizer, find_base(tiny)[0])
 
@@ -295,6 +324,7 @@ def test_gguf_of_smollm(smollm_gguf, capfd):
         assert getattr(preset.config, fact) == getattr(base.config, fact), fact
     assert preset.config.rms_norm_eps == pytest.approx(base.config.rms_norm_eps)
     model = load_base(base, weights)
+    assert load_embeddings(base).get_input_embeddings().weight.equal(model.get_input_embeddings().weight)
     tokenizer = load_tokenizer(base)
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.no_grad():

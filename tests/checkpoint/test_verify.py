@@ -24,7 +24,8 @@ from dylora_moe.checkpoint import formats
 from dylora_moe.checkpoint.probe import changed_tensors, probe_difference, read_probe
 from dylora_moe.checkpoint.read import load_into, load_mixture
 from dylora_moe.checkpoint.safetensors_file import MAX_JSON_BYTES
-from dylora_moe.checkpoint.verify import find_problems, inspect_config, inspect_files, open_checkpoint
+from dylora_moe.checkpoint.verify import find_problems, inspect_files, open_checkpoint
+from dylora_moe.checkpoint.verify_config import inspect_config
 from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.cli.main import main
 from dylora_moe.errors import CheckpointError, UsageError

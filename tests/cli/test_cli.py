@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import test_checkpoint_minimal as minimal
-from dylora_moe.cli.main import main
+from dylora_moe.cli.main import COMMANDS, main
 from dylora_moe.reporting.publish import write_results
 
 from ..support.results import sample
@@ -146,11 +146,45 @@ def test_report_leaves_a_page_of_the_user(tmp_path, capsys):
     assert (tmp_path / "report.html").read_text() == "mine"
 
 
-def test_starts_without_torch(saved):
-    code = (
-        "import sys; from dylora_moe.__main__ import main; code = main(); assert 'torch' not in sys.modules; exit(code)"
-    )
-    command = [sys.executable, "-c", code, "verify", str(saved)]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+def test_starts_without_torch(saved, tmp_path):
+    """Neither do the flags of any command need torch, and what lists checkpoints needs no numpy either."""
+    code = """
+import contextlib, sys
+from dylora_moe.cli.main import COMMANDS, main
+assert main(["list", sys.argv[2]]) == 0 and "numpy" not in sys.modules
+for command in COMMANDS:
+    with contextlib.suppress(SystemExit):
+        main([command, "--help"])
+assert main(["inspect", sys.argv[1]]) == main(["verify", sys.argv[1]]) == 0
+assert main(["generate", sys.argv[1], "--prompt", ""]) == main(["route", sys.argv[1], ""]) == 2
+assert "numpy" in sys.modules and "torch" not in sys.modules
+"""
+    command = [sys.executable, "-c", code, str(saved), str(saved.parent)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     module = [sys.executable, "-m", "dylora_moe", "list", str(saved.parent)]
     assert subprocess.run(module, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_a_module_is_loaded_when_its_command_is_called():
+    code = "import sys; from dylora_moe.cli.main import build_parser; build_parser(sys.argv[1:]); print(*sys.modules)"
+    for words in (["--help"], ["list", "x"]):
+        out = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True).stdout
+        loaded = [name for name in out.split() if name.startswith("dylora_moe.cli.commands.")]
+        assert loaded == [f"dylora_moe.cli.commands.{word}" for word in words if word in COMMANDS]
+
+
+def test_every_command_writes_json(saved, tmp_path, capsys):
+    folder = copy_of(saved, tmp_path)
+    write_results(tmp_path, sample(2))
+    (tmp_path / "checkpoint-9").mkdir()
+    assert main(["list", str(tmp_path), "--json", "-"]) == 0
+    captured = capsys.readouterr()
+    incomplete, sound = json.loads(captured.out)["checkpoints"][::-1]
+    assert (sound["name"], sound["complete"], sound["states"]) == ("checkpoint-7", True, ["immature"] * 2)
+    assert (incomplete["name"], incomplete["complete"], incomplete["states"]) == ("checkpoint-9", False, [])
+    assert captured.err.splitlines()[0].startswith("checkpoint-7  ")
+    assert main(["report", str(tmp_path), "--json", str(tmp_path / "report.json")]) == 0
+    assert json.loads((tmp_path / "report.json").read_text())["report"] == str(tmp_path / "report.html")
+    assert main(["report", str(tmp_path), "--json", str(folder / "x.json")]) == 2
+    assert "lies in a checkpoint" in capsys.readouterr().err

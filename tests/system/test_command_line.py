@@ -104,3 +104,34 @@ def test_closed_pipe(monkeypatch):
     with os.fdopen(write, "w") as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         assert command_line.run(main, []) == command_line.PIPE_CLOSED
+
+
+@pytest.mark.parametrize("style", ["", "36"])
+def test_pieces_are_as_harmless_as_the_whole(style):
+    """Wherever a text is cut, no line of it is a command of GitHub Actions, and no character acts on a terminal."""
+    text = "a\tb\x1b[31m\n  ::error::x\n:: y\r\n##[warning]z: :: ##\n"
+    printed = set()
+    for cut in range(len(text)):
+        stream = io.StringIO()
+        pieces = command_line.Pieces(stream)
+        for piece in (text[:cut], text[cut : cut + 1], text[cut + 1 :]):
+            pieces.write(piece, style)
+        found = stream.getvalue()
+        if style:
+            found = found.replace(f"\x1b[{style}m", "").replace("\x1b[0m", "")
+        printed.add(found)
+    assert printed == {"a\tb\\x1b[31m\n  :\\:error::x\n:\\: y\\r\n##\\[warning]z: :: ##\n"}
+
+
+def test_texts_may_have_line_breaks_where_names_may_not():
+    for texts in (True, False):
+        parser = command_line.Parser(prog="x", texts=texts)
+        parser.add_argument("--prompt")
+        parser.add_argument("--base", type=command_line.path)
+        if texts:
+            assert parser.parse_args(["--prompt", "a\nb"]).prompt == "a\nb"
+        else:
+            with pytest.raises(command_line.FlagError, match="without control characters"):
+                parser.parse_args(["--prompt", "a\nb"])
+        with pytest.raises(command_line.FlagError, match="without control characters"):
+            parser.parse_args(["--base", "a\nb"])

@@ -17,7 +17,7 @@ from ..wording import percent, table
 if TYPE_CHECKING:
     from ..evaluation import Evaluated
 
-BLOCK_SIZE, BATCH_SIZE = 512, 4
+BATCH_SIZE = 4
 MOST_EXPERTS = 8  # columns of the table
 
 
@@ -36,7 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="file, folder or data set of the Hub, as for train.py; repeatable",
     )
     parser.add_argument(
-        "--block-size", metavar="N", type=number(int, 8), default=BLOCK_SIZE, help=f"tokens of a block ({BLOCK_SIZE})"
+        "--block-size", metavar="N", type=number(int, 8), help="tokens of a block (512, or what the base model takes)"
     )
     parser.add_argument("--eval-blocks", metavar="N", type=number(int, 1), help="at most so many of each --data (all)")
     parser.add_argument(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...checkpoint import formats
-from ...checkpoint.verify import inspect_config
+from ...checkpoint.verify_config import inspect_config
 from ...constants import MIB
 from ...errors import UsageError
 from ...store import run_folder
