@@ -84,6 +84,8 @@ def all_on(folder: Path) -> list:
         lambda: full.main(["--checkpoint", str(folder)]),
         lambda: dylora_moe(["verify", str(folder)]),
         lambda: dylora_moe(["list", str(folder.parent)]),
+        lambda: dylora_moe(["inspect", str(folder)]),
+        lambda: dylora_moe(["route", str(folder), "a"]),
         lambda: train.main(arguments(folder.parent, "--resume")),
     ]
 

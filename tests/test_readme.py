@@ -28,6 +28,7 @@ NOT_RUN = {
     "python test_checkpoint_save_load.py --model google/codegemma-2b": "tests/validation/test_scripts.py runs it",
     "torchrun": "tests/training/test_distributed.py starts two processes",
     "accelerate launch": "tests/training/test_distributed.py starts two processes",
+    "dylora-moe generate runs/pirate/checkpoint-8    #": "tests/cli/test_shell.py chats",
     "export HF_TOKEN=": "there is no token",
     "dylora-moe push": "tests/sharing pushes to a Hub on this machine",
     "dylora-moe pull": "tests/sharing pulls from a Hub on this machine",

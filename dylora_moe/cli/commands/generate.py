@@ -124,8 +124,11 @@ def _turn(answers: Answers, screen: RoutedText, messages: list[Message], found: 
     """Answer the last message, add the answer to `found`, and return the chat with it."""
     from ..answers import Stop
 
-    messages = _fitting(answers, messages)
-    prompt = Prompt(messages[-1].content) if answers.args.raw else chat(messages)
+    if answers.args.raw:
+        messages, prompt = messages[-1:], Prompt(messages[-1].content)
+    else:
+        messages = _fitting(answers, messages)
+        prompt = chat(messages)
     ids, stop = answers.encode(prompt), Stop()
     with stop.by_interrupt():
         answer = answers.answer(ids, screen.write, stop)
