@@ -59,6 +59,10 @@ def test_logits_are_the_forgetting_mean_of_the_gate(dtype, decay, monkeypatch):
     assert torch.allclose(logits.double(), by_the_book(gate, embeddings, counted, begins), atol=1e-5)
     some = gate.logits(gate.sums(embeddings, tokens(counted, begins), (2, 0)), (2, 0))
     assert torch.allclose(some, logits[..., [2, 0]], atol=1e-6)
+    added = gate.contributions(embeddings, tokens(counted, begins))
+    assert torch.allclose(added.sum(1) + gate.prior, logits[:, -1], atol=1e-5)
+    of_last_document = [[False] * 8 + [True] * 3, [False] * 11]
+    assert (added != 0).all(-1).tolist() == of_last_document
 
 
 def test_what_came_before_is_gone_on_from():
