@@ -114,7 +114,7 @@ class Answers:
 
     def room(self, ids: Sequence[int]) -> int:
         """Return how many tokens an answer to this prompt may have; less than 1 if the prompt is too long."""
-        most = getattr(self.loaded.model.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.loaded.model.base.config.get_text_config(), "max_position_embeddings", None)
         return self.args.max_new_tokens if most is None else min(self.args.max_new_tokens, most - len(ids))
 
     def encode(self, prompt: Prompt) -> list[int]:

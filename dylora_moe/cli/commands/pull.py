@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 
-from ...checkpoint.verify import inspect_config
+from ...checkpoint.verify_config import inspect_config
 from ...system.command_line import PASS_MARK, PASSED, say
 from ..output import add_json_flag, people, write_json
 from ..wording import experts_line
