@@ -66,9 +66,13 @@ class UsageError(DyLoRAMoEError, ValueError):
 
 
 class CheckpointError(DyLoRAMoEError, ValueError):
-    """A checkpoint is not sound. `problems` has one text for each thing that is wrong. Exit code 1."""
+    """A checkpoint is not sound, or does not fit the model. Exit code 1.
 
-    def __init__(self, where: object, problems: list[str]):
+    Attributes:
+        problems: One text for each thing that is wrong.
+    """
+
+    def __init__(self, where: object, problems: list[str], verdict: str = "is not a sound checkpoint"):
         self.where = str(where)
         self.problems = sorted(problems)
-        super().__init__(f"{self.where} is not a sound checkpoint:\n{listed(self.problems)}")
+        super().__init__(f"{self.where} {verdict}:\n{listed(self.problems)}")

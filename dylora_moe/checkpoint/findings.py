@@ -68,8 +68,9 @@ class Contents:
         """A line that names the files beside those of the checkpoint, or None if there are none."""
         if not self.beside:
             return None
-        names = ", ".join(shown(name) for name in self.beside[:MAX_LISTED])
-        more = f" and {len(self.beside) - MAX_LISTED} more" if len(self.beside) > MAX_LISTED else ""
+        beside = list(dict.fromkeys(".git" if name.startswith(".git/") else name for name in self.beside))
+        names = ", ".join(shown(name) for name in beside[:MAX_LISTED])
+        more = f" and {len(beside) - MAX_LISTED} more" if len(beside) > MAX_LISTED else ""
         return f"beside the checkpoint's files, not read: {names}{more}"
 
     def report(self, name: str, text: str, remedy: str = SAVE_AGAIN) -> None:

@@ -45,6 +45,7 @@ Tensors = dict[str, torch.Tensor]
 _READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules", "init_lora_weights")
 _COMPARED = ("r", "lora_alpha", "use_rslora", "target_modules", "tensors", "parameters")
 _REMEDY = "the file belongs to another model or was changed; restore it from a copy"
+_UNLIKE = "is of another mixture than this model"  # it may be sound nevertheless
 
 
 def load_mixture(
@@ -201,7 +202,7 @@ def _check_architecture(checkpoint: SoundCheckpoint, base: PreTrainedModel) -> N
         found.append(f"quantization: {there} there, {here} here")
     if found:
         problem = f"was saved on another base model, {trained_on.name} ({'; '.join(found)}); load it on that one"
-        raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}"])
+        raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}"], "does not fit this base model")
 
 
 def _check_same_mixture(checkpoint: SoundCheckpoint, model: Mixture) -> None:
@@ -216,7 +217,8 @@ def _check_same_mixture(checkpoint: SoundCheckpoint, model: Mixture) -> None:
                 problems.append(f"{mine.name} has {key} {found}, in the model it is {expected}")
     if problems:
         remedy = "build the model as the checkpoint was, or start another run"
-        raise CheckpointError(checkpoint.folder, [f"{formats.CONFIG}: {problem}; {remedy}" for problem in problems])
+        problems = [f"{formats.CONFIG}: {problem}; {remedy}" for problem in problems]
+        raise CheckpointError(checkpoint.folder, problems, _UNLIKE)
 
 
 # ---- tensors ----
@@ -253,7 +255,7 @@ def _copy(checkpoint: SoundCheckpoint, parts: list[tuple[str, Tensors, Tensors]]
                 found = f"{tuple(there[key].shape)} {there[key].dtype}"
                 problems.append(f"{name}: tensor {key}: expected {expected}, found {found}; {_REMEDY}")
     if problems:
-        raise CheckpointError(checkpoint.folder, problems)
+        raise CheckpointError(checkpoint.folder, problems, _UNLIKE)
     with torch.no_grad():
         for source, target in pairs:
             target.copy_(source)

@@ -6,9 +6,9 @@ import argparse
 import json
 import sys
 from argparse import Namespace
-from pathlib import Path
 from typing import Any, TextIO
 
+from ..validation import report
 from ..validation.report import JSON_HELP, can_be_written, finite, report_file
 
 
@@ -30,11 +30,5 @@ def people(args: Namespace) -> TextIO:
 
 def write_json(args: Namespace, value: dict[str, Any]) -> None:
     """Write the result of a command if --json asks for it. Numbers that are not finite become text."""
-    if not args.json:
-        return
-    text = json.dumps(finite(value), indent=2) + "\n"
-    if args.json == "-":
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    else:
-        Path(args.json).write_text(text, encoding="utf-8")
+    if args.json:
+        report.write_json(json.dumps(finite(value), indent=2) + "\n", args.json)

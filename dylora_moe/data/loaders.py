@@ -54,7 +54,7 @@ def load_files(paths: list[Path], kind: str, where: str) -> Dataset:
 
 def _linked(path: Path, link: Path) -> str:
     """Make a link to a file, with its ending, and return a pattern that finds it."""
-    compressed = COMPRESSED if path.suffix.lower() == COMPRESSED else ""
+    compressed = path.suffix.lower() if path.suffix.lower() in COMPRESSED else ""
     link = link.with_name(f"{link.name}{ending(path)}{compressed}")
     try:
         link.symlink_to(path.absolute())

@@ -4,7 +4,7 @@
 |---|---|
 | `FILE.jsonl`, `.ndjson`, `.json`, `.parquet`, `.csv`, `.tsv` | the rows of the file |
 | any other file with text in UTF-8 | one row with the text of the file in the column `text` |
-| a file compressed by gzip, with `.gz` after its ending | what is in it |
+| a compressed file, with `.gz`, `.bz2` or `.xz` after its ending | what is in it |
 | a folder with files of one of the kinds above | their rows; with `train` and `test` files those of `train` |
 | any other folder | one row per text file in it, in the order of the paths |
 | a folder written by `save_to_disk` | what was saved |
@@ -26,7 +26,7 @@ from datasets import Dataset, DatasetDict
 
 from ..errors import UsageError, listed
 from .loaders import LOADERS, causes, innermost_cause, load_files
-from .text_files import check_readable, ending, files_in, stem, text_of
+from .text_files import check_readable, ending, files_in, refuse_compression, stem, text_of
 
 DATA_SUFFIXES = (*LOADERS, ".txt")
 NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -124,6 +124,7 @@ def looks_like_a_path(source: str) -> bool:
 
 
 def _read_file(path: Path) -> Rows:
+    refuse_compression(path)
     check_readable(path)
     suffix = ending(path)
     if suffix in LOADERS:
@@ -140,6 +141,9 @@ def _read_folder(folder: Path) -> Rows:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return Rows(_read_saved(folder))
     files = list(files_in(folder))
+    for file in files:
+        if ending(file.with_suffix("")) in DATA_SUFFIXES:  # of `a.jsonl.zst`, but not of `a.png`
+            refuse_compression(file)
     data = [file for file in files if ending(file) in LOADERS and file.name not in NOT_DATA]
     if not data:
         return _read_texts(folder, files)

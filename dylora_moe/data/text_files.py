@@ -1,8 +1,10 @@
-"""Finding the files of a folder, and reading those that hold text, compressed by gzip or not."""
+"""Finding the files of a folder, and reading those that hold text, compressed or not."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import os
 import zlib
 from collections.abc import Iterator
@@ -11,7 +13,10 @@ from pathlib import Path
 
 from ..errors import UsageError
 
-COMPRESSED = ".gz"
+COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+# Endings of compressed files and archives that are not read, and what unpacks them.
+NOT_READ = {".zst": "zstd -d", ".lz4": "lz4 -d", ".zip": "unzip", ".7z": "7z x", ".rar": "unrar x", ".tar": "tar xf"}
+NOT_READ |= {".tgz": "tar xf"}
 # What `git clone` leaves in the place of a file if Git LFS is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
@@ -19,12 +24,22 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def ending(path: Path) -> str:
     """Return the ending that says what a file holds, in lower case; of `a.jsonl.gz` it is `.jsonl`."""
     suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix == COMPRESSED else suffix
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
 def stem(path: Path) -> str:
     """Return the name of a file without its ending; of `a.jsonl.gz` it is `a`."""
-    return Path(path.stem).stem if path.suffix.lower() == COMPRESSED else path.stem
+    return Path(path.stem).stem if path.suffix.lower() in COMPRESSED else path.stem
+
+
+def refuse_compression(path: Path) -> None:
+    """Raise UsageError if a file is compressed, or an archive, in a way that is not read."""
+    suffix = ending(path)  # of `a.tar.gz` it is `.tar`
+    if suffix in NOT_READ:
+        raise UsageError(
+            f"{path}: expected a data file, or one compressed as {', '.join(COMPRESSED)}, found {suffix}; unpack it "
+            f"first, for instance with `{NOT_READ[suffix]}`"
+        )
 
 
 @contextmanager
@@ -32,9 +47,11 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn the errors of reading a file into a UsageError."""
     try:
         yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UsageError(f"{path}: is not a whole gzip file ({error}); restore it from its source") from error
-    except OSError as error:
+    except UsageError:
+        raise
+    except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
+        if not isinstance(error, OSError) or error.errno is None:  # of gzip, bz2 and lzma
+            raise UsageError(f"{path}: is not a whole compressed file ({error}); restore it from its source") from error
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
@@ -57,7 +74,8 @@ def content_of(path: Path) -> bytes:
     with _readable(path):
         content = path.read_bytes()
         _check_no_pointer(path, content)
-        return gzip.decompress(content) if path.suffix.lower() == COMPRESSED else content
+        decompress = COMPRESSED.get(path.suffix.lower())
+        return content if decompress is None else decompress(content)
 
 
 def text_of(path: Path) -> str | None:

@@ -20,8 +20,7 @@ from safetensors.torch import save as serialize
 
 from ..constants import NO_EXPERT
 from ..errors import CheckpointError, UsageError
-from ..store.files import explained, remove, write_new
-from ..store.lock import private_name
+from ..store.whole_files import replace_file
 from .samples import Sample
 from .sizes import NAME_BYTES, NO_LOSS, SampleSizes
 
@@ -156,13 +155,7 @@ class SkillLibrary:
         Raises:
             UsageError: if it cannot be written.
         """
-        path = Path(path)
-        with explained("write", path), private_name(path.parent, "staging") as staging:
-            try:
-                write_new(staging, self.to_bytes())
-                staging.replace(path)
-            finally:
-                remove(staging)
+        replace_file(path, self.to_bytes())
 
     def to_bytes(self) -> bytes:
         """Return the bytes of the file.

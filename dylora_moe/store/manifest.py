@@ -34,15 +34,16 @@ Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
 Digest = Callable[[Path, int], tuple[int, str]]  # as `file_digest`
 Identity = tuple[int, int]  # device and inode of a folder
 
-# What may be in a checkpoint though no manifest lists it: files of the Hub, the Trainer, desktops and a tokenizer.
+# What may be in a checkpoint though no manifest lists it: files of git, the Hub, the Trainer, desktops and a tokenizer.
 _BESIDE = re.compile(
-    r"README\.md|training_args\.bin|\.gitattributes|\.cache/huggingface/.+|(.+/)?(\.DS_Store|Thumbs\.db)"
+    r"README\.md|LICENSE(\.md|\.txt)?|training_args\.bin|\.git(attributes|ignore)|\.(git|cache/huggingface)/.+"
+    r"|(.+/)?(\.DS_Store|Thumbs\.db)"
     r"|tokenizer(_config)?\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
     r"|sentencepiece\.bpe\.model|special_tokens_map\.json|added_tokens\.json"
     r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja",
     re.DOTALL,
 )
-_FOLDERS_BESIDE = re.compile(r"\.cache(/huggingface(/.+)?)?|additional_chat_templates", re.DOTALL)
+_FOLDERS_BESIDE = re.compile(r"\.git(/.+)?|\.cache(/huggingface(/.+)?)?|additional_chat_templates", re.DOTALL)
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AGAIN = "copy the checkpoint again from where it came, or use another one"

@@ -2,6 +2,7 @@
 
     publish_files(run_dir, {"results.json": data}, replace=True)     # bytes
     publish_written(run_dir, tokenizer.save_pretrained)              # what a library writes into a folder by itself
+    replace_file("result.json", data)                                # a single file in any folder, without its lock
 
 Everything is written into a private folder `.dylora-staging-*` in the run folder and flushed to the disk. Each file and
 folder is then renamed into place, and the run folder is flushed. A crash leaves every file as it was or as it is to be,
@@ -91,6 +92,29 @@ def publish_written(folder: os.PathLike | str, write: Callable[[Path], object], 
                 return _move(staging, folder, replace)
         finally:
             remove(staging)
+
+
+def replace_file(path: os.PathLike | str, data: bytes) -> None:
+    """Write a file, whole or not at all, in place of one that may be there. A link is followed.
+
+    What is no regular file, such as /dev/stdout or a pipe, is written into.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    target = Path(os.path.realpath(path))
+    with explained("write", path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            with open(path, "wb") as file:
+                file.write(data)
+            return
+        with private_name(target.parent, "staging") as staging:
+            try:
+                write_new(staging, data)
+                os.replace(staging, target)
+                fsync(target.parent, folder=True)
+            finally:
+                remove(staging)
 
 
 def flush(folder: Path) -> None:

@@ -21,8 +21,7 @@ from ..stages.batches import BlockCollator
 from ..stages.plan import Plan, PlannedBlocks
 from ..stages.setup import stage_lines, trained_blocks
 from ..store import run_folder
-from ..store.claim import Claim
-from ..store.claim import claimed as claimed_by_one
+from ..store.claim import Claim, claimed
 from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
 from ..system import interrupts
@@ -53,7 +52,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
         _ = arguments.world_size  # joins the processes of torchrun
         settings = resuming_after_restart(settings, say)
         run_dir = Path(settings.output_dir)
-        with claimed(run_dir) as claim:
+        with claimed_on_first(run_dir) as claim:
             start = ranks.on_first(lambda: _choose(run_dir, settings))
             ranks.on_first(lambda: check_folder(run_dir))
             earlier = ranks.on_first(lambda: earlier_results(start.folder))
@@ -124,7 +123,7 @@ def resuming_after_restart(settings: TrainSettings, say: Callable[[str], None]) 
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[Claim]:
+def claimed_on_first(run_dir: Path) -> Iterator[Claim]:
     """Make the run folder, and hold the lock of its only writer. Every rank enters this; the first one does it.
 
     At the end, what was made is removed again unless the claim is kept, because there is a checkpoint.
@@ -138,7 +137,7 @@ def claimed(run_dir: Path) -> Iterator[Claim]:
             if ranks.is_first():
                 if run_dir.exists() and not run_dir.is_dir():
                     raise UsageError(f"--output-dir {run_dir}: expected a folder, found a file")
-                claim = stack.enter_context(claimed_by_one(run_dir))
+                claim = stack.enter_context(claimed(run_dir))
                 run_folder.check_writable(run_dir)
         yield claim
 

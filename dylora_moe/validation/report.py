@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TextIO
 
 from ..checkpoint import formats
 from ..constants import MIB
 from ..errors import printable
+from ..store.whole_files import replace_file
 from ..system import command_line
 
 JSON_HELP = "write the result as JSON; - for standard output"
@@ -172,14 +172,14 @@ def _if_read(stream: TextIO) -> Iterator[TextIO]:
         command_line.mute(stream)
 
 
-def write_json(report: Report, target: str) -> None:
-    """Write the report to a file, or to standard output if `target` is "-"."""
+def write_json(text: str, target: str) -> None:
+    """Write JSON to a file, or to standard output if `target` is "-". Raises UsageError if it cannot be written."""
     if target == "-":
         with _if_read(sys.stdout) as stream:
-            stream.write(report.as_json())
+            stream.write(text)
             stream.flush()
     else:
-        Path(target).write_text(report.as_json(), encoding="utf-8")
+        replace_file(target, text.encode())
 
 
 def annotate(report: Report, printer: Printer) -> None:
@@ -236,5 +236,7 @@ def can_be_written(target: str) -> bool:
     if target == "-":
         return True
     path = Path(target)
-    folder = path.absolute().parent
-    return not path.is_dir() and folder.is_dir() and os.access(path if path.exists() else folder, os.W_OK)
+    if path.exists() and not path.is_file():  # a device or a pipe
+        return not path.is_dir() and os.access(path, os.W_OK)
+    folder = Path(os.path.realpath(path)).parent
+    return folder.is_dir() and os.access(folder, os.W_OK)

@@ -76,8 +76,8 @@ def _finish(report: Report, printer: Printer, success: str, json_target: str | N
     annotate(report, printer)
     if json_target:
         try:
-            write_json(report, json_target)
-        except OSError as error:
-            printer.error(f"--json {json_target}: cannot be written ({error.strerror or error})")
+            write_json(report.as_json(), json_target)
+        except UsageError as error:
+            printer.error(f"--json: {error}")
             return report.exit_code or CANNOT_RUN
     return report.exit_code

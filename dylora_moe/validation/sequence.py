@@ -30,11 +30,18 @@ def check_new_checkpoint(run: Run) -> None:
     if source.note:
         run.printer(source.note)
     subject.check_room_to_save(run.script, run.args, source, weights)
+    _say_loading(run)
     with target_folder(run) as target:
         model = subject.build_mixture(run.args, source, weights)
         for note in model.notes:
             run.printer(note)
         check_saving(run, model, target)
+
+
+def _say_loading(run: Run) -> None:
+    """Say which base model is loaded, which may take a minute."""
+    if run.report.weights != "none":
+        run.printer(f"loading {run.report.model} ({run.report.weights} weights)")
 
 
 @contextmanager
@@ -95,6 +102,7 @@ def validate_on_base(run: Run, checkpoint: SoundCheckpoint) -> None:
     subject.check_architecture(source, trained_on, run.args.model)
     if run.script.reloads:
         subject.check_room_to_load(run.args, source, weights, checkpoint.config)
+        _say_loading(run)
         base = subject.base_weights_of(run.args, source, weights, trained_on.dtype)
         for note in getattr(base, "notes", ()):
             run.printer(note)

@@ -1,8 +1,10 @@
 """Data to blocks: what is read, what is refused, what is learned, and what is held out."""
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -95,11 +97,14 @@ def test_names_are_unique(tmp_path):
     assert list(blocks.evaluation) == ["a", "a-3", "a-2"]
 
 
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 def write_kind(path, rows):
     table, suffix = datasets.Dataset.from_list(rows), path.suffix.lower()
-    if suffix == ".gz":
+    if suffix in COMPRESS:
         plain = write_kind(path.with_suffix(""), rows)
-        path.write_bytes(gzip.compress(plain.read_bytes()))
+        path.write_bytes(COMPRESS[suffix](plain.read_bytes()))
         plain.unlink()
     elif suffix == ".parquet":
         table.to_parquet(path)
@@ -113,6 +118,7 @@ def write_kind(path, rows):
 
 
 SUFFIXES = [".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv", ".jsonl.gz", ".csv.gz", ".TSV.GZ"]
+SUFFIXES += [".jsonl.bz2", ".csv.xz"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
@@ -254,7 +260,12 @@ BAD_FILES = {
     "git lfs": ("a.jsonl", LFS, r"a\.jsonl: is a Git LFS pointer, .*git lfs pull"),
     "git lfs text": ("a.md", LFS, r"a\.md: is a Git LFS pointer"),
     "git lfs gzip": ("a.csv.gz", LFS, r"a\.csv\.gz: is a Git LFS pointer"),
-    "half a gzip": ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], r"a\.txt\.gz: is not a whole gzip file"),
+    "half a gzip": ("a.txt.gz", gzip.compress(b"x" * 999)[:-9], r"a\.txt\.gz: is not a whole compressed file"),
+    "half a bz2": ("a.txt.bz2", bz2.compress(b"x" * 999)[:-9], r"a\.txt\.bz2: is not a whole compressed file"),
+    "half an xz": ("a.txt.xz", lzma.compress(b"x" * 999)[:-9], r"a\.txt\.xz: is not a whole compressed file"),
+    "no bz2": ("a.txt.bz2", b"x" * 99, r"a\.txt\.bz2: is not a whole compressed file"),
+    "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", r"a\.jsonl\.zst: expected .*\.xz, found \.zst; .* `zstd -d`"),
+    "an archive": ("a.tar.gz", gzip.compress(b"x"), r"a\.tar\.gz: expected .*, found \.tar; .* `tar xf`"),
     "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz: cannot be read as json"),
     "schema": ("a.jsonl", b'{"words": "x", "id": 1}\n', r"found id, words; rename them to one of:\n  - messages"),
     "type": ("a.jsonl", b'{"text": ["x"]}\n', r"a\.jsonl, row 1: the column text must hold text, found list"),
@@ -360,6 +371,11 @@ def test_folders_without_documents_or_of_several_kinds(tmp_path):
     write_rows(tmp_path / "a.jsonl", texts(3))
     (tmp_path / "b.csv").write_text("text\nx\n")
     with pytest.raises(UsageError, match=r"several kinds \(csv, json\).*\n  - a\.jsonl\n  - b\.csv"):
+        blocks_of(tmp_path)
+    (tmp_path / "b.csv").rename(tmp_path / "pictures.zip")
+    assert len(read_rows(str(tmp_path)).dataset) == 3
+    (tmp_path / "b.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"b\.jsonl\.zst: expected a data file"):
         blocks_of(tmp_path)
 
 

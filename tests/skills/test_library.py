@@ -53,7 +53,7 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         path.write_bytes(data[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dylora_moe.skills.library.write_new", fail)
+    monkeypatch.setattr("dylora_moe.store.whole_files.write_new", fail)
     with pytest.raises(UsageError, match=r"cannot write .*skills\.safetensors: No space left"):
         SkillLibrary().save(tmp_path / "skills.safetensors")
     assert (tmp_path / "skills.safetensors").read_bytes() == before

@@ -15,7 +15,7 @@ from dylora_moe.errors import UsageError
 from dylora_moe.store import run_folder
 from dylora_moe.store.files import native_errors
 from dylora_moe.store.lock import LOCK
-from dylora_moe.store.whole_files import Made, publish_files, publish_written, unmake
+from dylora_moe.store.whole_files import Made, publish_files, publish_written, replace_file, unmake
 
 from ..support.faults import run_with_fault
 from ..support.saving import tree
@@ -172,3 +172,21 @@ def test_a_fault_at_every_operation_leaves_each_file_old_or_new(run, mode):
             assert outcome.acks == ["files", "base"]
             break
     assert k - 1 >= {"kill": 25, "half-kill": 4, "EIO": 40, "ENOSPC": 20}[mode]
+
+
+def test_a_single_file_is_replaced_whole_without_a_lock(run, monkeypatch):
+    (run / "link").symlink_to("results.json")
+    replace_file(run / "link", b"whole")
+    assert tree(run) == OLD | {"results.json": b"whole", "link": "results.json"} and (run / "link").is_symlink()
+    monkeypatch.setattr(os, "write", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(UsageError, match=r"cannot write .*link: No space left on device"):
+        replace_file(run / "link", b"half")
+    assert tree(run) == OLD | {"results.json": b"whole", "link": "results.json"}
+
+
+def test_what_is_no_file_is_written_into(tmp_path):
+    reader, writer = os.pipe()
+    replace_file(f"/dev/fd/{writer}", b"through a pipe")
+    os.close(writer)
+    assert os.read(reader, 99) == b"through a pipe"
+    os.close(reader)

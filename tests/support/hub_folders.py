@@ -48,9 +48,9 @@ def _share(blob: Path, cache: Path, digits: str) -> None:
 
 def add_what_the_hub_adds(folder: Path) -> list[str]:
     """Add the files that may be beside those of a checkpoint. Returns their names."""
-    names = ["README.md", ".gitattributes", ".cache/huggingface/.gitignore", "tokenizer.json", "tokenizer_config.json",
-             ".cache/huggingface/download/router.safetensors.metadata", "chat_template.jinja", ".DS_Store",
-             "additional_chat_templates/rag.jinja", "peft_adapters/Thumbs.db"]  # fmt: skip
+    names = ["README.md", ".gitattributes", ".git/HEAD", ".git/objects/0d/4b", ".cache/huggingface/.gitignore",
+             ".cache/huggingface/download/router.safetensors.metadata", "tokenizer_config.json", "chat_template.jinja",
+             "additional_chat_templates/rag.jinja", "peft_adapters/Thumbs.db", "LICENSE"]  # fmt: skip
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"{name}, which no manifest lists")

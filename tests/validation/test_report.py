@@ -53,8 +53,8 @@ def test_passed_needs_checks_and_no_error():
 
 
 def test_json_goes_to_a_file_or_to_standard_output(report, tmp_path, capsys):
-    write_json(report, str(tmp_path / "x.json"))
-    write_json(report, "-")
+    write_json(report.as_json(), str(tmp_path / "x.json"))
+    write_json(report.as_json(), "-")
     assert (tmp_path / "x.json").read_text() == capsys.readouterr().out == report.as_json()
 
 

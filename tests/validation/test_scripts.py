@@ -109,6 +109,7 @@ def test_minimal(capsys, tiny):
 def test_full(capsys, tiny):
     outcome = run(full, capsys, "--model", tiny, "--experts", 3)
     assert outcome.code == 0
+    assert outcome.lines[0] == f"loading {tiny} (pretrained weights)"
     assert outcome.lines[-8:-2] == FULL_LINES
     assert [line for line in outcome.lines if line.startswith("TEST")] == [
         "TEST 1: Save Checkpoint",
