@@ -26,7 +26,7 @@ from ..base.fingerprint import architecture
 from ..base.load import load_base
 from ..base.preserve import as_found_on_error
 from ..base.structure import check_base, quantization
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, printable
 from ..mixture.config import MoELoraConfig, RouterConfig
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
@@ -60,8 +60,8 @@ def load_mixture(
     Args:
         base: the base model, or the name of one to load; by default the one that the checkpoint names is loaded.
         kind: the class to build.
-        options: `weights` ("pretrained", or "random" if others will do), `dtype`, `device`, `token` and `revision` of
-            that base model, and `label_smoothing`.
+        options: `weights` ("pretrained", or "random" if others will do), `seed` (of random ones), `dtype`, `device`,
+            `token` and `revision` of that base model, and `label_smoothing`.
 
     Warns:
         UserWarning: if the base's weights are not those that the checkpoint was saved on, as far as its probe tells.
@@ -85,11 +85,9 @@ def load_mixture(
         _copy(checkpoint, _read_tensors(checkpoint, model), model)
         probe = read_probe(checkpoint)
     if probe is not None and not saved_on(probe[1], model):
-        warnings.warn(
-            f"{folder} was saved on other weights of its base model ({checkpoint.config.base_model.name}) than it is "
-            "loaded on: its experts were not trained for these",
-            stacklevel=3,
-        )
+        named = checkpoint.config.base_model.name
+        text = f"{folder} was saved on other weights of its base model ({named}) than it is loaded on: its experts were"
+        warnings.warn(printable(f"{text} not trained for these"), stacklevel=3)
     return model
 
 

@@ -220,16 +220,16 @@ def _padding(tokenizer: Any, vocabulary: int | None) -> int:
     return next(i for i in ids if i is not None and (vocabulary is None or i < vocabulary))
 
 
-def _check_enough(source: str, documents: list[Document], before: int, block_size: int) -> None:
+def _check_enough(where: str, documents: list[Document], before: int, block_size: int) -> None:
     if not documents:
         raise UsageError(
-            f"{source}: another data set holds out all of its documents to train on ({before:,}); leave one of the two "
+            f"{where}: another data set holds out all of its documents to train on ({before:,}); leave one of the two "
             "out"
         )
     tokens = sum(len(document) for document in documents)
     if tokens < block_size:
         raise UsageError(
-            f"{source}: has {counted(tokens, 'token')} to train on in {counted(len(documents), 'document')}, one block "
+            f"{where}: has {counted(tokens, 'token')} to train on in {counted(len(documents), 'document')}, one block "
             f"needs {block_size}; give more data or a smaller block size"
         )
 
@@ -299,14 +299,13 @@ class _Layout:
 
 
 def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int | None) -> _Part:
-    source = split.spec.source
     documents = [document for document in split.train if document.text_key not in held_out]
     if layout.packed or not documents:
-        _check_enough(source, documents, len(split.train), layout.block_size)
+        _check_enough(split.where, documents, len(split.train), layout.block_size)
     train = layout.pack(documents)
     if not len(train.rows):
         raise UsageError(
-            f"{source}: no block of {layout.block_size} tokens has anything to learn in it; give longer answers "
+            f"{split.where}: no block of {layout.block_size} tokens has anything to learn in it; give longer answers "
             "or a larger block size"
         )
     return _Part(split, documents, train, layout.pack(split.evaluation).rows[:most])

@@ -17,6 +17,7 @@ class Split:
     """The documents of a data set, divided into those to train on and those held out."""
 
     spec: DataSpec
+    where: str  # for messages
     read: Documents
     skipped_files: int
     train: list[Document]
@@ -29,15 +30,16 @@ def split_text(text: Text, seed: int, fraction: float, max_tokens: float) -> Spl
     """Divide a data set. Raises UsageError if it has one document that is too short to be divided."""
     spec, read = text.spec, text.read
     if not fraction:
-        return Split(spec, read, text.skipped_files, read.items, [], held_out=set(), by_tokens=False)
+        return Split(spec, text.where, read, text.skipped_files, read.items, [], held_out=set(), by_tokens=False)
     by_key = {document.key: document for document in read.items}
     by_tokens = len(by_key) == 1
     if by_tokens:
-        train, evaluation = _split_tokens(spec.source, read.items, fraction, max_tokens)
+        train, evaluation = _split_tokens(text.where, read.items, fraction, max_tokens)
     else:
         train, evaluation = _split_documents(read.items, by_key, seed, fraction, max_tokens)
     return Split(
         spec=spec,
+        where=text.where,
         read=read,
         skipped_files=text.skipped_files,
         train=train,
@@ -55,7 +57,7 @@ def read_evaluation(spec: DataSpec, tokenizer: Any, token: str | None, seed: int
     by_key = {document.key: document for document in read.items}
     chosen = [by_key[key] for key in _drawn(by_key, seed, len(by_key), max_tokens)]
     held_out = {document.text_key for document in read.items}
-    return Split(spec, read, text.skipped_files, [], chosen, held_out, by_tokens=False)
+    return Split(spec, text.where, read, text.skipped_files, [], chosen, held_out, by_tokens=False)
 
 
 def _split_documents(
@@ -85,7 +87,7 @@ def _drawn(by_key: dict[bytes, Document], seed: int, wanted: int, max_tokens: fl
 
 
 def _split_tokens(
-    source: str, documents: list[Document], fraction: float, max_tokens: float
+    where: str, documents: list[Document], fraction: float, max_tokens: float
 ) -> tuple[list[Document], list[Document]]:
     """Return the first tokens of each copy of the only document to train on, and its last tokens held out."""
     one = documents[0]
@@ -93,7 +95,7 @@ def _split_tokens(
     parts = Document(one.ids[:cut], one.learned[:cut]), Document(one.ids[cut:], one.learned[cut:])
     if not all(part.learned[1:].any() for part in parts):
         raise UsageError(
-            f"{source}: has one document (of {len(one)} tokens) and its last tokens cannot be held out, because one "
-            "of the two parts would have nothing to learn; give at least two documents"
+            f"{where}: has one document (of {len(one)} tokens) and its last tokens cannot be held out, because one "
+            "of the two halves would have nothing to learn; give at least two documents"
         )
     return [parts[0]] * len(documents), [parts[1]]

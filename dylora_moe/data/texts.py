@@ -21,6 +21,12 @@ class Text:
     spec: DataSpec
     read: Documents
     skipped_files: int
+    part: str = ""  # of a part: which one it is, for messages
+
+    @property
+    def where(self) -> str:
+        """What it is called in messages."""
+        return f"{self.spec.source}{self.part}"
 
 
 def read_text(spec: DataSpec, tokenizer: Any, token: str | None) -> Text:
@@ -44,5 +50,6 @@ def divided(texts: list[Text], divide: Divide) -> list[Text]:
                 skipped_files = 0
             spec = replace(text.spec, weight=text.spec.weight * sum(map(len, items)) / total)
             name = f"{text.name}-{number}" if len(parts) > 1 else text.name
-            found.append(Text(name, spec, read, skipped_files))
+            part = f" (part {number} of the {len(parts)} that it was divided into)" if len(parts) > 1 else ""
+            found.append(Text(name, spec, read, skipped_files, part))
     return found

@@ -27,12 +27,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, counted
 from ..mixture.model import Mixture
-from .features import LEAST_WINDOW, evenly, read_states, windows_of
+from .features import LEAST_WINDOW, WINDOW, evenly, read_states, windows_of
 from .library import SkillLibrary
 
 FOLDS = 4
+LEAST_WINDOWS = 2 * FOLDS  # of a skill: its thresholds are computed from these
 DOCUMENT_WINDOWS = 4  # by which a single document is judged
 DOCUMENT_ALLOWANCE = 1.1  # by which the thresholds are multiplied for a single document
 OWN = 0.9  # quantile of the distances to a skill of its own texts
@@ -48,19 +49,24 @@ class Verdict(NamedTuple):
 
 
 class NoveltyDetector:
-    """Judges text by the skills of a library that have states.
+    """Judges text by the skills of a library of whose text enough is known: at least 8 windows.
+
+    Attributes:
+        left_out: the names of the other skills, which no text is compared with.
 
     Raises:
-        UsageError: if there is none.
+        UsageError: if there is no such skill.
     """
 
     def __init__(self, model: Mixture, library: SkillLibrary):
         self.model = model
-        self.states = {skill.name: skill.states.rows().double() for skill in library if len(skill.states) >= 2 * FOLDS}
+        self.states = {s.name: s.states.rows().double() for s in library if len(s.states) >= LEAST_WINDOWS}
+        self.left_out = [name for name in library.names if name not in self.states]
         if not self.states:
+            found = ", ".join(f"{counted(len(skill.states), 'window')} of {skill.name}" for skill in library)
             raise UsageError(
-                "novelty cannot be judged: no skill of the library has text; add one by SkillLibrary.update with what "
-                "skills.features.collect finds in its training blocks"
+                f"it cannot be judged what is new: expected a skill of which at least {LEAST_WINDOWS} windows of {WINDOW} "
+                f"tokens are known, found {found or 'no skills'}; train on more text first"
             )
         self._metric = Metric(list(self.states.values()))
         self._most = min(len(states) for states in self.states.values()) // FOLDS

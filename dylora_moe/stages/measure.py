@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..constants import NO_EXPERT
+from ..constants import IGNORED_LABEL, NO_EXPERT
+from ..data.packing import COLUMNS, PADDED_COLUMNS
 from ..mixture.model import Mixture
 from ..mixture.router import Tokens, Usage, count_tokens
 from ..reporting.results import Example, SkillLoss
@@ -162,10 +163,28 @@ def packed(held_out: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def unpacked(arrays: Mapping[str, np.ndarray]) -> dict[str, Dataset]:
-    """Return the rows that `packed` has made arrays of, by skill."""
-    columns: dict[str, dict[str, Any]] = {}
+def unpacked(arrays: Mapping[str, np.ndarray], vocabulary: int | None) -> dict[str, Dataset]:
+    """Return the rows that `packed` has made arrays of, by skill.
+
+    Raises:
+        ValueError: if they are others, or have tokens beyond the vocabulary.
+    """
+    columns: dict[str, dict[str, np.ndarray]] = {}
     for key, array in arrays.items():
         name, _, column = key.rpartition("/")
-        columns.setdefault(name, {})[column] = array.tolist()
-    return {name: Dataset.from_dict(found) for name, found in columns.items()}
+        columns.setdefault(name, {})[column] = array
+    for name, found in columns.items():
+        if not _are_rows(found, vocabulary or np.iinfo(np.int32).max):
+            raise ValueError(f"{name}: expected rows of tokens that the model knows, with labels, found others")
+    return {name: Dataset.from_dict({c: a.tolist() for c, a in found.items()}) for name, found in columns.items()}
+
+
+def _are_rows(found: Mapping[str, np.ndarray], vocabulary: int) -> bool:
+    columns = PADDED_COLUMNS if PADDED_COLUMNS[-1] in found else COLUMNS
+    if set(found) != set(columns) or any(array.dtype != np.int32 or array.ndim != 2 for array in found.values()):
+        return False
+    ids, labels, places = (found[column] for column in columns)
+    if not ids.size or labels.shape != ids.shape or places.shape != ids.shape:
+        return False
+    in_range = ids.min() >= 0 and ids.max() < vocabulary and places.min() >= 0 and places.max() < ids.shape[1]
+    return bool(in_range and ((labels == IGNORED_LABEL) | (labels == ids)).all())

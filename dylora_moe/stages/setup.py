@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +12,12 @@ from ..constants import expert_name
 from ..data.blocks import TokenBlocks
 from ..mixture.expert_matrices import weight_of
 from ..mixture.model import Mixture
+from ..reporting.decode import decoded
 from ..reporting.results import Decision
 from ..skills.features import collect
 from ..skills.library import Skill, SkillLibrary
 from ..skills.sizes import NAME_BYTES, SampleSizes, sample_sizes
+from ..store.files import FileProblem
 from .plan import source_of_rows
 
 
@@ -53,15 +55,42 @@ class Stage:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: Mapping[str, Any]) -> Stage:
-        """Build it from what `to_json` has returned. Raises KeyError or TypeError for anything else."""
-        return cls(
-            first_step=found["first_step"],
-            branch_step=found["branch_step"],
-            data=[None if each is None else Trained(**each) for each in found["data"]],
-            decisions=[Decision(**each) for each in found["decisions"]],
-            parts=dict(found["parts"]),
-        )
+    def from_json(cls, found: object, num_experts: int) -> Stage:
+        """Build it from what `to_json` has returned, for a mixture of so many experts.
+
+        Raises:
+            FileProblem: For anything else.
+        """
+        problems: list[str] = []
+        stage = decoded(cls, found, "stage", problems)
+        problems = problems or list(stage._contradictions(num_experts))
+        if problems:
+            raise FileProblem("; ".join(problems))
+        return stage
+
+    def _contradictions(self, num_experts: int) -> Iterator[str]:
+        branch = self.first_step + 1 if self.branch_step is None else self.branch_step
+        if not 0 <= self.first_step < branch:
+            yield f"stage: expected its first step before its branch, found {self.first_step} and {self.branch_step}"
+        wrong = [each.expert for each in self.trained if each.expert is not None and not 0 <= each.expert < num_experts]
+        if wrong:
+            yield f"stage.data: expected experts from 0 to {num_experts - 1}, found {wrong[0]}"
+        if len(self.decisions) not in (0, len(self.data)):
+            yield f"stage.decisions: expected {len(self.data)} or none, found {len(self.decisions)}"
+        if any(set(parts) - {"0", "1"} for parts in self.parts.values()):
+            yield 'stage.parts: expected texts of "0" and "1", found others'
+
+    def for_data(self, fresh: Stage) -> Stage:
+        """Return this stage for the data sets of a resumed run, of which `fresh` would be the stage.
+
+        A data set that goes by the name of a skill trains what that one did. If they have other names, but are as many,
+        they are taken for the same ones in the same order.
+        """
+        known = {each.skill: each for each in self.trained}
+        names = [each.skill for each in fresh.trained]
+        if known.keys() == set(names):
+            return replace(self, data=[known[name] for name in names])
+        return self if len(self.data) == len(fresh.data) else replace(self, data=fresh.data)
 
     @property
     def trained(self) -> list[Trained]:

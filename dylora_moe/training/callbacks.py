@@ -191,6 +191,15 @@ class StopSignals(TrainerCallback):
         if heard and state.global_step <= self._began:
             raise Interrupted(heard)
 
+    def leave_evaluation(self, args: TrainingArguments) -> None:
+        """Stop in the middle of an evaluation on which nothing else depends, so that the last save need not wait.
+
+        Raises:
+            EvaluationStopped: If a rank has received a signal.
+        """
+        if ranks.largest(self._heard, args.device):
+            raise EvaluationStopped
+
     def _stops(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> bool:
         """Return whether the run is to stop now, at a step that is complete, since a rank has received a signal."""
         heard = ranks.largest(self._heard, args.device)

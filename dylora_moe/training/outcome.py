@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ from safetensors.numpy import save as serialize
 
 from ..checkpoint.write import describe_mixture
 from ..distributed import ranks
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..reporting.publish import check_results, write_results
 from ..reporting.results import RESULTS, Example, Results, SkillEntry, StageResult, read_results
 from ..reporting.words import telling_words
 from ..skills.library import Skill
+from ..stages.batches import known_tokens
 from ..stages.measure import Known, Measured, examples, measure, packed, texts_of, unpacked
 from ..stages.setup import Trained, sizes_of, source_rows
 from ..store.whole_files import publish_files
+from .callbacks import EvaluationStopped, StopSignals
 from .prepare import Prepared
+from .resume import Start
 from .summary import RunResult
 from .trainer import MoETrainer
 
@@ -46,15 +49,47 @@ def check_folder(run_dir: Path) -> None:
         )
 
 
-def earlier_results(checkpoint: Path | None) -> Results | None:
-    """Return the results beside the checkpoint that a run begins with, if there are any.
+@dataclass(frozen=True)
+class Earlier:
+    """What the stages before a run have left beside the checkpoint that it begins with.
 
-    Raises:
-        UsageError: If they are not sound.
+    Attributes:
+        held_out: the held-out rows by skill.
+        lines: for the user, about files that cannot be used.
     """
-    if checkpoint is None or not (checkpoint.parent / RESULTS).exists():
-        return None
-    return read_results(checkpoint.parent)
+
+    results: Results | None = None
+    held_out: Mapping[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+
+
+def read_earlier(run: Prepared, start: Start, grown_from: str | None) -> Earlier:
+    """Read what earlier stages have left. A run goes on without a file that is damaged.
+
+    Args:
+        grown_from: the checkpoint that has grown, if that is in another run folder: a run that was killed leaves no
+            results in its own.
+    """
+    if start.folder is None:
+        return Earlier()
+    folder, lines = start.folder.parent, list[str]()
+    if grown_from is not None and not (folder / RESULTS).exists():
+        folder = Path(grown_from).resolve().parent
+    results, held_out = None, dict[str, Any]()
+    try:
+        if (folder / RESULTS).exists():
+            results = read_results(folder)
+            unknown = [entry.name for entry in results.skills if entry.name not in run.skills]
+            if unknown or results.experts > run.model.num_experts:
+                results = None
+                raise UsageError(f"{folder / RESULTS}: is not of {start.folder}, which has other skills or experts")
+    except UsageError as error:
+        lines.append(f"{str(error).partition(chr(10))[0]}: what it says of earlier stages is left out")
+    try:
+        held_out = read_held_out(folder, known_tokens(run.model.base))
+    except UsageError as error:
+        lines.append(f"{error}: what is forgotten is not measured")
+    return Earlier(results, held_out, lines)
 
 
 def held_out_rows(run: Prepared) -> Iterator[tuple[str, Trained, Any]]:
@@ -65,15 +100,19 @@ def held_out_rows(run: Prepared) -> Iterator[tuple[str, Trained, Any]]:
             yield source.name, trained, rows
 
 
-def set_losses(trainer: MoETrainer, run: Prepared) -> dict[str, float]:
+def set_losses(trainer: MoETrainer, run: Prepared, stop: StopSignals) -> dict[str, float]:
     """Note the held-out loss of each skill that was trained in the skill library. Every rank calls this.
 
     Returns:
-        The losses by skill.
+        The losses by skill; those that a signal has cut short are missing.
     """
-    losses = {}
+    losses: dict[str, float] = {}
+    evaluation = trainer.evaluation(lambda: stop.leave_evaluation(trainer.args))
     for _, trained, rows in held_out_rows(run):
-        losses[trained.skill], _ = trainer.evaluation().loss(rows, trained.expert)
+        try:
+            losses[trained.skill], _ = evaluation.loss(rows, trained.expert)
+        except EvaluationStopped:
+            break
         run.skills.update(Skill(trained.skill, loss=losses[trained.skill]), sizes_of(run.model, trained.expert or 0))
     return losses
 
@@ -83,7 +122,6 @@ class Outcome:
     """What a run has come to.
 
     Attributes:
-        earlier: the results of the stages before, if the run grows a mixture or goes on with an earlier one.
         losses: what `set_losses` has returned; empty if the run was stopped, or had ended before.
     """
 
@@ -91,7 +129,7 @@ class Outcome:
     run: Prepared
     trainer: MoETrainer
     result: RunResult
-    earlier: Results | None
+    earlier: Earlier
     losses: Mapping[str, float]
 
     def leave(self) -> None:
@@ -102,9 +140,8 @@ class Outcome:
         Raises:
             UsageError: If a file cannot be written.
         """
-        folder = self.run_dir if self.result.saved is None else self.result.saved.parent
         current = {trained.skill: rows for _, trained, rows in held_out_rows(self.run)}
-        found = ranks.on_first(lambda: read_held_out(folder)) | current
+        found = {**self.earlier.held_out, **current}
         held_out = {name: found[name] for name in self.run.skills.names if name in found}
         measured = {}
         if self.result.stopped_by is None:
@@ -151,7 +188,7 @@ class Outcome:
 
     def _stages_before(self) -> list[StageResult]:
         """Return the stages before this one; what a run that was stopped has written is replaced."""
-        stages = [] if self.earlier is None else self.earlier.stages
+        stages = [] if self.earlier.results is None else self.earlier.results.stages
         return [stage for stage in stages if not (self.run.resumes and stage.first_step >= self.run.stage.first_step)]
 
     def _stage(self, measured: Mapping[str, Measured]) -> StageResult:
@@ -175,7 +212,7 @@ class Outcome:
     def _entries(self, measured: Mapping[str, Measured]) -> list[SkillEntry]:
         """Return an entry for each skill. What is known of an earlier one stays as it is, where it is not measured."""
         run, blocks = self.run, self.run.blocks
-        before = {} if self.earlier is None else {entry.name: entry for entry in self.earlier.skills}
+        before = {} if self.earlier.results is None else {entry.name: entry for entry in self.earlier.results.skills}
         index = {trained.skill: i for i, trained in enumerate(run.stage.data) if trained is not None}
         texts = {name: texts_of(source_rows(blocks, i), run.tokenizer) for name, i in index.items()}
         words = telling_words(texts, WORDS)
@@ -200,8 +237,11 @@ class Outcome:
         return entries
 
 
-def read_held_out(run_dir: Path) -> dict[str, Any]:
+def read_held_out(run_dir: Path, vocabulary: int | None) -> dict[str, Any]:
     """Return the held-out rows of each skill that earlier stages have left in a run folder.
+
+    Args:
+        vocabulary: the number of tokens that the model knows.
 
     Raises:
         UsageError: If the file is not sound.
@@ -210,9 +250,9 @@ def read_held_out(run_dir: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        return unpacked(load_file(path))
+        return unpacked(load_file(path), vocabulary)
     except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}); restore it from a copy, or remove it") from None
+        raise UsageError(f"{path}: cannot be read ({shown(error)})") from None
 
 
 def _kind(path: Path) -> dict[str, str] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from ..base.find import find_base
 from ..base.load import load_base, load_tokenizer
 from ..base.preserve import seeded
 from ..base.source import quantized
+from ..checkpoint.probe import read_probe, saved_on
 from ..checkpoint.read import load_into, load_mixture, named_base, read_skills
 from ..checkpoint.verify import SoundCheckpoint, open_checkpoint
 from ..constants import IMMATURE
@@ -22,6 +24,7 @@ from ..distributed import ranks
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
 from ..mixture.model import Mixture
+from ..mixture.targets import comma_separated
 from ..skills.fit import fit_router
 from ..skills.library import SkillLibrary
 from ..skills.novelty import NoveltyDetector
@@ -30,6 +33,7 @@ from ..stages.clusters import Clusters
 from ..stages.growth import Divided, Judge, check_skills, grow
 from ..stages.plan import branch_after, steps_of
 from ..stages.setup import Stage, add_skills, first_stage
+from ..store.files import FileProblem
 from ..system import machine
 from . import training_state
 from .resume import Start, check, compared_settings
@@ -106,8 +110,8 @@ def _training(settings: TrainSettings, start: Start, device: torch.device) -> Pr
                 load_into(checkpoint, model)
             skills = read_skills(checkpoint)
             stage = first_stage(blocks, start.step, None, joint=not specialised)
-            if not weights_only:
-                stage = _stage_of(checkpoint) or stage
+            saved = None if weights_only else _stage_of(checkpoint)
+            stage = stage if saved is None else saved.for_data(stage)
         resumes = start.folder is not None and not start.weights_only
         if not resumes:
             add_skills(model, skills, blocks, stage)
@@ -146,6 +150,9 @@ def _growth(settings: TrainSettings, start: Start, device: torch.device) -> Prep
         judge = Judge(NoveltyDetector(model, skills)) if there is None else None
         blocks = load_data(settings, model, tokenizer, judge or Divided(there.parts if there else {}))
         if judge is not None:
+            if judge.detector.left_out:
+                names = comma_separated(judge.detector.left_out)
+                model.notes.append(f"too little text of {names} is known to compare new data with")
             there = grow(model, skills, blocks, judge, first_step=start.step, update=settings.update)
             add_skills(model, skills, blocks, there)
     compared = compared_settings(settings, model, blocks)
@@ -162,12 +169,9 @@ def _stage_of(checkpoint: SoundCheckpoint) -> Stage | None:
     """Return the stage that a checkpoint is of, if it was saved by train.py."""
     found = training_state.run_settings(training_state.read_trainer_state(checkpoint.folder)).get("stage")
     try:
-        return None if found is None else Stage.from_json(found)
-    except (KeyError, TypeError, AttributeError):
-        raise UsageError(
-            f"{checkpoint.folder}: trainer_state.json: expected what the data sets of the run train as its stage, "
-            "found something else; restore it from a copy"
-        ) from None
+        return None if found is None else Stage.from_json(found, checkpoint.config.num_experts)
+    except FileProblem as error:
+        raise UsageError(f"{checkpoint.folder}: trainer_state.json: {error}; restore it from a copy") from None
 
 
 def _load_grown(
@@ -177,10 +181,18 @@ def _load_grown(
     name = settings.model or named_base(checkpoint, "--model")
     source, _ = find_base(name, weights=settings.weights, token=settings.hf_token)
     options: dict[str, Any] = {"weights": settings.weights, "device": str(device), "token": settings.hf_token}
+    options |= {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
     if settings.dtype is not None:
         options["dtype"] = settings.dtype
-    smoothing = settings.label_smoothing
-    model: Mixture = load_mixture(checkpoint.folder, settings.model, label_smoothing=smoothing, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*was saved on other weights")  # which is refused here
+        model: Mixture = load_mixture(checkpoint.folder, settings.model, **options)
+    probe = read_probe(checkpoint)
+    if probe is not None and not saved_on(probe[1], model) and not settings.accept_changes:
+        raise UsageError(
+            f"{name}: expected the weights on which {checkpoint.folder} was saved, found others: neither its experts "
+            "nor its skills were learned on these; restore them, or accept the change with --accept-changes"
+        )
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model, load_tokenizer(source, token=settings.hf_token)

@@ -284,8 +284,7 @@ def _refuse(folder: Path, changed: dict[str, str], fixed: dict[str, str], accept
     if fixed:
         remedy += (
             f", or start another run in another folder: {', '.join(sorted(fixed))} cannot change, since the experts "
-            "of a checkpoint keep their number and their shapes. In Python, DyLoRAMoE.from_checkpoint and add_expert "
-            "add an expert"
+            "of a checkpoint keep their number and their shapes. --grow adds experts for new data"
         )
     else:
         remedy += ", or accept the changes with --accept-changes"

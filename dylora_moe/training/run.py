@@ -29,7 +29,7 @@ from . import training_state
 from .arguments import training_arguments
 from .callbacks import EarlyStopping, StopSignals
 from .checkpoint_callback import PeftCheckpointCallback
-from .outcome import Outcome, check_folder, earlier_results, set_losses
+from .outcome import Outcome, check_folder, read_earlier, set_losses
 from .prepare import Prepared, prepare, run_steps
 from .resume import Start, choose, choose_growth
 from .settings import TrainSettings
@@ -55,7 +55,6 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
         with claimed_on_first(run_dir) as claim:
             start = ranks.on_first(lambda: _choose(run_dir, settings))
             ranks.on_first(lambda: check_folder(run_dir))
-            earlier = ranks.on_first(lambda: earlier_results(start.folder))
             for line in start.lines:
                 say(line)
             if settings.demo:
@@ -64,7 +63,9 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             say(f"loading {settings.model or start.folder if settings.grow else settings.base_model}")
             # A base that is to be sharded is read into the memory of the CPU first.
             run = prepare(settings, start, torch.device("cpu") if how else arguments.device)
-            for line in [*run.model.notes, *describe_run(run.model, run.blocks), *stage_lines(run.stage, run.blocks)]:
+            earlier = ranks.on_first(lambda: read_earlier(run, start, settings.from_))
+            described = [*describe_run(run.model, run.blocks), *stage_lines(run.stage, run.blocks)]
+            for line in [*earlier.lines, *run.model.notes, *described]:
                 say(line)
             if not run.stage.trained:
                 return RunResult(start.step, start.folder, nothing_new=True)
@@ -75,7 +76,7 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
             stop = StopSignals(warn, early)
             losses: dict[str, float] = {}
             saver = PeftCheckpointCallback(
-                run.skills, run.compared, stop.ended_early, at_end=lambda: losses.update(set_losses(trainer, run))
+                run.skills, run.compared, stop.ended_early, at_end=lambda: losses.update(set_losses(trainer, run, stop))
             )
             arguments.eval_on_start = not run.resumes  # the loss that the experts start from
             trainer = make_trainer(settings, arguments, run, [early, saver, stop])
@@ -91,9 +92,10 @@ def execute(settings: TrainSettings, say: Callable[[str], None], warn: Callable[
                 train(trainer, str(start.folder) if run.resumes else None, stop, claim)
             newest = run_folder.latest(run_dir)
             saved = newest.path if newest else start.folder
-            held_out = [] if stop.received else held_out_results(trainer)
-            result = RunResult(trainer.state.global_step, saved, stop.received, run.ended, held_out=held_out)
-            Outcome(run_dir, run, trainer, result, earlier, losses).leave()
+            with measuring(saved, say):
+                held_out = [] if stop.received else held_out_results(trainer)
+                result = RunResult(trainer.state.global_step, saved, stop.received, run.ended, held_out=held_out)
+                Outcome(run_dir, run, trainer, result, earlier, losses).leave()
             return result
 
 
@@ -101,6 +103,16 @@ def _choose(run_dir: Path, settings: TrainSettings) -> Start:
     if settings.grow:
         return choose_growth(run_dir, settings.from_, settings.resume, settings.data)
     return choose(run_dir, settings.resume, settings.resume_weights_only)
+
+
+@contextmanager
+def measuring(saved: Path | None, say: Callable[[str], None]) -> Iterator[None]:
+    """Say what is missing if the block is interrupted: the checkpoint is there already."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"saved {saved}; its results are not complete: the same command with --resume measures them")
+        raise
 
 
 # ---- a restart ----

@@ -517,7 +517,8 @@ def test_row_28_another_base_names_both(other, tmp_path):
             "other dims": "intermediate_size: 48 there, 64 here",
             "other rope": "rope_parameters.rope_theta: 10000.0 there, 500000.0 here",
         }[other]
-        assert str(caught.value).startswith(f"{folder} does not fit this base model:\n") and expected in str(caught.value)
+        assert str(caught.value).startswith(f"{folder} does not fit this base model:\n")
+        assert expected in str(caught.value)
     assert describe_base(base) == before
     model = DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4))
     values = tensors(model)

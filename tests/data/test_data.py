@@ -358,6 +358,12 @@ def test_bad_file(tmp_path, case):
         blocks_of(tmp_path / name)
 
 
+def test_a_part_that_is_too_small_is_told_from_its_data_set(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "x" * 200}] * 5 + [{"text": "short"}])
+    with pytest.raises(UsageError, match=r"a\.jsonl \(part 2 of the 2 that it was divided into\): has one document"):
+        blocks_of(path, divide=lambda sources, data: [[int(len(d) < 100) for d in data[0]]])
+
+
 def test_unreadable_file(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", texts(3))
     monkeypatch.setattr(Path, "open", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))

@@ -771,7 +771,7 @@ def test_changed_experts_are_never_accepted(run_dir, capsys):
             assert f"  - {text}" in err
             assert "--accept-changes" not in err
             assert "sound" not in err
-            assert "add_expert add an expert" in err
+            assert "--grow adds experts for new data" in err
     assert train.main(arguments(run_dir, "--resume", "--experts", "3", "--seed", "1")) == 2
     err = capsys.readouterr().err
     assert "  - experts: 2 there, 3 here\n" in err
