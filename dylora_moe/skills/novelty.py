@@ -65,8 +65,8 @@ class NoveltyDetector:
         if not self.states:
             found = ", ".join(f"{counted(len(skill.states), 'window')} of {skill.name}" for skill in library)
             raise UsageError(
-                f"it cannot be judged what is new: expected a skill of which at least {LEAST_WINDOWS} windows of {WINDOW} "
-                f"tokens are known, found {found or 'no skills'}; train on more text first"
+                f"it cannot be told what is new: expected a skill with at least {LEAST_WINDOWS} windows of text, of "
+                f"{WINDOW} tokens each, found {found or 'no skills'}; train on more text first"
             )
         self._metric = Metric(list(self.states.values()))
         self._most = min(len(states) for states in self.states.values()) // FOLDS

@@ -96,8 +96,11 @@ def test_windows():
 def test_what_cannot_be_judged_is_refused(model):
     library = SkillLibrary()
     library.add(Skill("x"))
-    with pytest.raises(UsageError, match="no skill of the library has text"):
+    with pytest.raises(UsageError, match="at least 8 windows of text, of 128 tokens each, found 0 windows of x; train"):
         NoveltyDetector(model, library)
+    library = library_of(model, 0)
+    library.add(Skill("few", states=library["s0"].states.smallest(7)))
+    assert NoveltyDetector(model, library).left_out == ["few"]
     with pytest.raises(UsageError, match="less than two tokens"):
         NoveltyDetector(model, library_of(model, 0, 1)).judge(torch.empty(0, 32))
     with pytest.raises(UsageError, match="have 31 numbers, those of the skills have 32"):

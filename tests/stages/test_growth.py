@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 
 import train
 from dylora_moe import DyLoRAMoE
 from dylora_moe.errors import UsageError
-from dylora_moe.reporting.results import read_results
+from dylora_moe.reporting.results import KIND, read_results
 from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.training.outcome import HELD_OUT_KIND
 
 from ..support.runs import arguments, assert_same, contents, material, newest, signal_at, states, steps
 
@@ -130,6 +132,46 @@ def test_a_checkpoint_grows_in_another_folder(run, tmp_path):
     assert steps(tmp_path / "other") == [2, 4] and steps(run) == [2, 4]
     model = DyLoRAMoE.from_checkpoint(tmp_path / "other" / "checkpoint-4")
     assert model.num_experts == 3
+    found = read_results(tmp_path / "other")
+    assert [stage.kind for stage in found.stages] == ["train", "grow"]
+    assert set(found.stages[1].evaluation) == {"words", "digits", "SIGNS"}
+    (tmp_path / "other/results.json").unlink()  # as if it had been killed
+    assert grow(tmp_path / "other", data, more=("--from", str(newest(run)), "--resume")) == 0
+    assert read_results(tmp_path / "other") == found
+
+
+def test_what_earlier_stages_have_left_may_be_damaged(run, tmp_path, capsys):
+    (run / "results.json").write_text(json.dumps({"kind": KIND, "format_version": 1}))
+    rows = load_file(run / "held_out.safetensors")
+    rows["words/input_ids"] += 1000
+    save_file(rows, run / "held_out.safetensors", metadata=HELD_OUT_KIND)
+    assert grow(run, write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)) == 0
+    out = capsys.readouterr().out
+    assert f"{run / 'results.json'}: it is not sound: what it says of earlier stages is left out\n" in out
+    assert "held_out.safetensors: cannot be read (words: expected rows of tokens that the model knows" in out
+    found = read_results(run)
+    assert [(stage.kind, list(stage.evaluation)) for stage in found.stages] == [("grow", ["SIGNS"])]
+
+
+def test_other_base_weights_are_refused(run, tmp_path, capsys):
+    base = shutil.copytree(material() / "base", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"][7] *= -3
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
+    assert grow(run, data, more=("--model", str(base))) == 2
+    assert f"{base}: expected the weights on which {newest(run)} was saved, found others" in capsys.readouterr().err
+    assert grow(run, data, more=("--model", str(base), "--accept-changes"), steps=1) == 0
+
+
+def test_random_base_weights_are_those_of_the_seed(tmp_path, capsys):
+    flagged = ["--weights", "random", "--seed", "5"]
+    words = ["--model", str(material() / "base"), "--lora-r", "4", *flags(tmp_path / "run", steps=1), *flagged]
+    assert train.main([*words, "--data", str(write(tmp_path / "words.jsonl", "words", 1))]) == 0
+    data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
+    assert grow(tmp_path / "run", data, more=("--weights", "random"), steps=1) == 2
+    assert "found others" in capsys.readouterr().err
+    assert grow(tmp_path / "run", data, more=tuple(flagged), steps=1) == 0
 
 
 @pytest.mark.parametrize(
