@@ -56,7 +56,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise UsageError if a file cannot be read, is empty, or is a Git LFS pointer."""
+    """Raise UsageError if a file cannot be read, is empty, a Git LFS pointer, or no file but a pipe or a device."""
+    if not path.is_file():  # its end may never come, and what was looked at is gone
+        raise UsageError(f"{path}: expected a file or a folder, found a pipe or a device; write its content to a file")
     with _readable(path), path.open("rb") as file:
         start = file.read(len(LFS_POINTER))
     if not start:

@@ -31,6 +31,7 @@ PLAIN = getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, 
 _REMEDIES = {
     "ENOSPC": "free space on that disk, or choose another output folder",
     "EDQUOT": "free space in your quota, or choose another output folder",
+    "EFBIG": "allow larger files (ulimit -f unlimited), or choose another output folder",
     "EROFS": "the file system is read-only: choose another output folder",
     "EACCES": "check the permissions of the folder, or choose another output folder",
     "EPERM": "check the permissions of the folder, or choose another output folder",
@@ -69,7 +70,7 @@ def native_errors() -> Iterator[None]:
         words = ("PytorchStream", "inline_container", "os error", "open file failed")
         if not any(word in text for word in words):
             raise
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES)
+        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
         code = next((c for c in codes if os.strerror(c) in text or f"os error {c})" in text), None)
         raise OSError(code, os.strerror(code) if code else text.splitlines()[0][:200]) from error
 

@@ -371,6 +371,13 @@ def test_unreadable_file(tmp_path, monkeypatch):
         blocks_of(path)
 
 
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jsonl")
+    for path in (tmp_path / "a.jsonl", "/dev/zero"):
+        with pytest.raises(UsageError, match="expected a file or a folder, found a pipe or a device"):
+            blocks_of(path)
+
+
 def test_folders_without_documents_or_of_several_kinds(tmp_path):
     with pytest.raises(UsageError, match="has no data files"):
         blocks_of(tmp_path)
