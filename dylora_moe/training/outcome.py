@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -213,16 +214,18 @@ class Outcome:
         """Return an entry for each skill. What is known of an earlier one stays as it is, where it is not measured."""
         run, blocks = self.run, self.run.blocks
         before = {} if self.earlier.results is None else {entry.name: entry for entry in self.earlier.results.skills}
-        index = {trained.skill: i for i, trained in enumerate(run.stage.data) if trained is not None}
-        texts = {name: texts_of(source_rows(blocks, i), run.tokenizer) for name, i in index.items()}
+        indices: dict[str, list[int]] = {}
+        for i, trained in enumerate(run.stage.data):
+            if trained is not None:
+                indices.setdefault(trained.skill, []).append(i)
+        rows = {name: (source_rows(blocks, i) for i in some) for name, some in indices.items()}
+        texts = {n: chain.from_iterable(texts_of(each, run.tokenizer) for each in some) for n, some in rows.items()}
         words = telling_words(texts, WORDS)
         entries = []
         for skill in run.skills:
             old, found = before.get(skill.name), measured.get(skill.name)
             data = [] if old is None else list(old.data)
-            if skill.name in index:
-                source = blocks.sources[index[skill.name]].source
-                data += [] if source in data else [source]
+            data += [blocks.sources[i].source for i in indices.get(skill.name, ())]
             entries.append(
                 SkillEntry(
                     name=skill.name,
@@ -231,7 +234,7 @@ class Outcome:
                     words=words.get(skill.name, [] if old is None else old.words),
                     usage=[] if found is None else found.usage,
                     confidence=[] if found is None else found.confidence,
-                    data=data,
+                    data=list(dict.fromkeys(data)),
                 )
             )
         return entries

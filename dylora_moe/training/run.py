@@ -24,7 +24,7 @@ from ..store import run_folder
 from ..store.claim import Claim, claimed
 from ..store.files import remove
 from ..store.whole_files import Made, publish_written, same_content
-from ..system import interrupts
+from ..system import interrupts, machine
 from . import training_state
 from .arguments import training_arguments
 from .callbacks import EarlyStopping, StopSignals
@@ -209,6 +209,8 @@ def write_demo(settings: TrainSettings) -> list[Made]:
 
 # ---- training ----
 
+ORDER_BYTES = 60  # for each block that a run draws, most of them while the order is made
+
 
 def make_trainer(
     settings: TrainSettings,
@@ -222,6 +224,8 @@ def make_trainer(
         last_step = run_steps(settings, len(train)) + (run.stage.first_step if run.stage.grows else 0)
         plan = Plan(run.stage.first_step, run.stage.branch_step, last_step, experts)
         micro_batches = settings.grad_accum * ranks.world()[1]
+        blocks = last_step * settings.batch_size * micro_batches
+        machine.need_memory(ORDER_BYTES * blocks, f"the order of the blocks in {last_step:,} steps (--max-steps)")
         train = PlannedBlocks(train, plan, settings.batch_size, micro_batches, settings.seed)
         arguments.max_steps = last_step
     return MoETrainer(

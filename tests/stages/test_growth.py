@@ -98,6 +98,7 @@ def test_what_is_known_is_not_trained_on_unless_asked_for(run, tmp_path, capsys)
     assert [name for name in here if here[name] != there[name]] == [
         "peft_adapters/expert_1/expert_1/adapter_model.safetensors"
     ]
+    assert read_results(run).skills[1].data[1:] == [str(again)]
     skills = [SkillLibrary.load(run / f"checkpoint-{step}" / "skill_library.safetensors") for step in (4, 8)]
     assert skills[1]["digits"].tokens > skills[0]["digits"].tokens and skills[1].names == ["words", "digits"]
 

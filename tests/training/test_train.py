@@ -75,6 +75,7 @@ def test_help_lists_the_flags(capsys):
         (["--batch-size", "0"], "--batch-size: expected a whole number of at least 1, got 0"),
         (["--block-size", "4"], "--block-size: expected a whole number of at least 8, got 4"),
         (["--max-steps", "0"], "--max-steps: expected a whole number of at least 1, got 0"),
+        (["--max-steps", "1" + "0" * 12], "the order of the blocks in 1,000,000,000,000 steps (--max-steps): it needs"),
         (["--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295, got -1"),
         (["--seed", "4294967296"], "--seed: expected a whole number from 0 to 4294967295, got 4294967296"),
         (["--lr-schedule", "zigzag"], "invalid choice: 'zigzag'"),
