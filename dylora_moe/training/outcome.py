@@ -56,11 +56,13 @@ class Earlier:
 
     Attributes:
         held_out: the held-out rows by skill.
+        of_run: whether the run that goes on has left them itself, when it was stopped.
         lines: for the user, about files that cannot be used.
     """
 
     results: Results | None = None
     held_out: Mapping[str, Any] = field(default_factory=dict)
+    of_run: bool = False
     lines: list[str] = field(default_factory=list)
 
 
@@ -74,7 +76,8 @@ def read_earlier(run: Prepared, start: Start, grown_from: str | None) -> Earlier
     if start.folder is None:
         return Earlier()
     folder, lines = start.folder.parent, list[str]()
-    if grown_from is not None and not (folder / RESULTS).exists():
+    of_run = run.resumes and (folder / RESULTS).exists()
+    if grown_from is not None and not of_run:
         folder = Path(grown_from).resolve().parent
     results, held_out = None, dict[str, Any]()
     try:
@@ -85,12 +88,13 @@ def read_earlier(run: Prepared, start: Start, grown_from: str | None) -> Earlier
                 results = None
                 raise UsageError(f"{folder / RESULTS}: is not of {start.folder}, which has other skills or experts")
     except UsageError as error:
-        lines.append(f"{str(error).partition(chr(10))[0]}: what it says of earlier stages is left out")
+        first = str(error).partition("\n")[0].rstrip(":")
+        lines.append(f"{first}: what it says of earlier stages is left out")
     try:
         held_out = read_held_out(folder, known_tokens(run.model.base))
     except UsageError as error:
         lines.append(f"{error}: what is forgotten is not measured")
-    return Earlier(results, held_out, lines)
+    return Earlier(results, held_out, of_run, lines)
 
 
 def held_out_rows(run: Prepared) -> Iterator[tuple[str, Trained, Any]]:
@@ -190,7 +194,10 @@ class Outcome:
     def _stages_before(self) -> list[StageResult]:
         """Return the stages before this one; what a run that was stopped has written is replaced."""
         stages = [] if self.earlier.results is None else self.earlier.results.stages
-        return [stage for stage in stages if not (self.run.resumes and stage.first_step >= self.run.stage.first_step)]
+        this = "grow" if self.run.stage.grows else "train", self.run.stage.first_step
+        if self.earlier.of_run and stages and (stages[-1].kind, stages[-1].first_step) == this:
+            return stages[:-1]
+        return stages
 
     def _stage(self, measured: Mapping[str, Measured]) -> StageResult:
         stage = self.run.stage

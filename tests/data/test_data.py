@@ -360,7 +360,7 @@ def test_bad_file(tmp_path, case):
 
 def test_a_part_that_is_too_small_is_told_from_its_data_set(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "x" * 200}] * 5 + [{"text": "short"}])
-    with pytest.raises(UsageError, match=r"a\.jsonl \(part 2 of the 2 that it was divided into\): has one document"):
+    with pytest.raises(UsageError, match=r"a\.jsonl \(part 2 of the 2 that it was divided into\): has 4 tokens"):
         blocks_of(path, divide=lambda sources, data: [[int(len(d) < 100) for d in data[0]]])
 
 
