@@ -223,8 +223,8 @@ def _padding(tokenizer: Any, vocabulary: int | None) -> int:
 def _check_enough(where: str, documents: list[Document], before: int, block_size: int) -> None:
     if not documents:
         raise UsageError(
-            f"{where}: another data set holds out all of its documents to train on ({before:,}); leave one of the two "
-            "out"
+            f"{where}: nothing is left to train on: another data set, or --eval-data, holds out the same "
+            f"{counted(before, 'document')}; leave one of the two out"
         )
     tokens = sum(len(document) for document in documents)
     if tokens < block_size:

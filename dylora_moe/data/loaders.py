@@ -6,6 +6,7 @@ plain names, because `datasets` and fsspec find a meaning in some characters of 
 
 from __future__ import annotations
 
+import codecs
 import glob
 import json
 import re
@@ -30,6 +31,7 @@ LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "pa
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 NO_ROWS = "corresponds to no data"  # in the message of `datasets` for a file without rows: [], or only a header
 CAUSE_CHARACTERS = 300
+NULL_LINE = re.compile(rb"\n\s*null\s*(?:\n|$)")
 
 
 def load_files(paths: list[Path], kind: str, where: str) -> Dataset:
@@ -41,6 +43,8 @@ def load_files(paths: list[Path], kind: str, where: str) -> Dataset:
     with tempfile.TemporaryDirectory(prefix="dylora_data_") as cache, _quiet_datasets():
         files = {_linked(path, Path(cache, f"{number:06}")): path for number, path in enumerate(paths)}
         load = partial(_load, kind, files, cache)
+        for path in paths if kind == "json" else ():
+            _refuse_null_rows(path)
         try:
             rows = load(list(files))
             return _without_times(rows, paths) if kind == "json" else rows
@@ -50,6 +54,20 @@ def load_files(paths: list[Path], kind: str, where: str) -> Dataset:
             if NO_ROWS in str(error):
                 return Dataset.from_dict({})
             raise UsageError(_problem(load, files, kind, where, error)) from error
+
+
+def _refuse_null_rows(path: Path) -> None:
+    """Raise UsageError if a row of a JSON file is null. pyarrow 26 crashes where a block of rows begins with one."""
+    content = content_of(path).removeprefix(codecs.BOM_UTF8).lstrip()
+    if not (NULL_LINE.search(content) or content.startswith(b"null") or (content[:1] == b"[" and b"null" in content)):
+        return
+    try:
+        values = list(_json_values(content.decode()))
+    except (ValueError, RecursionError):  # it is no JSON, which the loader says
+        return
+    rows = [row for value in values for row in (value if isinstance(value, list) else [value])]
+    if None in rows:
+        raise UsageError(f"{path}, row {rows.index(None) + 1}: expected an object, found null; remove the row")
 
 
 def _linked(path: Path, link: Path) -> str:

@@ -36,6 +36,11 @@ def fit_router(router: Router, library: SkillLibrary) -> None:
     features = (rows - counts.unsqueeze(1) * centre) / evidence  # (R, D)
     scale = (weights @ features.square()).mean().sqrt().clamp(min=1e-12)
     weight, prior = _logistic_regression(features / scale, experts, weights, num_experts)
+    if num_experts > 1 and not weight.any():
+        raise UsageError(
+            "the router cannot be fitted: all skills have the same text, so that nothing tells them apart; give each "
+            "data set text of its own, or one data set only"
+        )
     weight = weight / scale * temperature
     with torch.no_grad():
         router.gate.weight.copy_(weight)

@@ -101,11 +101,12 @@ class PeftCheckpointCallback(TrainerCallback, ExportableState):
             warnings.warn(f"{target} has been saved at this step already, and is left as it is", stacklevel=2)
             return
         state.best_model_checkpoint = None
+        with ranks.together():
+            _check_finite(model, state.global_step)
         if control.should_training_stop and (not self.interrupted() or state.global_step >= state.max_steps):
             model.mark_mature()
             self.at_end()
         with ranks.together():
-            _check_finite(model, state.global_step)
             generators, digest = rng_state(), _digest(model)
         rng_states = _agreed(generators, digest)
         outputs = probe_outputs(model) if model.sharded else None  # every rank takes part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -118,6 +119,11 @@ def set_losses(trainer: MoETrainer, run: Prepared, stop: StopSignals) -> dict[st
             losses[trained.skill], _ = evaluation.loss(rows, trained.expert)
         except EvaluationStopped:
             break
+        if not math.isfinite(losses[trained.skill]):
+            raise UsageError(
+                f"training has diverged: the held-out loss of {trained.skill} is {losses[trained.skill]}, nothing was "
+                "saved; go on from an earlier checkpoint or start again, with a lower --learning-rate"
+            )
         run.skills.update(Skill(trained.skill, loss=losses[trained.skill]), sizes_of(run.model, trained.expert or 0))
     return losses
 

@@ -267,6 +267,13 @@ BAD_FILES = {
     "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", r"a\.jsonl\.zst: expected .*\.xz, found \.zst; .* `zstd -d`"),
     "an archive": ("a.tar.gz", gzip.compress(b"x"), r"a\.tar\.gz: expected .*, found \.tar; .* `tar xf`"),
     "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz: cannot be read as json"),
+    "a null at the beginning": (
+        "a.jsonl",
+        b'\n null\n{"text": "x"}\n',
+        r"a\.jsonl, row 1: expected an object, found null",
+    ),
+    "a null behind": ("a.jsonl", b'{"text": "x"}\nnull\n', r"a\.jsonl, row 2: expected an object, found null"),
+    "a null in a list": ("a.json", b'[{"text": "x"}, null]', r"a\.json, row 2: expected an object, found null"),
     "schema": ("a.jsonl", b'{"words": "x", "id": 1}\n', r"found id, words; rename them to one of:\n  - messages"),
     "type": ("a.jsonl", b'{"text": ["x"]}\n', r"a\.jsonl, row 1: the column text must hold text, found list"),
     "role": (

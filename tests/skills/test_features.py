@@ -1,5 +1,7 @@
 """What is collected from blocks, and the router that is fitted to it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -139,6 +141,11 @@ def test_what_cannot_be_fitted_is_refused_by_name():
         fit_router(model.router, library)
     with pytest.raises(UsageError, match="s2: skills of experts beyond 1"):
         fit_router(tiny_mixture(experts=2).router, library)
+    twice = SkillLibrary()
+    for i in range(2):
+        twice.add(replace(library["s0"], name=f"the same {i}", expert=i))
+    with pytest.raises(UsageError, match="all skills have the same text, so that nothing tells them apart"):
+        fit_router(tiny_mixture(experts=2).router, twice)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.router.state_dict().items())
 
 

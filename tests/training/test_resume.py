@@ -449,6 +449,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run(tmp_path, capsys):
     err = capsys.readouterr().err
     assert "training has diverged at step" in err
     assert "lower --learning-rate" in err
+    assert train.main(arguments(tmp_path / "run", "--learning-rate", "1e30", "--logging-steps", "50", steps=3)) == 2
+    assert "training has diverged" in capsys.readouterr().err  # also where only the end tells it
     assert steps(tmp_path / "run") == []
 
 
