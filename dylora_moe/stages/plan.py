@@ -74,7 +74,8 @@ class PlannedBlocks(Dataset):
         self.plan = plan
         sources = source_of_rows(blocks)
         before = plan.first_step * micro_batches * rows
-        trunk = 0 if plan.branch_step is None else (plan.branch_step - plan.first_step) * micro_batches * rows
+        branch = plan.first_step if plan.branch_step is None else min(plan.branch_step, plan.last_step)
+        trunk = (branch - plan.first_step) * micro_batches * rows
         batches = (plan.last_step - plan.first_step) * micro_batches - trunk // rows
         stream = _passes(len(sources), seed)
         order = [0] * before + [next(stream) for _ in range(trunk)]

@@ -55,23 +55,28 @@ class Stage:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, found: object, num_experts: int) -> Stage:
-        """Build it from what `to_json` has returned, for a mixture of so many experts.
+    def from_json(cls, found: object, num_experts: int, step: int) -> Stage:
+        """Build it from what `to_json` has returned.
+
+        Args:
+            num_experts: of the checkpoint that it is of.
+            step: of that checkpoint.
 
         Raises:
             FileProblem: For anything else.
         """
         problems: list[str] = []
         stage = decoded(cls, found, "stage", problems)
-        problems = problems or list(stage._contradictions(num_experts))
+        problems = problems or list(stage._contradictions(num_experts, step))
         if problems:
             raise FileProblem("; ".join(problems))
         return stage
 
-    def _contradictions(self, num_experts: int) -> Iterator[str]:
-        branch = self.first_step + 1 if self.branch_step is None else self.branch_step
-        if not 0 <= self.first_step < branch:
-            yield f"stage: expected its first step before its branch, found {self.first_step} and {self.branch_step}"
+    def _contradictions(self, num_experts: int, step: int) -> Iterator[str]:
+        if not 0 <= self.first_step <= step:
+            yield f"stage.first_step: expected a number from 0 to {step}, found {self.first_step}"
+        if self.branch_step is not None and self.branch_step <= self.first_step:
+            yield f"stage.branch_step: expected more than {self.first_step}, found {self.branch_step}"
         wrong = [each.expert for each in self.trained if each.expert is not None and not 0 <= each.expert < num_experts]
         if wrong:
             yield f"stage.data: expected experts from 0 to {num_experts - 1}, found {wrong[0]}"

@@ -169,7 +169,7 @@ def _stage_of(checkpoint: SoundCheckpoint) -> Stage | None:
     """Return the stage that a checkpoint is of, if it was saved by train.py."""
     found = training_state.run_settings(training_state.read_trainer_state(checkpoint.folder)).get("stage")
     try:
-        return None if found is None else Stage.from_json(found, checkpoint.config.num_experts)
+        return None if found is None else Stage.from_json(found, checkpoint.config.num_experts, checkpoint.config.step)
     except FileProblem as error:
         raise UsageError(f"{checkpoint.folder}: trainer_state.json: {error}; restore it from a copy") from None
 

@@ -266,7 +266,7 @@ BAD_FILES = {
     "no bz2": ("a.txt.bz2", b"x" * 99, r"a\.txt\.bz2: is not a whole compressed file"),
     "zstd": ("a.jsonl.zst", b"\x28\xb5\x2f\xfd", r"a\.jsonl\.zst: expected .*\.xz, found \.zst; .* `zstd -d`"),
     "an archive": ("a.tar.gz", gzip.compress(b"x"), r"a\.tar\.gz: expected .*, found \.tar; .* `tar xf`"),
-    "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz: cannot be read as json"),
+    "no gzip": ("a.jsonl.gz", b'{"text": "x"}\n', r"a\.jsonl\.gz: is not a whole compressed file"),
     "a null at the beginning": (
         "a.jsonl",
         b'\n null\n{"text": "x"}\n',

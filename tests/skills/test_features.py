@@ -91,8 +91,8 @@ def test_order_and_parts_change_no_bit_of_samples_and_router():
 def test_a_fitted_router_knows_held_out_rows_and_one_fitted_to_mixed_up_skills_does_not():
     model = tiny_mixture(experts=3)
     library, mixed = three_skills(model), SkillLibrary()
-    for skill in library:  # the same text for every expert
-        mixed.add(Skill(skill.name, skill.expert, features=library["s0"].features))
+    for skill in library:  # for each expert, the text of another one
+        mixed.add(Skill(skill.name, skill.expert, features=library[f"s{(skill.expert + 1) % 3}"].features))
 
     def own(skills: SkillLibrary) -> list[float]:
         """The probability of each skill's own expert after 32 tokens of its held-out rows."""

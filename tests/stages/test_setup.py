@@ -16,15 +16,16 @@ def stage(*skills: str, first_step: int = 0, branch_step: int | None = None) -> 
 
 def test_what_is_written_is_read_again():
     saved = Stage(2, 4, [Trained("a", 0), None, Trained("b", None)], parts={"x": "0101"})
-    assert Stage.from_json(json.loads(json.dumps(saved.to_json())), 1) == saved
+    assert Stage.from_json(json.loads(json.dumps(saved.to_json())), 1, 2) == saved
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"first_step": "0"}, "stage.first_step: expected a whole number, found '0'"),
-        ({"first_step": -1}, "expected its first step before its branch"),
-        ({"branch_step": 0}, "expected its first step before its branch"),
+        ({"first_step": -1}, "stage.first_step: expected a number from 0 to 4, found -1"),
+        ({"first_step": 5}, "stage.first_step: expected a number from 0 to 4, found 5"),
+        ({"branch_step": 0}, "stage.branch_step: expected more than 0, found 0"),
         ({"data": [{"skill": "a", "expert": 2}]}, "stage.data: expected experts from 0 to 1, found 2"),
         ({"data": [{"skill": 5, "expert": 0}]}, "skill: expected text, found 5"),
         ({"data": [{"skill": "a"}]}, "expert: expected a value, found none"),
@@ -36,7 +37,7 @@ def test_what_is_written_is_read_again():
 )
 def test_what_is_refused(change, message):
     with pytest.raises(FileProblem, match=message):
-        Stage.from_json(stage("a", "b").to_json() | change, 2)
+        Stage.from_json(stage("a", "b").to_json() | change, 2, 4)
 
 
 def test_the_data_of_a_resumed_run_train_what_they_trained():

@@ -24,7 +24,7 @@ from dylora_moe.base.tiny import byte_tokenizer
 from dylora_moe.checkpoint.write import save_checkpoint, write_files
 from dylora_moe.reporting.results import read_results
 from dylora_moe.store.publish import seal
-from dylora_moe.training import run
+from dylora_moe.training import run as run_module
 from dylora_moe.training.prepare import load_model
 from dylora_moe.training.trainer import MoETrainer
 
@@ -257,28 +257,28 @@ def test_early_stopping_saves_its_end_once_and_mature(stopped_early):
     assert states(stopped_early / "checkpoint-4") == ["immature", "immature"]
 
 
-@pytest.mark.parametrize(("event", "after"), [("on_step_begin", 2), ("on_step_begin", 3), ("on_step_begin", 4)])
 def test_a_signal_does_not_wait_for_the_last_measurements(tmp_path, capsys, monkeypatch):
-    real, measured = run.set_losses, []
+    real, measured = run_module.set_losses, []
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGTERM)
         measured.append(real(*args))
         return measured[-1]
 
-    words = arguments(tmp_path / "run", steps=2)
+    words = arguments(tmp_path / "run", steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "set_losses", interrupted)
+        patch.setattr(run_module, "set_losses", interrupted)
         assert train.main(words) == 143
-    assert measured == [{}] and states(tmp_path / "run" / "checkpoint-2") == ["mature"] * 2
+    assert measured == [{}] and states(tmp_path / "run" / "checkpoint-4") == ["mature"] * 2
     with monkeypatch.context() as patch:
-        patch.setattr(run, "held_out_results", lambda trainer: signal.raise_signal(signal.SIGINT))
+        patch.setattr(run_module, "held_out_results", lambda trainer: signal.raise_signal(signal.SIGINT))
         assert train.main([*words, "--resume"]) == 130
     assert "its results are not complete: the same command with --resume measures them" in capsys.readouterr().out
     assert train.main([*words, "--resume"]) == 0
     assert read_results(tmp_path / "run").stages[0].evaluation.keys() == {"one", "two"}
 
 
+@pytest.mark.parametrize(("event", "after"), [("on_step_begin", 2), ("on_step_begin", 3), ("on_step_begin", 4)])
 def test_early_stopping_counts_on(monkeypatch, tmp_path, stopped_early, event, after):
     with monkeypatch.context() as patch:
         signal_at(patch, event, after)
