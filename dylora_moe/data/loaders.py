@@ -7,6 +7,7 @@ plain names, because `datasets` and fsspec find a meaning in some characters of 
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import json
 import re
@@ -31,6 +32,7 @@ LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "pa
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 NO_ROWS = "corresponds to no data"  # in the message of `datasets` for a file without rows: [], or only a header
 CAUSE_CHARACTERS = 300
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NULL_LINE = re.compile(rb"\n\s*null\s*(?:\n|$)")
 
 
@@ -53,6 +55,12 @@ def load_files(paths: list[Path], kind: str, where: str) -> Dataset:
         except Exception as error:  # what the loaders raise for bad content is not documented
             if NO_ROWS in str(error):
                 return Dataset.from_dict({})
+            full = next((one for one in causes(error) if isinstance(one, OSError) and one.errno in FULL), None)
+            if full is not None:
+                raise UsageError(
+                    f"{where}: cannot be read through the temporary folder {cache} ({full.strerror}); make room there, "
+                    "or set TMPDIR to another folder"
+                ) from error
             raise UsageError(_problem(load, files, kind, where, error)) from error
 
 

@@ -378,6 +378,15 @@ def test_unreadable_file(tmp_path, monkeypatch):
         blocks_of(path)
 
 
+def test_a_full_temporary_folder_is_not_the_fault_of_the_data(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise datasets.exceptions.DatasetGenerationError("wrapped") from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError, match=r"through the temporary folder .* \(No space left on device\); .* TMPDIR"):
+        read_rows(str(write_rows(tmp_path / "a.jsonl", texts(3))))
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.jsonl")
     for path in (tmp_path / "a.jsonl", "/dev/zero"):
