@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -17,6 +18,7 @@ from .base.preserve import seeded
 from .base.source import quantized
 from .checkpoint.read import load_mixture
 from .checkpoint.write import export_expert, save_checkpoint
+from .data.documents import Document
 from .errors import UsageError
 from .mixture.config import MoELoraConfig, RouterConfig
 from .mixture.model import Mixture
@@ -26,6 +28,7 @@ from .sharing.push import push
 from .skills.library import SkillLibrary
 from .skills.novelty import Verdict
 from .stages.growth import grow_by
+from .stages.merging import Cost, checked_weights, combined, cost, merged_into_base, rebuilt, rows_of
 from .system.command_line import say
 
 # Arguments of `from_pretrained`, by what they are for.
@@ -227,6 +230,57 @@ class DyLoRAMoE(Mixture):
         """Print what `get_nb_trainable_parameters` returns, as PEFT does."""
         trained, total = self.get_nb_trainable_parameters()
         say(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+    def collapse(self, weights: Sequence[float] | None = None, rank: int | None = None) -> DyLoRAMoE:
+        """Return a mixture of one expert, the weighted sum of all, on the same base model: one plain LoRA.
+
+        This mixture stays as it is. `merge_cost` tells what is lost, and `export_expert(0, folder)` writes the LoRA.
+
+        Args:
+            weights: one for each expert, such as the `shares()` of `usage()`. By default all experts that were trained
+                have the same weight, and the weights sum to 1.
+            rank: the most that the LoRA may have; by default the largest of the experts. The sum of theirs makes it
+                exact.
+
+        Raises:
+            UsageError: if the weights do not fit, or no expert was trained.
+        """
+        return rebuilt(self, [combined(self, checked_weights(self, weights), rank)[0]])
+
+    def merge_and_unload(self, weights: Sequence[float] | None = None) -> PreTrainedModel:
+        """Return the base model with the weighted sum of all experts in its weights, as a plain Transformers model.
+
+        The router is gone: every token gets the same sum. `merge_cost` tells what that costs. Unlike in PEFT, the
+        mixture stays as it is; the matrices that experts are on are copied.
+
+        Args:
+            weights: as those of `collapse`.
+
+        Raises:
+            UsageError: if the weights do not fit, or the base model is quantized or sharded, or has no weights.
+        """
+        return merged_into_base(self, checked_weights(self, weights))
+
+    def merge_cost(
+        self, documents: Sequence[Sequence[int]], weights: Sequence[float] | None = None, rank: int | None = None
+    ) -> Cost:
+        """Measure the loss of this mixture, and of what `merge_and_unload` makes of it, on some held-out text.
+
+        Args:
+            documents: token ids of the text.
+            weights: as those of `collapse`.
+            rank: measure the LoRA of this rank that `collapse` makes; by default the exact sum.
+
+        Returns:
+            `mixture` and `merged`, in nats per token.
+
+        Raises:
+            UsageError: if the weights do not fit, or there is too little text.
+        """
+        used = checked_weights(self, weights)
+        exact = sum(self.expert_configs[index].r for index in used)
+        items = [Document(np.asarray(ids, dtype=np.int32), np.ones(len(ids), dtype=bool)) for ids in documents]
+        return cost(self, rebuilt(self, [combined(self, used, rank or exact)[0]]), rows_of(items, self))
 
 
 def _device(device_map: Any) -> Any:

@@ -27,7 +27,7 @@ LEVELS = (
     {"checkpoint"},
     {"sharing"},
     {"api"},
-    {"training", "serving"},
+    {"training", "editing", "serving"},
     {"validation"},
     {"cli"},
     {"__init__", "__main__"},

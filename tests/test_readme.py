@@ -32,6 +32,10 @@ NOT_RUN = {
     "export HF_TOKEN=": "there is no token",
     "dylora-moe push": "tests/sharing pushes to a Hub on this machine",
     "dylora-moe pull": "tests/sharing pulls from a Hub on this machine",
+    "dylora-moe experts import": "tests/cli/test_experts.py runs it",
+    "dylora-moe experts merge": "tests/cli/test_experts.py runs it",
+    "dylora-moe experts remove": "tests/cli/test_experts.py runs it",
+    "dylora-moe experts rename": "tests/cli/test_experts.py runs it",
 }
 
 

@@ -20,9 +20,9 @@ from ..mixture.config import MoELoraConfig
 from ..mixture.experts import check_expert
 from ..mixture.model import Mixture
 from ..skills.library import SkillLibrary
-from ..store.files import explained, fsync, native_errors, parallel, remove
+from ..store.files import explained, native_errors, parallel
 from ..store.publish import staged
-from ..store.whole_files import flush
+from ..store.whole_files import new_folder
 from . import formats
 from .config import BESIDE, ArchitectureEntry, BaseModelEntry, CheckpointConfig, ExpertEntry, RouterEntry, encode
 from .probe import Outputs, make_probe
@@ -130,18 +130,8 @@ def export_expert(model: Mixture, index: int, folder: str | Path) -> Path:
     if broken:
         raise UsageError(f"{expert_name(index)} cannot be exported: {broken[0]} has numbers that are not finite")
     folder = Path(folder)
-    if os.path.lexists(folder):
-        raise UsageError(f"{folder} exists already; an expert is exported into a new folder")
-    partial = folder.with_name(f".{folder.name}.partial-{os.urandom(8).hex()}")
-    with explained("export to", folder):
-        partial.mkdir(parents=True)
-        try:
-            _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial / "adapter")
-            flush(partial)
-            (partial / "adapter").rename(folder)
-            fsync(folder.parent, folder=True)
-        finally:
-            remove(partial)
+    with new_folder(folder) as partial:
+        _write_adapter(_adapter_json(model, index), model.expert_tensors(index), partial)
     return folder
 
 

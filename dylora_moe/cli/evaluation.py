@@ -17,9 +17,8 @@ from ..data.sources import DataSpec
 from ..errors import UsageError
 from ..stages.batches import BlockCollator, known_tokens, why_not_packed
 from ..stages.evaluate import Evaluation
-from ..stages.measure import Measured, measure
+from ..stages.measure import HELD_OUT, Measured, measure, read_held_out
 from ..stages.setup import skill_names
-from ..training.outcome import HELD_OUT, read_held_out
 from .mixtures import Loaded
 
 BLOCK_SIZE = 512
@@ -43,7 +42,7 @@ def rows_of(loaded: Loaded, args: Namespace) -> dict[str, Dataset]:
     """
     if not args.data:
         run_dir = Path(args.checkpoint).resolve().parent
-        found = read_held_out(run_dir)
+        found = read_held_out(run_dir, known_tokens(loaded.model.base))
         if not found:
             raise UsageError(f"there is no {HELD_OUT} in {run_dir}: name data sets with --data")
         return found

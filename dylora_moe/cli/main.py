@@ -8,6 +8,8 @@ dylora-moe inspect runs/first
 dylora-moe verify runs/first/checkpoint-100 --json result.json
 dylora-moe list runs/first
 dylora-moe report runs/first
+dylora-moe experts list runs/first/checkpoint-100
+dylora-moe export runs/first/checkpoint-100 served --to vllm
 dylora-moe push runs/first you/first
 dylora-moe pull you/first
 dylora-moe convert OLD NEW
@@ -31,6 +33,8 @@ COMMANDS = {
     "verify": "exit code 0: complete and sound, 1: problems, all of which are listed, 2: not a folder",
     "list": "one line for each checkpoint of a run folder",
     "report": "write the page report.html of a run folder, from its results.json",
+    "experts": "list, import, export, remove, rename, merge and collapse the experts of a checkpoint",
+    "export": "the experts of a checkpoint for vLLM or llama.cpp, which serve each request with one of them",
     "push": "a checkpoint to a repository on the Hub, with a model card",
     "pull": "a checkpoint from the Hub into its cache, verified",
     "convert": "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router",

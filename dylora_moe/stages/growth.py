@@ -114,13 +114,17 @@ def windows_to_judge(source: str, documents: Sequence[Sequence[int] | np.ndarray
     return [windows[i] for i in evenly(len(windows), WINDOWS)]
 
 
-def check_skills(library: SkillLibrary, num_experts: int, where: str) -> None:
-    """Raise UsageError if a mixture cannot be grown, because an expert has no skill with text."""
+def check_skills(library: SkillLibrary, num_experts: int, where: str, what: str = "grown") -> None:
+    """Raise UsageError if the router of a mixture cannot be fitted, because an expert has no skill with text.
+
+    Args:
+        what: what cannot be done with the mixture then.
+    """
     having = {skill.expert for skill in library if len(skill.features) and len(skill.states)}
     without = [i for i in range(num_experts) if i not in having]
     if without:
         raise UsageError(
-            f"{where} cannot be grown: no skill is known of {len(without)} of its {num_experts} experts, as after "
+            f"{where} cannot be {what}: no skill is known of {len(without)} of its {num_experts} experts, as after "
             "--route joint; train it with --route specialised"
         )
 

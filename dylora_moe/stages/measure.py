@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 from transformers import PreTrainedTokenizerBase
 
 from ..constants import IGNORED_LABEL, NO_EXPERT
 from ..data.packing import COLUMNS, PADDED_COLUMNS
+from ..errors import UsageError, shown
 from ..mixture.model import Mixture
 from ..mixture.router import Tokens, Usage, count_tokens
 from ..reporting.results import Example, SkillLoss
 from ..skills.features import input_embeddings
 from .evaluate import Evaluation
 
+HELD_OUT = "held_out.safetensors"  # token ids of the held-out blocks of each skill, to measure what is forgotten
 CANDIDATES = 4  # experts that are evaluated alone on a skill, those that the router uses most and the skill's own
 POSITIONS = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512)  # from each on to the next one, the confidence is averaged
 ROWS = 16  # of a skill, for its confidence
@@ -188,3 +193,21 @@ def _are_rows(found: Mapping[str, np.ndarray], vocabulary: int) -> bool:
         return False
     in_range = ids.min() >= 0 and ids.max() < vocabulary and places.min() >= 0 and places.max() < ids.shape[1]
     return bool(in_range and ((labels == IGNORED_LABEL) | (labels == ids)).all())
+
+
+def read_held_out(run_dir: Path, vocabulary: int | None) -> dict[str, Any]:
+    """Return the held-out rows of each skill that earlier stages have left in a run folder.
+
+    Args:
+        vocabulary: the number of tokens that the model knows.
+
+    Raises:
+        UsageError: if the file is not sound.
+    """
+    path = run_dir / HELD_OUT
+    if not path.exists():
+        return {}
+    try:
+        return unpacked(load_file(path), vocabulary)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({shown(error)})") from None

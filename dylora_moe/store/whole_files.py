@@ -3,6 +3,7 @@
     publish_files(run_dir, {"results.json": data}, replace=True)     # bytes
     publish_written(run_dir, tokenizer.save_pretrained)              # what a library writes into a folder by itself
     replace_file("result.json", data)                                # a single file in any folder, without its lock
+    with new_folder(target) as folder: ...                           # a folder of its own, that nobody shares
 
 Everything is written into a private folder `.dylora-staging-*` in the run folder and flushed to the disk. Each file and
 folder is then renamed into place, and the run folder is flushed. A crash leaves every file as it was or as it is to be,
@@ -15,8 +16,8 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,27 @@ def replace_file(path: os.PathLike | str, data: bytes) -> None:
                 fsync(target.parent, folder=True)
             finally:
                 remove(staging)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yield the path of a folder that the block makes, and that becomes `folder`, whole or not at all, when it ends.
+
+    Raises:
+        UsageError: if `folder` exists already or cannot be written.
+    """
+    if os.path.lexists(folder):
+        raise UsageError(f"{folder} exists already; name a new folder")
+    private = folder.with_name(f".{folder.name}.partial-{os.urandom(8).hex()}")
+    with explained("export to", folder):
+        private.mkdir(parents=True)
+        try:
+            yield private / "new"
+            flush(private)
+            (private / "new").rename(folder)
+            fsync(folder.parent, folder=True)
+        finally:
+            remove(private)
 
 
 def flush(folder: Path) -> None:

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file
 from safetensors.numpy import save as serialize
 
 from ..checkpoint.write import describe_mixture
 from ..distributed import ranks
-from ..errors import UsageError, shown
+from ..errors import UsageError
 from ..reporting.publish import check_results, write_results
 from ..reporting.results import RESULTS, Example, Results, SkillEntry, StageResult, read_results
 from ..reporting.words import telling_words
 from ..skills.library import Skill
 from ..stages.batches import known_tokens
-from ..stages.measure import Known, Measured, examples, measure, packed, texts_of, unpacked
+from ..stages.measure import HELD_OUT, Known, Measured, examples, measure, packed, read_held_out, texts_of
 from ..stages.setup import Trained, sizes_of, source_rows
 from ..store.whole_files import publish_files
 from .callbacks import EvaluationStopped, StopSignals
@@ -31,7 +30,6 @@ from .resume import Start
 from .summary import RunResult
 from .trainer import MoETrainer
 
-HELD_OUT = "held_out.safetensors"  # token ids of the held-out blocks of each skill, to measure what is forgotten
 HELD_OUT_KIND = {"kind": "dylora-moe held-out text"}  # by which it is known
 WORDS = 12  # of a skill
 
@@ -251,24 +249,6 @@ class Outcome:
                 )
             )
         return entries
-
-
-def read_held_out(run_dir: Path, vocabulary: int | None) -> dict[str, Any]:
-    """Return the held-out rows of each skill that earlier stages have left in a run folder.
-
-    Args:
-        vocabulary: the number of tokens that the model knows.
-
-    Raises:
-        UsageError: If the file is not sound.
-    """
-    path = run_dir / HELD_OUT
-    if not path.exists():
-        return {}
-    try:
-        return unpacked(load_file(path), vocabulary)
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({shown(error)})") from None
 
 
 def _kind(path: Path) -> dict[str, str] | None:

@@ -28,9 +28,9 @@ from dylora_moe.data.sources import DataSpec
 from dylora_moe.errors import shown
 from dylora_moe.reporting.publish import write_results
 from dylora_moe.skills.library import Skill, SkillLibrary
-from dylora_moe.stages.measure import packed, routing_weights
+from dylora_moe.stages.measure import HELD_OUT, packed, routing_weights
 from dylora_moe.store.manifest import MANIFEST
-from dylora_moe.training.outcome import HELD_OUT, HELD_OUT_KIND, serialize
+from dylora_moe.training.outcome import HELD_OUT_KIND, serialize
 
 from ..support.results import sample
 from ..support.runs import material

@@ -1,0 +1,1 @@
+"""`dylora-moe experts`: one file for each of its subcommands."""

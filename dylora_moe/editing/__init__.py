@@ -1,0 +1,1 @@
+"""New checkpoints from old ones: experts come in, go, are renamed and merged; and experts for other programs."""
