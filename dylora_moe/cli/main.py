@@ -10,6 +10,7 @@ dylora-moe list runs/first
 dylora-moe report runs/first
 dylora-moe experts list runs/first/checkpoint-100
 dylora-moe export runs/first/checkpoint-100 served --to vllm
+dylora-moe gateway runs/first/checkpoint-100 --upstream http://127.0.0.1:8000
 dylora-moe push runs/first you/first
 dylora-moe pull you/first
 dylora-moe convert OLD NEW
@@ -35,6 +36,7 @@ COMMANDS = {
     "report": "write the page report.html of a run folder, from its results.json",
     "experts": "list, import, export, remove, rename, merge and collapse the experts of a checkpoint",
     "export": "the experts of a checkpoint for vLLM or llama.cpp, which serve each request with one of them",
+    "gateway": "an OpenAI-compatible proxy for vLLM or llama.cpp that chooses each request's expert",
     "push": "a checkpoint to a repository on the Hub, with a model card",
     "pull": "a checkpoint from the Hub into its cache, verified",
     "convert": "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router",

@@ -1,0 +1,101 @@
+"""`dylora-moe gateway`: its flags, and the expert that it chooses, which is that of `dylora-moe route`."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+import pytest
+
+from dylora_moe import DyLoRAMoE, RouterConfig
+from dylora_moe.cli.commands import gateway
+from dylora_moe.cli.main import main
+from dylora_moe.data.chat import Message
+
+from ..support.runs import material
+from ..support.tiny import randomise
+
+URL = "http://127.0.0.1:9"
+TEXTS = ["the router sends each token", "def f(x):\n    return x", "1 2 3 4", "zzz", "!", "SELECT a FROM b"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = randomise(DyLoRAMoE.from_base(str(material() / "base"), 3, router=RouterConfig(decay=0.5)))
+    model.mark_mature()
+    return model.save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-1", step=1)
+
+
+@pytest.fixture
+def started(checkpoint, monkeypatch, capsys):
+    """What `_serve` is given by the command, and what that prints."""
+    given = []
+    monkeypatch.setattr(gateway, "_serve", lambda *all_of_them: given.extend(all_of_them))
+    code = main(["gateway", str(checkpoint), "--upstream", f"{URL}/v1/", "--port", "0", "--max-body", "0.5"])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return (*given, out)
+
+
+def test_the_command_tells_where_it_listens_and_what_it_serves(started):
+    _, settings, listener, out = started
+    assert (settings.upstream, settings.engine, settings.experts, settings.max_body) == (URL, "vllm", 3, 2**19)
+    first, second, last = out.splitlines()
+    assert first.startswith("gateway: http://127.0.0.1:") and first.endswith(f"/v1 for {URL} (vllm)")
+    assert (second, last) == ("experts: expert_0, expert_1, expert_2", "gateway: ended")
+    assert listener.fileno() == -1  # closed
+
+
+def test_it_chooses_as_route_does(started, checkpoint, capsys, monkeypatch):
+    loaded, *_ = started
+    lines = [{"text": text} for text in TEXTS] + [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
+    monkeypatch.setattr(sys, "argv", [])
+
+    class Lines(list):
+        def isatty(self) -> bool:
+            return False
+
+        def read(self) -> str:
+            return "\n".join(map(json.dumps, lines))
+
+    monkeypatch.setattr(sys, "stdin", Lines())
+    assert main(["route", str(checkpoint), "--json", "-"]) == 0
+    expected = [(one["expert"], one["tokens"]) for one in json.loads(capsys.readouterr().out)["texts"]]
+    asked = [*TEXTS, *([Message({"role": "user", "content": text})] for text in TEXTS)]
+    assert [gateway.choose_expert(loaded, one) for one in asked] == expected
+    assert len({expert for expert, _ in expected}) > 1
+
+    ids = loaded.tokenizer(TEXTS[0])["input_ids"]
+    assert gateway.choose_expert(loaded, ids) == expected[0]
+    monkeypatch.setattr(gateway, "MOST_TOKENS", 1)
+    last = [gateway.choose_expert(loaded, [*ids, token])[0] for token in range(50)]
+    assert last == [gateway.choose_expert(loaded, [token])[0] for token in range(50)] and len(set(last)) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--upstream", "localhost:8000"], "expected a URL such as"),
+        (["--upstream", "http://me:secret@host"], "expected a URL such as"),
+        (["--upstream", "http://host:99999999"], "expected a URL such as"),
+        (["--upstream", URL, "--engine", "ollama"], "invalid choice"),
+        (["--upstream", URL, "--max-requests", "0"], "at least 1"),
+        (["--upstream", URL, "--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),
+        ([], "--upstream"),
+    ],
+)
+def test_flags_that_are_wrong_are_told(flags, told, capsys):
+    assert main(["gateway", "nowhere", *flags]) == 2
+    error = capsys.readouterr().err
+    assert told in error and "secret" not in error
+
+
+def test_a_port_that_is_taken_and_packages_that_are_missing_are_told(capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["gateway", "nowhere", "--upstream", URL, "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "starlette", None)
+    assert main(["gateway", "nowhere", "--upstream", URL]) == 2
+    assert "pip install -r requirements-gateway.txt" in capsys.readouterr().err
