@@ -16,6 +16,8 @@ MANY_PARAMETERS = {
     "dylora_moe/api.py::from_pretrained": "as in Transformers",
     "dylora_moe/data/blocks.py::load_blocks": "the settings of the data, by keyword",
 }
+# Room -> why it may have more files.
+MANY_FILES = {"dylora_moe/cli/commands": "one for each command"}
 
 
 def sources() -> dict[str, str]:
@@ -49,7 +51,9 @@ def too_large(files: dict[str, str]) -> list[str]:
                 problems.append(f"{where}: {lines} lines")
             if (count := len(parameters(function))) > PARAMETERS and where not in MANY_PARAMETERS:
                 problems.append(f"{where}: {count} parameters")
-    problems += [f"{room}/: {count} files" for room, count in rooms.items() if count > FILES_IN_A_ROOM]
+    problems += [
+        f"{room}/: {count} files" for room, count in rooms.items() if count > FILES_IN_A_ROOM and room not in MANY_FILES
+    ]
     return problems
 
 
@@ -64,6 +68,8 @@ def test_every_exception_is_one():
         path, _, name = where.partition("::")
         found = [function for function in functions(ast.parse(files[path])) if function.name == name]
         assert any(len(parameters(function)) > PARAMETERS for function in found), where
+    for room in MANY_FILES:
+        assert len([path for path in files if path.startswith(f"{room}/")]) - 1 > FILES_IN_A_ROOM, room
 
 
 @pytest.mark.parametrize(

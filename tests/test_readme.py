@@ -30,6 +30,8 @@ NOT_RUN = {
     "accelerate launch": "tests/training/test_distributed.py starts two processes",
     "dylora-moe generate runs/pirate/checkpoint-8    #": "tests/cli/test_shell.py chats",
     "export HF_TOKEN=": "there is no token",
+    "dylora-moe gateway": "tests/serving serves it in front of a server of its own",
+    "curl http://127.0.0.1:8080": "asks that server",
     "dylora-moe push": "tests/sharing pushes to a Hub on this machine",
     "dylora-moe pull": "tests/sharing pulls from a Hub on this machine",
     "dylora-moe experts import": "tests/cli/test_experts.py runs it",

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import socket
 import sys
 
 import pytest
+import torch
 
 from dylora_moe import DyLoRAMoE, RouterConfig
 from dylora_moe.cli.commands import gateway
 from dylora_moe.cli.main import main
 from dylora_moe.data.chat import Message
+from dylora_moe.errors import UsageError
 
 from ..support.runs import material
 from ..support.tiny import randomise
@@ -50,16 +53,7 @@ def test_the_command_tells_where_it_listens_and_what_it_serves(started):
 def test_it_chooses_as_route_does(started, checkpoint, capsys, monkeypatch):
     loaded, *_ = started
     lines = [{"text": text} for text in TEXTS] + [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
-    monkeypatch.setattr(sys, "argv", [])
-
-    class Lines(list):
-        def isatty(self) -> bool:
-            return False
-
-        def read(self) -> str:
-            return "\n".join(map(json.dumps, lines))
-
-    monkeypatch.setattr(sys, "stdin", Lines())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, lines))))
     assert main(["route", str(checkpoint), "--json", "-"]) == 0
     expected = [(one["expert"], one["tokens"]) for one in json.loads(capsys.readouterr().out)["texts"]]
     asked = [*TEXTS, *([Message({"role": "user", "content": text})] for text in TEXTS)]
@@ -68,9 +62,24 @@ def test_it_chooses_as_route_does(started, checkpoint, capsys, monkeypatch):
 
     ids = loaded.tokenizer(TEXTS[0])["input_ids"]
     assert gateway.choose_expert(loaded, ids) == expected[0]
-    monkeypatch.setattr(gateway, "MOST_TOKENS", 1)
-    last = [gateway.choose_expert(loaded, [*ids, token])[0] for token in range(50)]
-    assert last == [gateway.choose_expert(loaded, [token])[0] for token in range(50)] and len(set(last)) > 1
+    with pytest.raises(UsageError, match="vocabulary of the base model ends"):
+        gateway.choose_expert(loaded, [1, 2**30])
+
+
+def test_of_a_long_prompt_the_last_tokens_are_read(monkeypatch):
+    read = []
+
+    class Spy:
+        def check_vocabulary(self, ids) -> None:
+            read.append(ids)
+
+        def weights(self, ids) -> torch.Tensor:
+            read.append(ids)
+            return torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+
+    monkeypatch.setattr(gateway, "MOST_TOKENS", 2)
+    assert gateway.choose_expert(Spy(), [7, 8, 9]) == (1, 3)
+    assert read == [[8, 9], [8, 9]]
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,7 @@ def test_headers_are_handed_on_and_keys_and_prompts_are_not_logged(place):
         (CHAT, b'{"messages": [], "temperature": 1e999}', 400, None, "not JSON"),
         (CHAT, b"[" * 50_000, 400, None, "not JSON"),
         (CHAT, b"\xff", 400, None, "not JSON"),
-        (CHAT, [], 400, None, "an object, found an empty list"),
+        (CHAT, [], 400, None, "object, found an empty list"),
         (CHAT, {}, 400, "messages", "found nothing"),
         (CHAT, {"prompt": "a"}, 400, "messages", "found nothing"),
         (CHAT, {"messages": "hello"}, 400, "messages", "found a string"),
