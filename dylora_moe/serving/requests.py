@@ -110,10 +110,10 @@ def _with_text(message: Any) -> Any:
     """Return a message with the text of its parts as its content: the router reads nothing else."""
     if not isinstance(message, dict) or not isinstance(message.get("content"), list):
         return message
-    parts = [part.get("text") for part in message["content"] if isinstance(part, dict) and part.get("type") == "text"]
-    if not all(isinstance(part, str) for part in parts):
+    parts = [part for part in message["content"] if isinstance(part, dict) and part.get("type") == "text"]
+    if not all(isinstance(part.get("text"), str) for part in parts):
         raise Refused(400, "the text of a part of a message must be a string", "messages")
-    return message | {"content": "".join(parts)}
+    return message | {"content": "".join(part["text"] for part in parts)}
 
 
 def _prompt(body: dict[str, Any]) -> str | list[int]:

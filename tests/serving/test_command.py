@@ -88,6 +88,7 @@ def test_of_a_long_prompt_the_last_tokens_are_read(monkeypatch):
         (["--upstream", "localhost:8000"], "expected a URL such as"),
         (["--upstream", "http://me:secret@host"], "expected a URL such as"),
         (["--upstream", "http://host:99999999"], "expected a URL such as"),
+        (["--upstream", "http://a b"], "expected a URL such as"),
         (["--upstream", URL, "--engine", "ollama"], "invalid choice"),
         (["--upstream", URL, "--max-requests", "0"], "at least 1"),
         (["--upstream", URL, "--host", "256.1.1.1"], "cannot listen on 256.1.1.1"),

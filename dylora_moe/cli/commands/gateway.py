@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import socket
 from argparse import Namespace
+from contextlib import suppress
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -86,13 +88,18 @@ def _serve(loaded: Loaded, settings: Settings, listener: socket.socket) -> None:
     def choose(asked: Text) -> tuple[int, int]:
         return choose_expert(loaded, asked)
 
+    def log(line: str) -> None:
+        with suppress(OSError):  # whoever read standard output may have gone
+            say(line)
+
     config = uvicorn.Config(
-        Gateway(settings, choose, say).app(),
+        Gateway(settings, choose, log).app(),
         log_config=None,
         log_level="critical",  # the gateway says itself what goes wrong
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        http="h11",
         ws="none",
         limit_concurrency=2 * settings.max_requests + 64,  # connections
         timeout_graceful_shutdown=max(1, round(settings.timeout)),
@@ -130,7 +137,9 @@ def _url(value: str) -> str:
     value = text(value).rstrip("/").removesuffix("/v1")
     try:
         parts = urlsplit(value)
-        sound = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        sound = (
+            parts.scheme in ("http", "https") and re.fullmatch(r"[\w.:%-]+", parts.hostname or "") and parts.port != 0
+        )
     except ValueError:
         sound = False
     if not sound or parts.username or parts.password or parts.query or parts.fragment:
