@@ -101,6 +101,15 @@ def test_flags_that_are_wrong_are_told(flags, told, capsys):
     assert told in error and "secret" not in error
 
 
+def test_pieces_of_answers_do_not_wait():
+    def delays(listener: socket.socket) -> bool:
+        with listener, socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            return not accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+    assert not delays(gateway._listener("127.0.0.1", 0))
+    assert delays(socket.create_server(("127.0.0.1", 0)))
+
+
 def test_a_port_that_is_taken_and_packages_that_are_missing_are_told(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

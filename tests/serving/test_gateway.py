@@ -381,10 +381,10 @@ def test_a_body_that_comes_too_slowly_is_refused(place, monkeypatch):
 
 
 SERVE = """
-import socket, sys
-from dylora_moe.cli.commands.gateway import _serve
+import sys
+from dylora_moe.cli.commands.gateway import _listener, _serve
 from dylora_moe.serving.gateway import Settings
-listener = socket.create_server(("127.0.0.1", 0))
+listener = _listener("127.0.0.1", 0)
 print(listener.getsockname()[1], flush=True)
 _serve(None, Settings(sys.argv[1], "vllm", 3), listener)
 print("ended", "torch" in sys.modules)
