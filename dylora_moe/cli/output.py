@@ -31,4 +31,4 @@ def people(args: Namespace) -> TextIO:
 def write_json(args: Namespace, value: dict[str, Any]) -> None:
     """Write the result of a command if --json asks for it. Numbers that are not finite become text."""
     if args.json:
-        report.write_json(json.dumps(finite(value), indent=2) + "\n", args.json)
+        report.write_text(json.dumps(finite(value), indent=2) + "\n", args.json)

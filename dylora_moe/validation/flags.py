@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ..errors import UsageError
 from ..system.command_line import number, path, text
 from ..system.settings import build_parser, flag, given, spelled
 from . import workspace
-from .report import JSON_HELP, report_file
+from .report import JSON_HELP, JUNIT_HELP, REPORTS, report_file
 
 DEFAULTS = {"experts": 2, "lora_r": 16, "lora_alpha": 32}
 WEIGHTS = ("auto", "pretrained", "random", "none")
@@ -72,6 +73,7 @@ class ScriptSettings:
     """
 
     json: str | None = flag(None, JSON_HELP, metavar="FILE", type=report_file)
+    junit: str | None = flag(None, JUNIT_HELP, metavar="FILE", type=report_file)
     model: str | None = flag(
         None, "base model: hub id, folder, GGUF file or preset (default: google/codegemma-2b)", type=text
     )
@@ -111,7 +113,7 @@ def parse(script: Script, argv: Sequence[str], description: str | None = None) -
     Raises:
         UsageError: If a flag is unknown or wrong, or contradicts another one or the script.
     """
-    names = ["json"] if script is QUICK else None
+    names = [*REPORTS] if script is QUICK else None
     weights = "auto: the real ones if they are accessible, otherwise random" if script.reloads else "auto: none"
     parser = build_parser(ScriptSettings, names, {"weights": weights}, prog=script.file, description=description)
     settings = ScriptSettings(**given(parser, argv))
@@ -124,13 +126,14 @@ def parse(script: Script, argv: Sequence[str], description: str | None = None) -
     return settings
 
 
-def given_json_target(argv: Sequence[str]) -> str | None:
-    """Return the value of --json, even where another flag is wrong."""
-    parser = build_parser(ScriptSettings, ["json"], add_help=False)
-    try:
-        return getattr(parser.parse_known_args(argv)[0], "json", None)
-    except UsageError:
-        return None
+def given_targets(argv: Sequence[str]) -> dict[str, str]:
+    """Return the values of --json and --junit, of those that are given, even where another flag is wrong."""
+    found = {}
+    for name in REPORTS:
+        with suppress(UsageError):
+            value = getattr(build_parser(ScriptSettings, [name], add_help=False).parse_known_args(argv)[0], name, None)
+            found |= {name: value} if value else {}
+    return found
 
 
 def check_against(args: ScriptSettings, config: CheckpointConfig) -> None:

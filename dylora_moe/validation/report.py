@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
+from xml.etree import ElementTree
 
 from ..checkpoint import formats
 from ..constants import MIB
@@ -21,6 +22,8 @@ from ..store.whole_files import replace_file
 from ..system import command_line
 
 JSON_HELP = "write the result as JSON; - for standard output"
+JUNIT_HELP = "write the result as JUnit XML, which CI systems read; - for standard output"
+REPORTS = ("json", "junit")  # flags that name a file for the result
 
 RULE = "=" * 60
 
@@ -100,6 +103,27 @@ class Report:
         }
         return json.dumps(value, indent=2) + "\n"
 
+    def as_junit(self) -> str:
+        """Return the XML that --junit writes: a test case for each check, and one for an error."""
+        failed = sum(not check.passed for check in self.checks)
+        counts = {"tests": len(self.checks) + (self.error is not None), "failures": failed}
+        counts["errors"] = int(self.error is not None)
+        numbers = {name: str(count) for name, count in counts.items()} | {"time": f"{self.seconds:.3f}"}
+        suites = ElementTree.Element("testsuites", numbers)
+        suite = ElementTree.SubElement(suites, "testsuite", {"name": self.script} | numbers)
+        for check in self.checks:
+            where = {"classname": self.script, "name": check.name, "time": f"{check.seconds:.3f}"}
+            case = ElementTree.SubElement(suite, "testcase", where)
+            if not check.passed:
+                text = printable("\n".join(check.problems))
+                ElementTree.SubElement(case, "failure", {"message": text.splitlines()[0]}).text = text
+        if self.error is not None:
+            case = ElementTree.SubElement(suite, "testcase", {"classname": self.script, "name": "run"})
+            text = printable(self.error)
+            ElementTree.SubElement(case, "error", {"message": text.splitlines()[0]}).text = text
+        ElementTree.indent(suites)
+        return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
 
 def finite(value: object) -> object:
     """Replace infinity and NaN, which JSON does not have, by text."""
@@ -173,8 +197,8 @@ def _if_read(stream: TextIO) -> Iterator[TextIO]:
         command_line.mute(stream)
 
 
-def write_json(text: str, target: str) -> None:
-    """Write JSON to a file, or to standard output if `target` is "-". Raises UsageError if it cannot be written."""
+def write_text(text: str, target: str) -> None:
+    """Write a report to a file, or to standard output if `target` is "-". Raises UsageError if it cannot be written."""
     if target == "-":
         with _if_read(sys.stdout) as stream:
             stream.write(text)
@@ -220,7 +244,7 @@ def _cell(text: str) -> str:
 
 
 def report_file(value: str) -> str:
-    """Parse the value of --json, as a type of argparse: a file that is not in a checkpoint."""
+    """Parse the value of --json or --junit, as a type of argparse: a file that is not in a checkpoint."""
     target = command_line.path(value)
     if target == "-":
         return target
@@ -233,7 +257,7 @@ def report_file(value: str) -> str:
 
 
 def can_be_written(target: str) -> bool:
-    """Return whether the JSON can be written to this value of --json, which is told before the work."""
+    """Return whether a report can be written to this value of --json or --junit, which is told before the work."""
     if target == "-":
         return True
     path = Path(target)

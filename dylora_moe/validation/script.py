@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ..errors import UsageError
 from ..system import interrupts, machine
 from ..system.command_line import CANNOT_RUN, FAILED, INTERRUPTED, PASSED, explain, prepare_streams, say
-from .flags import QUICK, Script, given_json_target, parse
-from .report import Printer, Report, annotate, can_be_written, write_json
+from .flags import QUICK, Script, given_targets, parse
+from .report import Printer, Report, annotate, can_be_written, write_text
 from .run import Run
 
 
@@ -28,13 +28,13 @@ def run_script(
     started = time.perf_counter()
     prepare_streams()
     argv = list(sys.argv[1:] if argv is None else argv)
-    asked = given_json_target(argv)
-    target = asked if asked and can_be_written(asked) else None
-    report, printer = Report(script.name), Printer(to_stderr=target == "-")
+    asked = given_targets(argv)
+    targets = {name: target for name, target in asked.items() if can_be_written(target)}
+    report, printer = Report(script.name), Printer(to_stderr="-" in targets.values())
     with interrupts.handled():
         try:
-            if asked and target is None:  # told before the work, not after it
-                raise UsageError(f"--json {asked}: expected a file in a folder that can be written to.")
+            for name in asked.keys() - targets.keys():  # told before the work, not after it
+                raise UsageError(f"--{name} {asked[name]}: expected a file in a folder that can be written to.")
             _run_checks(Run(script, parse(script, argv, description), report, printer, checkpoint_callback))
             report.exit_code = PASSED if report.passed else FAILED
         except SystemExit:  # --help
@@ -43,7 +43,7 @@ def run_script(
             report.exit_code, report.error = _explain(interrupts.arrived() or error)
     report.seconds = time.perf_counter() - started
     report.peak_memory_bytes = machine.peak_memory()
-    return _finish(report, printer, script.success, target)
+    return _finish(report, printer, script.success, targets)
 
 
 def _run_checks(run: Run) -> None:
@@ -68,16 +68,16 @@ def _explain(error: BaseException) -> tuple[int, str]:
     return CANNOT_RUN, message
 
 
-def _finish(report: Report, printer: Printer, success: str, json_target: str | None) -> int:
+def _finish(report: Report, printer: Printer, success: str, targets: Mapping[str, str]) -> int:
     if report.error is None:
         printer.summary(report, success)
     else:
         printer.error(report.error)
     annotate(report, printer)
-    if json_target:
+    for name, target in targets.items():
         try:
-            write_json(report.as_json(), json_target)
+            write_text(report.as_json() if name == "json" else report.as_junit(), target)
         except UsageError as error:
-            printer.error(f"--json: {error}")
-            return report.exit_code or CANNOT_RUN
+            printer.error(f"--{name}: {error}")
+            report.exit_code = report.exit_code or CANNOT_RUN
     return report.exit_code

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from xml.etree import ElementTree
 
 import pytest
 
-from dylora_moe.validation.report import Printer, Report, annotate, write_json
+from dylora_moe.validation.report import Printer, Report, annotate, write_text
 from dylora_moe.validation.saved import CheckResult
 
 
@@ -53,9 +54,22 @@ def test_passed_needs_checks_and_no_error():
 
 
 def test_json_goes_to_a_file_or_to_standard_output(report, tmp_path, capsys):
-    write_json(report.as_json(), str(tmp_path / "x.json"))
-    write_json(report.as_json(), "-")
+    write_text(report.as_json(), str(tmp_path / "x.json"))
+    write_text(report.as_json(), "-")
     assert (tmp_path / "x.json").read_text() == capsys.readouterr().out == report.as_json()
+
+
+def test_junit_has_a_case_for_each_check(report):
+    report.checks[1].problems = ["a <b> & \x1b[2J", "second"]
+    suites = ElementTree.fromstring(report.as_junit())
+    assert suites.attrib == {"tests": "2", "failures": "1", "errors": "0", "time": "0.000"}
+    good, bad = suites.iter("testcase")
+    assert (good.attrib, len(good)) == ({"classname": "minimal", "name": "save", "time": "1.260"}, 0)
+    assert bad.find("failure").attrib == {"message": "a <b> & \\x1b[2J"}
+    assert bad.find("failure").text == "a <b> & \\x1b[2J\nsecond"
+    stopped = Report("minimal", error="no\nmemory", exit_code=2)
+    (case,) = ElementTree.fromstring(stopped.as_junit()).iter("testcase")
+    assert (case.find("error").get("message"), case.find("error").text) == ("no", "no\nmemory")
 
 
 def test_annotations(report, capsys, monkeypatch, tmp_path):

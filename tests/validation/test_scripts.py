@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -156,10 +157,12 @@ def test_minimal_with_the_default_model(capsys, experts, size):
 
 
 def test_full_with_the_defaults(capsys, tmp_path):
-    outcome = run(full, capsys, "--json", tmp_path / "result.json")
+    outcome = run(full, capsys, "--json", tmp_path / "result.json", "--junit", tmp_path / "result.xml")
     assert outcome.code == 0
     assert outcome.lines[-8:-2] == FULL_LINES
     assert outcome.lines[-1] == "Total checkpoint size: 28.2 MB"
+    suites = ElementTree.parse(tmp_path / "result.xml").getroot()
+    assert (suites.get("tests"), suites.get("failures"), suites.get("errors")) == ("5", "0", "0")
     consistency = json.loads((tmp_path / "result.json").read_text())["checks"][3]["measures"]
     assert consistency["max_abs_diff"] == 0
     assert consistency["max_abs_diff_per_expert"] == [0, 0]
@@ -217,6 +220,7 @@ def test_same_seed_same_bytes(capsys, tiny, tmp_path):
         (["--nosuch"], "unrecognized arguments: --nosuch"),
         (["rubbish"], "unrecognized arguments: rubbish"),
         (["--json", "/no/such/folder/x.json"], "expected a file in a folder that can be written to"),
+        (["--junit", "/no/such/folder/x.xml"], "--junit /no/such/folder/x.xml: expected a file in a folder"),
         (["--checkpoint", "/no/such/folder"], "expected a checkpoint folder, found nothing"),
         (["--checkpoint", __file__], "expected a checkpoint folder, found a file"),
         (["--checkpoint", ".", "--keep-checkpoint"], "do not go with it"),
