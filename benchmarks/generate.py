@@ -18,6 +18,7 @@ import torch
 
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import untouched
+from dylora_moe.mixture.router import count_tokens
 
 from . import common, models
 from .common import Case, Result, Timing
@@ -31,6 +32,7 @@ FEW_ROUNDS = {models.X_LORA: 1}  # its 64 tokens take half a minute
 PADDED_LENGTHS = (1.0, 0.75, 0.5, 0.25)  # of the prompt: the four rows of the left-padded batch
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of logits, relative to the largest
 X_LORA_TIMES, PLAIN_SHARE = 6, 0.95
+LONG_PROMPT, QUICK_LONG_PROMPT, ROUTING_PERCENT = 4096, 32, 1.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +62,26 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     batched = timings({name: everyone[name] for name in (models.PLAIN, models.OURS_SPARSE)}, padded, new,
                       min(rounds, BATCHED_ROUNDS), args.device, result)  # fmt: skip
     report(one_by_one, batched, prompt, new, args.experts, result)
+    long = QUICK_LONG_PROMPT if args.quick else LONG_PROMPT
+    routing_share(ours, models.random_ids(base, 1, long, seed=3), rounds, args.device, result)
+
+
+def routing_share(ours: DyLoRAMoE, ids: torch.Tensor, rounds: int, device: str, result: Result) -> None:
+    """What the router takes of the prefill of a long prompt: its sums and weights for all tokens, computed alone."""
+    router, embeddings = ours.router, ours.get_input_embeddings()
+    tokens = count_tokens(tuple(ids.shape), None, None, torch.zeros(len(ids), dtype=torch.bool, device=ids.device))
+
+    @torch.no_grad()
+    def route() -> None:
+        router.logits(router.sums(embeddings(ids), tokens)).softmax(-1)
+
+    @torch.no_grad()
+    def prefill() -> None:
+        ours(ids, use_cache=True, logits_to_keep=1)
+
+    timings = common.interleaved({"router": Case(route), "prefill": Case(prefill)}, min(rounds, 3), device, warmups=1)
+    share = 100 * timings["router"].median / timings["prefill"].median
+    result.claim(f"routing a prompt of {ids.shape[1]:,} tokens, of its prefill", share, ROUTING_PERCENT, "%")
 
 
 def padded_batch(base, prompt: int) -> tuple[torch.Tensor, torch.Tensor]:
