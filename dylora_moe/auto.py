@@ -7,10 +7,9 @@ class of the model is registered when its config is loaded (api.py).
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +25,7 @@ def register_with_transformers() -> None:
     if CONFIGURATIONS in sys.modules:
         _register(sys.modules[CONFIGURATIONS])
     else:
-        sys.meta_path.insert(0, _Afterwards())
+        sys.meta_path.insert(0, _Afterwards())  # type: ignore[arg-type]  # which importlib.abc would make heavy
 
 
 def _register(configurations: ModuleType) -> None:
@@ -34,14 +33,14 @@ def _register(configurations: ModuleType) -> None:
     configurations.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG_CLASS
 
 
-class _Afterwards(MetaPathFinder):
-    """Registers the config once Transformers has imported its configurations."""
+class _Afterwards:
+    """Registers the config once Transformers has imported its configurations: a finder of `sys.meta_path`."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name != CONFIGURATIONS:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = find_spec(name)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 

@@ -74,7 +74,8 @@ def assert_same(one: Path, other: Path) -> None:
     """Every file of two checkpoints has the same bytes; there is no clock time in any."""
     a, b = contents(one), contents(other)
     assert sorted(a) == sorted(b)
-    assert [name for name in a if a[name] != b[name]] == []
+    different = [name for name in a if a[name] != b[name]]
+    assert different == [], different
 
 
 def signal_at(monkeypatch, event: str, step: int, number: int = signal.SIGTERM) -> None:
