@@ -28,6 +28,14 @@ for _name in (
     os.environ.pop(_name, None)
 
 
+# Files whose tests take minutes, which begin first: otherwise one of two processes would wait for the other at the end.
+LONGEST = ("tests/test_readme.py", "tests/training/test_distributed.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # it keeps the order otherwise
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """A job in the background has Ctrl-C ignored, and so would have the programs that the tests interrupt."""
     for number, usual in (

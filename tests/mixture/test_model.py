@@ -504,6 +504,7 @@ def smollm(smollm_gguf):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_experts_are_stock_peft_loras(smollm, tmp_path):
     model, tokenizer = smollm
     ids = tokenizer("def fibonacci(n):\n    ", return_tensors="pt").input_ids
@@ -515,6 +516,7 @@ def test_real_experts_are_stock_peft_loras(smollm, tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 @pytest.mark.parametrize("mature", [False, True])
 def test_real_generation_with_and_without_cache_and_in_a_padded_batch(smollm, mature):
     model, tokenizer = smollm
@@ -535,6 +537,7 @@ def test_real_generation_with_and_without_cache_and_in_a_padded_batch(smollm, ma
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_real_training_lowers_the_loss_and_moves_every_part(smollm):
     model, tokenizer = smollm
     with seeded(0):
