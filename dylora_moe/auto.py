@@ -25,7 +25,7 @@ def register_with_transformers() -> None:
     if CONFIGURATIONS in sys.modules:
         _register(sys.modules[CONFIGURATIONS])
     else:
-        sys.meta_path.insert(0, _Afterwards())  # type: ignore[arg-type]  # which importlib.abc would make heavy
+        sys.meta_path.insert(0, _Afterwards())
 
 
 def _register(configurations: ModuleType) -> None:

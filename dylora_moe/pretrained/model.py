@@ -54,7 +54,7 @@ class OnBase(PreTrainedModel):
         return {f"{prefix}.{a}": f"{prefix}.{b}" for a, b in self.base.all_tied_weights_keys.items()}
 
     def floating_point_ops(self, *args: Any, **kwargs: Any) -> int:
-        """Return 0: they depend on the experts that take part. A checkpoint must not depend on how the base is sharded."""
+        """Return 0: what Transformers would count depends on how the base is sharded, and is saved."""
         return 0
 
     # ---- generation ----

@@ -128,7 +128,7 @@ def parse(script: Script, argv: Sequence[str], description: str | None = None) -
 
 def given_targets(argv: Sequence[str]) -> dict[str, str]:
     """Return the values of --json and --junit, of those that are given, even where another flag is wrong."""
-    found = {}
+    found: dict[str, str] = {}
     for name in REPORTS:
         with suppress(UsageError):
             value = getattr(build_parser(ScriptSettings, [name], add_help=False).parse_known_args(argv)[0], name, None)
