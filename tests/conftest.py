@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import signal
@@ -34,6 +35,12 @@ LONGEST = ("tests/test_readme.py", "tests/training/test_distributed.py")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))  # it keeps the order otherwise
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports have made out of every later garbage collection, which training asks for at its end."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -53,10 +53,6 @@ class OnBase(PreTrainedModel):
         prefix = names[id(self.base)]
         return {f"{prefix}.{a}": f"{prefix}.{b}" for a, b in self.base.all_tied_weights_keys.items()}
 
-    def floating_point_ops(self, *args: Any, **kwargs: Any) -> int:
-        """Return 0: what Transformers would count depends on how the base is sharded, and is saved."""
-        return 0
-
     # ---- generation ----
 
     @classmethod

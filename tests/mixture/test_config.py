@@ -271,6 +271,7 @@ def test_parameters_of_an_expert_are_known_beforehand():
     )
 
 
+@pytest.mark.slow
 def test_the_saved_config_does_not_change_with_the_hash_seed():
     code = (
         "import json; from dylora_moe import DyLoRAMoE; from tests.support.tiny import tiny_base;"

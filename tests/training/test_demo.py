@@ -65,6 +65,7 @@ def test_it_says_how_to_go_on(demo_run, tmp_path):
     assert steps(moved) == [30, 60, 64]
 
 
+@pytest.mark.slow
 def test_the_demo_can_be_stopped_and_resumed(demo_run, tmp_path, monkeypatch, capsys):
     words = ["--demo", "--output-dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:

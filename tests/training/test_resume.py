@@ -86,14 +86,14 @@ def handlers():
     ("flags", "event", "after", "saved"),
     [
         pytest.param(PLAIN, "on_step_begin", 0, 1, id="first step"),
-        pytest.param(PLAIN, "on_step_begin", 6, 7, id="mid-epoch"),
+        pytest.param(PLAIN, "on_step_begin", 6, 7, id="mid-epoch", marks=pytest.mark.slow),
         pytest.param(PLAIN, "on_step_begin", 4, 5, id="end of an epoch"),
         pytest.param(JOINT, "on_epoch_begin", 5, 6, id="begin of an epoch"),
         pytest.param(PLAIN, "on_step_begin", 3, 4, id="at a save"),
-        pytest.param(PLAIN, "on_step_begin", 10, 11, id="one before the end"),
+        pytest.param(PLAIN, "on_step_begin", 10, 11, id="one before the end", marks=pytest.mark.slow),
         pytest.param(ACCUMULATED, "on_substep_end", 4, 5, id="within accumulation"),
-        pytest.param(ACCUMULATED, "on_step_begin", 7, 8, id="end of an epoch, accumulated"),
-        pytest.param(EVALUATED, "on_step_begin", 4, 5, id="between evaluations"),
+        pytest.param(ACCUMULATED, "on_step_begin", 7, 8, id="end of an epoch, accumulated", marks=pytest.mark.slow),
+        pytest.param(EVALUATED, "on_step_begin", 4, 5, id="between evaluations", marks=pytest.mark.slow),
         pytest.param(EVALUATED, "on_step_begin", 5, 6, id="after a new best"),
         pytest.param(EVALUATED, "on_prediction_step", 6, 6, id="during an evaluation"),
     ],
@@ -289,7 +289,7 @@ def test_a_signal_does_not_wait_for_the_last_measurements(tmp_path, capsys, monk
     assert read_results(tmp_path / "run").stages[0].evaluation.keys() == {"one", "two"}
 
 
-@pytest.mark.parametrize(("event", "after"), [("on_step_begin", 2), ("on_step_begin", 3), ("on_step_begin", 4)])
+@pytest.mark.parametrize(("event", "after"), [("on_step_begin", 2), ("on_step_begin", 4)])
 def test_early_stopping_counts_on(monkeypatch, tmp_path, stopped_early, event, after):
     with monkeypatch.context() as patch:
         signal_at(patch, event, after)
@@ -342,7 +342,7 @@ def test_fewer_steps_than_are_done(tmp_path, capsys):
     assert "there is nothing left to train: step 12 of 10 is reached" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("epochs", "last"), [("2", 10), ("1.5", 8)])
+@pytest.mark.parametrize(("epochs", "last"), [pytest.param("2", 10, marks=pytest.mark.slow), ("1.5", 8)])
 def test_epochs_end_with_one_mature_checkpoint(monkeypatch, tmp_path, epochs, last):
     def flags(run_dir, *more):
         words = arguments(run_dir, "--epochs", epochs, *more)

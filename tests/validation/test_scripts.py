@@ -790,6 +790,7 @@ def test_from_another_folder_in_a_plain_locale(tiny, tmp_path):
     assert err == b""
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_changes_nothing(tiny):
     child = process(scripts.ROOT / "test_checkpoint_minimal.py", "--model", tiny)
     child.stdout.close()
@@ -800,7 +801,7 @@ def test_a_closed_pipe_changes_nothing(tiny):
 @pytest.mark.parametrize(
     "sent, code, text",
     [
-        ([signal.SIGINT], 130, "interrupted"),
+        pytest.param([signal.SIGINT], 130, "interrupted", marks=pytest.mark.slow),
         ([signal.SIGINT] * 2, 130, "interrupted"),
         ([signal.SIGTERM], 143, "terminated"),
     ],
