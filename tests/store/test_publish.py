@@ -358,7 +358,16 @@ def check_what_is_left(run: Path, scenario: str, outcome, strangers: dict[str, o
 
 
 @pytest.mark.small_process
-@pytest.mark.parametrize("mode", ["kill", "half-kill", "EIO", "ENOSPC", "half-ENOSPC"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "kill",
+        pytest.param("half-kill", marks=pytest.mark.slow),
+        "EIO",
+        "ENOSPC",
+        pytest.param("half-ENOSPC", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_a_fault_at_every_operation_of_a_save(scenario, mode, memory):
     template = memory / f"{scenario}, {mode}"
