@@ -24,7 +24,7 @@ test-all: $(VENV)/.dev
 	$(PYTEST) -m ""
 
 docs-check: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/test_readme.py
+	$(BIN)/python -m pytest -m "" tests/test_readme.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ for _name in (
 
 
 # Files whose tests take minutes, which begin first: otherwise one of two processes would wait for the other at the end.
-LONGEST = ("tests/test_readme.py", "tests/training/test_distributed.py")
+LONGEST = ("tests/training/test_distributed.py", "tests/test_readme.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -39,6 +40,7 @@ TORCH_FREE_ROOMS = {"constants", "errors", "system", "store", "data", "reporting
 TORCH = {"torch", "transformers", "peft", "accelerate"}
 
 
+@functools.cache
 def modules(package: Path = PACKAGE) -> dict[str, ast.Module]:
     """Module, such as "store.files", to its syntax tree."""
     found = {}

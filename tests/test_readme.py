@@ -103,6 +103,7 @@ def run(place: Path, command: list[str]) -> str:
 
 
 @pytest.mark.real
+@pytest.mark.slow  # minutes: `make docs-check` and `make test-all` run it
 def test_every_block_runs_as_it_stands(smollm_gguf, place):
     model_folder(place / MODEL, smollm_gguf)
     out = ""

@@ -69,7 +69,7 @@ def test_a_quantized_base_is_loaded_again_as_it_was(folder, tmp_path, how, capsy
 
 
 @needs_bitsandbytes
-@pytest.mark.parametrize("how", ["nf4", "int8"])
+@pytest.mark.parametrize("how", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_train_quantizes_and_resumes_to_the_byte(how, tmp_path, capsys, monkeypatch):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     assert train.main(arguments(whole, "--quantize", how, steps=6)) == 0, capsys.readouterr()

@@ -15,6 +15,7 @@ from dylora_moe.base.preserve import seeded
 from ..support.data import chat_tokenizer
 
 trl = pytest.importorskip("trl")
+pytestmark = pytest.mark.slow
 
 CHATS = [
     {
