@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .base.find import find_base
 from .base.load import load_base
@@ -129,10 +129,10 @@ class DyLoRAMoE(Mixture):
         if refused:
             raise UsageError(f"DyLoRAMoE.from_pretrained has no option {', '.join(refused)}: leave it out")
         folder = find_checkpoint(name, revision=revision, token=token, **found)
-        loading: dict[str, Any] = {}
+        chosen = {"dtype": None if dtype == "auto" else dtype, "device": _device(device_map)}
         if not isinstance(base, PreTrainedModel):
-            chosen = {"dtype": None if dtype == "auto" else dtype, "device": _device(device_map), "token": token}
-            loading = {key: value for key, value in chosen.items() if value is not None}
+            chosen["token"] = token
+        loading = {key: value for key, value in chosen.items() if value is not None}
         model = load_mixture(folder, base, kind=cls, **loading)
         model.name_or_path = model.config.name_or_path = os.fspath(name)
         if attn_implementation is not None:
@@ -295,5 +295,4 @@ def _device(device_map: Any) -> Any:
     return device_map
 
 
-AutoConfig.register(DyLoRAMoEConfig.model_type, DyLoRAMoEConfig, exist_ok=True)
 AutoModelForCausalLM.register(DyLoRAMoEConfig, DyLoRAMoE, exist_ok=True)
