@@ -77,7 +77,7 @@ class Mixture(OnBase):
         self.router = Router(width, len(configs), router or RouterConfig(), device=device)
         self._routing = Routing(self.router, self.base, self._watch, self._states)
         self._usage: list[torch.Tensor] | None = None
-        self.config.router_aux_loss_coef = self.router.config.balance_coefficient
+        self._tell_config()
         self._is_built = True
         self.train_all_experts()
         self.train(base.training)
@@ -148,6 +148,7 @@ class Mixture(OnBase):
         frozen = [parameter for parameter in self.parameters() if not parameter.requires_grad]
         self._inject(config)
         self.router.grow()
+        self._tell_config()
         self._routing.attach(decoder_layers(self.base))
         self.train_only({*self._trained, self.num_experts - 1}, router=self._trains_router)
         for parameter in frozen if self.num_experts > 2 else ():  # the router of one expert was not trained yet
@@ -238,7 +239,11 @@ class Mixture(OnBase):
     def _inject(self, config: MoELoraConfig) -> None:
         name = expert_name(self.num_experts)
         self._states.add([layer.lora_B[name] for layer in self._injector.add(name, config)])
+
+    def _tell_config(self) -> None:
+        """Tell trainers how many experts there are, and the coefficient of their load-balancing loss: one has none."""
         self.config.num_experts = self.num_experts
+        self.config.router_aux_loss_coef = self.router.config.balance_coefficient if self.num_experts > 1 else 0.0
 
     def _with_targets(self, base: PreTrainedModel, config: MoELoraConfig) -> MoELoraConfig:
         config, notes = resolve_targets(base, config)

@@ -85,6 +85,7 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(saved):
         ({"subfolder": "x"}, "no option subfolder"),
         ({"device_map": {"a": "cpu", "b": "cuda"}}, "one device, device_map names 2"),
         ({"revision": "main"}, "is a local folder"),
+        ({"base": tiny_base(), "dtype": "float64"}, "dtype: of a base model that is to be loaded, but base= gives one"),
     ],
 )
 def test_options_that_cannot_be_honoured_are_refused(options, words, saved):
@@ -168,6 +169,14 @@ def test_router_logits_are_returned_as_mixtral_does():
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(IDS.numel()))
     torch.testing.assert_close(model.base_model(IDS, output_router_logits=True).router_logits[0], logits)
     assert "router_logits" not in model(IDS)
+
+
+def test_one_expert_has_no_load_balancing_loss():
+    """TRL would ask for router logits, of which there are none."""
+    model = tiny_mixture(experts=1)
+    assert (model.config.num_experts, model.config.router_aux_loss_coef) == (1, 0.0)
+    model.add_expert()
+    assert (model.config.num_experts, model.config.router_aux_loss_coef) == (2, 0.01)
 
 
 def test_a_part_is_not_trained_without_the_router():
