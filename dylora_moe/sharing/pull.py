@@ -27,7 +27,7 @@ def local_checkpoint(folder: Path) -> Path:
 def find_checkpoint(
     name: str | os.PathLike, *, revision: str | None = None, token: str | None = None, **options: Any
 ) -> Path:
-    """Return the folder of a checkpoint: a local one, the newest of a run folder, or one from the Hub.
+    """Return the folder of a checkpoint, which is not verified yet: a local one, a run's newest, or one from the Hub.
 
     Args:
         name: a folder, or the id of a repository on the Hub, such as "user/repo".
@@ -48,7 +48,7 @@ def find_checkpoint(
     if is_file or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         found = "a file" if is_file else "nothing"
         raise UsageError(f"{text or 'no name'}: expected a checkpoint folder or a repository's id, found {found}")
-    return pull(text, revision=revision, token=token, **options)
+    return _download(text, revision, token, **options)
 
 
 def pull(repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
@@ -65,6 +65,11 @@ def pull(repo_id: str, *, revision: str | None = None, token: str | None = None,
         UsageError: if the repository holds no checkpoint.
         CheckpointError: if the checkpoint is not sound.
     """
+    return open_checkpoint(_download(repo_id, revision, token, **options)).folder
+
+
+def _download(repo_id: str, revision: str | None, token: str | None, **options: Any) -> Path:
+    """Return the folder of a checkpoint that is not verified yet: whoever loads it verifies it, once."""
     options = {key: value for key, value in options.items() if value is not None}
     folder = hub.download(repo_id, revision, [MANIFEST, formats.CONFIG], token, **options)
     if not (folder / MANIFEST).exists():
@@ -73,5 +78,4 @@ def pull(repo_id: str, *, revision: str | None = None, token: str | None = None,
             "loaded by DyLoRAMoE.from_base"
         )
     # The commit, which the folder is named like: the branch may have moved meanwhile.
-    folder = hub.download(repo_id, folder.name, [*read_manifest(folder), *TOKENIZER_PATTERNS, CARD], token, **options)
-    return open_checkpoint(folder).folder
+    return hub.download(repo_id, folder.name, [*read_manifest(folder), *TOKENIZER_PATTERNS, CARD], token, **options)
