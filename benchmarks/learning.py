@@ -1,7 +1,9 @@
 """What a mixture learns: held-out loss of specialised and grown mixtures, and of what could be used instead.
 
-python -m benchmarks.learning                               a quarter of an hour on two cores
-python -m benchmarks.learning --long --seeds 3 --json benchmarks/results/learning-long.json
+python -m benchmarks.learning                               half an hour on two cores
+python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    three hours
+
+With --work, what has been measured is kept in that folder: the same command goes on after an interruption.
 
 Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
 of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters.
@@ -10,13 +12,15 @@ of N experts of rank r is compared with one LoRA of rank N r, so that both have 
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +40,7 @@ LINEAR, TIES = "grown experts, merged (linear)", "grown experts, merged (TIES)"
 DENSE = "grown mixture, routed to all experts"
 GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
 OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
+METHODS = (BASE, JOINT, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
 Losses = dict[str, float]  # mean held-out loss by skill
 Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
@@ -59,7 +64,7 @@ class Sizes:
 
 KINDS = tuple(texts.SOURCES)
 SHORT = Sizes(Recipe(steps=16, rows=2), {128: 6, 384: 2}, KINDS[:5])
-LONG = Sizes(Recipe(steps=200), {128: 24, 384: 12}, KINDS)
+LONG = Sizes(Recipe(steps=200, rows=2), {128: 12, 384: 6}, KINDS[:5])
 QUICK = Sizes(Recipe(steps=8, rank=2, rows=2, length=32, rate=1e-2), {32: 4, 96: 1}, ("python", "reference", "c"))
 
 
@@ -69,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def flags(parser: argparse.ArgumentParser) -> None:
     models.add_model_flags(parser)
-    parser.add_argument("--long", action="store_true", help="1,000 steps and more for each method: hours")
+    parser.add_argument("--long", action="store_true", help="1,000 steps for each method: hours")
+    parser.add_argument("--work", type=Path, help="where to keep what has been trained and measured")
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is trained (%(default)s)")
 
 
@@ -79,8 +85,8 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     found, missing = texts.available(sizes.kinds)
     for line in missing:
         print(line)
-    with tempfile.TemporaryDirectory(prefix="dylora_benchmark_") as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora_benchmark_")))
         base, tokenizer = models.saved_base(args, folder / "base", result.settings)
         held = {
             length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}
@@ -90,66 +96,106 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         for number in range(args.seeds):
             data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
             task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
-            seeds.append(Seed(task, held, folder / f"runs{number}"))
+            seeds.append(Seed(task, held, folder / f"runs{number}", repr(sizes)))
             seeds[-1].run()
+        result.settings["work"] = args.work is not None
     report(seeds, sizes, result)
 
 
 # ---- one seed ----
 
 
-class Seed:
-    """Everything that is trained and measured with one seed.
-
-    Args:
-        held: the held-out rows of each skill, by their length.
-        folder: for the runs.
+@dataclass
+class Found:
+    """What one seed has found.
 
     Attributes:
-        losses: by length of the rows, method and skill.
+        sizes: what it was found with.
+        losses: by length of the rows (in digits, as JSON has it), method and skill.
         stages: of the grown mixture: the skills so far, and their routed losses on the shortest rows.
         pairs: of rows of two skills, by mixture: mean loss when routed, and under each token's own expert.
         changed: the largest change of an expert's tensors and of its logits in stages after its own.
         missed: the skills that were taken for known ones.
+        parts: of `Seed.run` that are done.
     """
 
-    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path):
+    sizes: str
+    losses: dict[str, dict[str, Losses]] = field(default_factory=dict)
+    stages: list[Losses] = field(default_factory=list)
+    pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    changed: tuple[float, float] = (0.0, 0.0)
+    missed: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+
+
+class Seed:
+    """Trains and measures everything with one seed.
+
+    Args:
+        held: the held-out rows of each skill, by their length.
+        folder: for the runs, and for `found.json`, from which an interrupted benchmark goes on.
+    """
+
+    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path, sizes: str):
         self.task, self.held, self.folder = task, held, folder
         self.skills = task.skills
-        self.losses: dict[int, dict[str, Losses]] = {length: {} for length in held}
-        self.stages: list[Losses] = []
-        self.pairs: dict[str, tuple[float, float]] = {}
-        self.changed = (0.0, 0.0)
-        self.missed: list[str] = []
+        self.kept = folder / "found.json"
+        self.found = Found(**json.loads(self.kept.read_text())) if self.kept.exists() else Found(sizes)
+        if self.found.sizes != sizes:
+            raise SystemExit(f"{self.kept}: expected {sizes}, found {self.found.sizes}; choose another --work folder")
 
     @property
     def short(self) -> int:
         return min(self.held)
 
     def run(self) -> None:
+        for part in (self._base, self._joint, self._specialised, self._grown, self._turn):
+            if part.__name__ in self.found.parts:
+                continue
+            part()
+            self.found.parts.append(part.__name__)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.kept.write_text(json.dumps(vars(self.found)))
+
+    def _base(self) -> None:
         base = fresh_base(self.task.base)
         self._measure(BASE, lambda ids, _: base(ids, use_cache=False).logits)
+
+    def _joint(self) -> None:
         self._measure(JOINT, expert_logits(lora_training.jointly(self.task), 0))
+
+    def _turn(self) -> None:
         self._measure(TURN, expert_logits(lora_training.in_turn(self.task), 0))
-        self._measure_mixture(lora_training.specialised(self.task, self.folder / "specialised", say), OURS, OURS_OWN)
+
+    def _specialised(self) -> None:
+        folder = self._fresh("specialised")
+        self._measure_mixture(lora_training.specialised(self.task, folder, say), OURS, OURS_OWN)
+
+    def _grown(self) -> None:
         grown = self._grow()
         self._measure_mixture(grown, GROWN, GROWN_OWN)
         with models.dense(grown.model):
             self._measure(DENSE, expert_logits(grown.model))
         with uniform(grown.model):
             self._measure(UNIFORM, expert_logits(grown.model))
-        self._measure_peers(models.export_experts(grown.model, self.folder / "experts"))
+        self._measure_peers(models.export_experts(grown.model, self._fresh("experts")))
+
+    def _fresh(self, name: str) -> Path:
+        """A folder without what an interrupted benchmark has left in it."""
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        return self.folder / name
 
     def _grow(self) -> Trained:
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for trained in lora_training.grown(self.task, self.folder / "grown", FIRST, say):
-            model, known = trained.model, self.skills[: FIRST + len(self.stages)]
+        stages = self.found.stages
+        for trained in lora_training.grown(self.task, self._fresh("grown"), FIRST, say):
+            model, known = trained.model, self.skills[: FIRST + len(stages)]
             before += [self._state(model, expert) for expert in range(len(before), model.num_experts)]
-            self.stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
-        self.missed = [name for name in self.skills if name not in trained.experts]
+            stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
+        self.found.missed = [name for name in self.skills if name not in trained.experts]
         after = [self._state(model, expert) for expert in range(model.num_experts)]
         pairs = list(zip(before, after, strict=True))
-        self.changed = tuple(max(float((old[i] - new[i]).abs().max()) for old, new in pairs) for i in (0, 1))
+        self.found.changed = tuple(max(float((old[i] - new[i]).abs().max()) for old, new in pairs) for i in (0, 1))
         return trained
 
     def _state(self, model: DyLoRAMoE, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,10 +207,15 @@ class Seed:
 
     # ---- measuring ----
 
+    def losses(self, length: int) -> dict[str, Losses]:
+        """By method and skill, in the order of the tables."""
+        return dict(sorted(self.found.losses[str(length)].items(), key=lambda item: METHODS.index(item[0])))
+
     def _measure(self, name: str, logits: Logits) -> None:
         for length, rows in self.held.items():
-            self.losses[length][name] = {k: mean_loss(logits, rows[k], i) for i, k in enumerate(self.skills)}
-        means = ", ".join(f"{mean(self.losses[length][name]):.4f}" for length in self.held)
+            of_skills = {k: mean_loss(logits, rows[k], i) for i, k in enumerate(self.skills)}
+            self.found.losses.setdefault(str(length), {})[name] = of_skills
+        means = ", ".join(f"{mean(self.losses(length)[name]):.4f}" for length in self.held)
         print(f"{time.strftime('%H:%M:%S')}  seed {self.task.seed}: {name}: {means}", flush=True)
 
     def _measure_mixture(self, trained: Trained, routed: str, own: str) -> None:
@@ -180,7 +231,7 @@ class Seed:
             ours, of_first, of_second = (token_losses(expert_logits(model, expert), ids, 0) for expert in who)
             oracle = torch.cat([of_first[:, : half - 1], of_second[:, half - 1 :]], 1)
             found.append((ours.mean(), oracle.mean()))
-        self.pairs[routed] = tuple(torch.tensor(found).mean(0).tolist())
+        self.found.pairs[routed] = tuple(torch.tensor(found).mean(0).tolist())
 
     def _measure_peers(self, adapters: list[str]) -> None:
         with warnings.catch_warnings():
@@ -257,8 +308,8 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
         title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
         note = "Nats per token, mean of the seeds. Relative: the mean of the skills, to each skill's own grown expert."
         table = result.table(f"loss-{length}", title, ["", *skills, "mean", "relative"], note)
-        for name in seeds[0].losses[length]:
-            of_skills = [statistics.fmean(seed.losses[length][name][skill] for seed in seeds) for skill in skills]
+        for name in seeds[0].losses(length):
+            of_skills = [statistics.fmean(seed.losses(length)[name][skill] for seed in seeds) for skill in skills]
             relative = spread(seeds, length, name, GROWN_OWN)
             table.add(name, *(f"{loss:.3f}" for loss in of_skills), f"{statistics.fmean(of_skills):.3f}", relative)
     growth(seeds, result)
@@ -268,7 +319,7 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
 
 def growth(seeds: list[Seed], result: Result) -> None:
     """The forgetting matrix of the first seed: what a skill's routed loss has changed by since it was learned."""
-    stages, skills = seeds[0].stages, seeds[0].skills
+    stages, skills = seeds[0].found.stages, seeds[0].skills
     table = result.table("growth", "Routed loss since a skill was learned", ["after", *skills], "Of the first seed.")
     for losses in stages:
         cells = [f"{losses[k] / learned(stages, k) - 1:+.2%}" if k in losses else "" for k in skills]
@@ -281,7 +332,7 @@ def learned(stages: list[Losses], skill: str) -> float:
 
 def above(seed: Seed, length: int, name: str, other: str) -> float:
     """By how many per cent the mean loss of a method is above that of another."""
-    return (mean(seed.losses[length][name]) / mean(seed.losses[length][other]) - 1) * 100
+    return (mean(seed.losses(length)[name]) / mean(seed.losses(length)[other]) - 1) * 100
 
 
 def spread(seeds: list[Seed], length: int, name: str, other: str) -> str:
@@ -305,18 +356,20 @@ def claims(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
     limit = 0.0 if sizes is LONG else 1.0
     for name in (GROWN, OURS):
         worst(f"{name}, above: {JOINT}", limit, [above(seed, lengths[0], name, JOINT) for seed in seeds])
-    rises = [(seed.stages[-1][k] / learned(seed.stages, k) - 1) * 100 for seed in seeds for k in seed.skills]
+    rises = [
+        (seed.found.stages[-1][k] / learned(seed.found.stages, k) - 1) * 100 for seed in seeds for k in seed.skills
+    ]
     worst("the skill that lost most in later stages", 0.5, rises)
     for name in (GROWN, OURS):
-        pairs = [seed.pairs[name] for seed in seeds]
+        pairs = [seed.found.pairs[name] for seed in seeds]
         worst(f"{name}, rows of two skills, above each token's own expert", 2.0, [(a / b - 1) * 100 for a, b in pairs])
 
 
 def checks(seeds: list[Seed], result: Result) -> None:
     for part, what in enumerate(("tensors", "logits")):
-        off = max(seed.changed[part] for seed in seeds)
+        off = max(seed.found.changed[part] for seed in seeds)
         result.check(f"{what} of the grown experts, since each was trained", off, 0.0)
-    missed = sorted({name for seed in seeds for name in seed.missed})
+    missed = sorted({name for seed in seeds for name in seed.found.missed})
     result.claim(f"skills taken for known ones{': ' * bool(missed)}{', '.join(missed)}", len(missed), 0, "skills")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ UNKNOWN = "\u2013"
 
 def render(results: Results) -> str:
     """Return the page: the same bytes for the same results. What there is no room for, it leaves to results.json."""
+    template, page = _template(), ""
+    for most_rows, most_tokens in ROOM:
+        page = template.render(_contents(results, most_rows, most_tokens))
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    return page
+
+
+@functools.cache
+def _template() -> Any:
+    """The jinja2.Template, compiled once."""
     import jinja2  # here, to keep the other commands light
 
     environment = jinja2.Environment(
@@ -33,12 +45,7 @@ def render(results: Results) -> str:
         finalize=_visible,
     )
     environment.filters |= {"loss": _loss, "percent": percent, "share": _share, "short": _short, "names": names}
-    template, page = environment.get_template("template.html"), ""
-    for most_rows, most_tokens in ROOM:
-        page = template.render(_contents(results, most_rows, most_tokens))
-        if len(page.encode()) <= MAX_BYTES:
-            break
-    return page
+    return environment.get_template("template.html")
 
 
 def _contents(results: Results, most_rows: int, most_tokens: int) -> dict[str, Any]:
