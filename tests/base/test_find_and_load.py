@@ -314,6 +314,7 @@ def test_no_tokenizer_is_an_error_not_an_empty_one(tiny):
 # ---------------------------------------------------------------- real weights
 
 
+@pytest.mark.slow
 @pytest.mark.real
 def test_gguf_of_smollm(smollm_gguf, capfd):
     base, weights = find_base(smollm_gguf)

@@ -364,7 +364,7 @@ def check_what_is_left(run: Path, scenario: str, outcome, strangers: dict[str, o
         "kill",
         pytest.param("half-kill", marks=pytest.mark.slow),
         "EIO",
-        "ENOSPC",
+        pytest.param("ENOSPC", marks=pytest.mark.slow),
         pytest.param("half-ENOSPC", marks=pytest.mark.slow),
     ],
 )

@@ -57,6 +57,7 @@ def test_it_says_how_to_validate(demo_run, capsys):
     assert "ALL TESTS PASSED" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_says_how_to_go_on(demo_run, tmp_path):
     folder, said = demo_run
     moved = shutil.copytree(folder, tmp_path / "run")

@@ -190,6 +190,7 @@ def test_a_signal_before_the_first_step_leaves_nothing(monkeypatch, tmp_path, ca
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_stopped_twice(monkeypatch, tmp_path):
     for after in (1, 8):
         with monkeypatch.context() as patch:
@@ -214,7 +215,9 @@ def test_a_signal_in_the_last_step_does_not_spoil_the_end(monkeypatch, tmp_path,
     assert "held-out loss" in out
 
 
-@pytest.mark.parametrize(("step", "expected"), [(6, ["immature", "new"]), (12, ["mature"] * 2)])  # 6: of the trunk
+@pytest.mark.parametrize(
+    ("step", "expected"), [pytest.param(6, ["immature", "new"], marks=pytest.mark.slow), (12, ["mature"] * 2)]
+)  # 6: of the trunk
 def test_an_evaluation_is_cut_short_and_made_again(monkeypatch, tmp_path, capsys, step, expected):
     line = rf"^step +{step}/12  held out: one .*, two "
     run_dir, flags = tmp_path / "run", ("--eval-steps", "6", "--batch-size", "1")
@@ -427,7 +430,12 @@ def test_a_save_that_fails_stops_the_run(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["peft_adapters/expert_1/expert_1/adapter_model.safetensors", "optimizer.pt", "trainer_state.json"]
+    "name",
+    [
+        pytest.param("peft_adapters/expert_1/expert_1/adapter_model.safetensors", marks=pytest.mark.slow),
+        "optimizer.pt",
+        pytest.param("trainer_state.json", marks=pytest.mark.slow),
+    ],
 )
 def test_rows_3_6_one_file_that_cannot_be_saved_stops_the_run_and_is_named(monkeypatch, tmp_path, capsys, name):
     whole = uninterrupted()
@@ -651,6 +659,10 @@ def test_training_state_missing_or_truncated(run_dir, capsys, name, content):
     assert str(latest) in err
     assert "--resume-weights-only" in err
     assert steps(run_dir) == [4, 8]
+
+
+def test_weights_without_training_state_are_trained_on(run_dir, capsys):
+    rewrite(run_dir / "checkpoint-8", "optimizer.pt")
     assert train.main(arguments(run_dir, "--resume", "--resume-weights-only")) == 0
     out = capsys.readouterr().out
     assert "all else fresh, from step 8" in out

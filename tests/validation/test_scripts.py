@@ -801,9 +801,9 @@ def test_a_closed_pipe_changes_nothing(tiny):
 @pytest.mark.parametrize(
     "sent, code, text",
     [
-        pytest.param([signal.SIGINT], 130, "interrupted", marks=pytest.mark.slow),
-        ([signal.SIGINT] * 2, 130, "interrupted"),
-        ([signal.SIGTERM], 143, "terminated"),
+        ([signal.SIGINT], 130, "interrupted"),
+        pytest.param([signal.SIGINT] * 2, 130, "interrupted", marks=pytest.mark.slow),
+        pytest.param([signal.SIGTERM], 143, "terminated", marks=pytest.mark.slow),
     ],
 )
 def test_stopped(tiny, temporary, tmp_path, sent, code, text):
