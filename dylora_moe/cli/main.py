@@ -19,6 +19,7 @@ dylora-moe convert OLD NEW
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -48,6 +49,8 @@ TAKE_TEXTS = {"generate", "route"}  # words of theirs may have line breaks
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `dylora-moe`, also as `python -m dylora_moe`; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(os.environ.get("COMP_LINE", ""))
     return command_line.run(_main, argv)
 
 
@@ -58,6 +61,13 @@ def _main(argv: Sequence[str] | None) -> int:
     args = build_parser(words).parse_args(words)
     args.words = rest
     return args.command(args)
+
+
+def _complete(line: str) -> None:
+    """Answer the shell's Tab, if argcomplete has been installed and registered, and exit."""
+    import argcomplete
+
+    argcomplete.autocomplete(build_parser(line.split()[1:]))
 
 
 def build_parser(words: Sequence[str]) -> command_line.Parser:
