@@ -34,8 +34,10 @@ from .system.command_line import say
 
 # Arguments of `from_pretrained`, by what they are for.
 _HUB = ("cache_dir", "force_download", "local_files_only")
-_NEEDLESS = ("config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs")
-_NEEDLESS += ("tqdm_class",)
+_NEEDLESS = (
+    "config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
+    "tqdm_class",
+)  # fmt: skip
 
 
 class DyLoRAMoE(Mixture):

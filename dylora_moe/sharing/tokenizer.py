@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -47,12 +46,10 @@ class CheckpointTokenizer:
         for place in (folder, run_folder.run_of(folder)):
             if place is not None and has_tokenizer(place):
                 # Without a config, AutoTokenizer would ask this class again.
-                kind = PreTrainedConfig(model_type=config.base_model.architecture.model_type)
+                kind = cast(Any, PreTrainedConfig)(model_type=config.base_model.architecture.model_type)
                 return AutoTokenizer.from_pretrained(str(place), *inputs, config=kind, local_files_only=True, **options)
         base = config.base_model.located(folder)
         if not base:
             raise UsageError(f"{folder / formats.CONFIG} names no base model, and there is no tokenizer in {folder}")
-        source, _ = find_base(
-            base, weights="none", token=found.get("token"), revision=config.base_model.revision
-        )
+        source, _ = find_base(base, weights="none", token=found.get("token"), revision=config.base_model.revision)
         return load_tokenizer(source, found.get("token"), **options)

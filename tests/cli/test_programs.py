@@ -120,7 +120,9 @@ LENGTH = 8
 def mixture() -> DyLoRAMoE:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     with seeded(0):
-        base = LlamaForCausalLM(LlamaConfig(vocab_size=264, **sizes, max_position_embeddings=512, initializer_range=0.1))
+        base = LlamaForCausalLM(
+            LlamaConfig(vocab_size=264, **sizes, max_position_embeddings=512, initializer_range=0.1)
+        )
     router = RouterConfig(decay=0.5)  # so that the route changes within a few tokens
     model = randomise(DyLoRAMoE(base, 2, lora=MoELoraConfig(r=4, lora_alpha=8), router=router))
     model.mark_mature()
@@ -217,7 +219,10 @@ def test_the_model_of_lm_eval_refuses_what_it_cannot_honour(saved, tmp_path):
         ({"expert": 2}, "expert must be None or 0 to 1, got 2"),
         ({"expert": "second"}, "expert=second: expected expert_0 to expert_1"),
         ({"backend": "seq2seq"}, "a mixture is a causal LM"),
-        ({"pretrained": str(broken), "tokenizer": str(saved.parent / "base")}, "is not a sound checkpoint:\n  - router.safetensors: "),
+        (
+            {"pretrained": str(broken), "tokenizer": str(saved.parent / "base")},
+            "is not a sound checkpoint:\n  - router.safetensors: ",
+        ),
         *(({name: "x"}, f"has no {name}=: ") for name in REFUSED),
     ):
         with pytest.raises(DyLoRAMoEError, match=re.escape(told)):

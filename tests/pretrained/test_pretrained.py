@@ -222,7 +222,7 @@ def test_the_tokenizer_of_a_checkpoint_is_its_own_or_that_of_its_run_or_base(sav
 
 def test_a_tokenizer_that_is_not_there_is_told(saved, tmp_path):
     folder, _ = saved
-    with pytest.raises(UsageError, match="There is no tokenizer in .*base: expected one of tokenizer.json"):
+    with pytest.raises(UsageError, match=r"There is no tokenizer in .*base: expected one of tokenizer.json"):
         AutoTokenizer.from_pretrained(folder / "run" / "checkpoint-5")
     broken = copy_of(folder / "run" / "checkpoint-5", tmp_path)
     content = (broken / "config.json").read_text()

@@ -9,8 +9,10 @@ import sys
 import traceback
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from typing import Any
 
 from ...errors import DyLoRAMoEError, UsageError
 from ...system.command_line import FAILED, PASSED, did_you_mean, text
@@ -22,9 +24,9 @@ HARNESS = "lm_eval"  # whose further model `dylora_moe` is in harness.py
 def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} [-h] PROGRAM [ARGUMENT ...]"
     parser.description = (
-        "Runs a program by the name of its command, or of its module as `python -m` does, with its own arguments. Where "
-        "it loads a model by AutoModelForCausalLM, pipeline and the like, it can load a checkpoint. Processes that it "
-        "starts by another command do not know them: start those by `python -m dylora_moe run`, as in\n"
+        "Runs a program by the name of its command, or of its module as `python -m` does, with its own arguments.\n"
+        "Where it loads a model by AutoModelForCausalLM, pipeline and the like, it can load a checkpoint.\n"
+        "A program that it starts in turn cannot, unless that is `python -m dylora_moe run` again, as in\n"
         "    accelerate launch -m dylora_moe run lm_eval ..."
     )
     parser.add_argument("program", metavar="PROGRAM", type=text, help="as in lm_eval, transformers, json.tool")
@@ -46,14 +48,14 @@ def run(args: Namespace) -> int:
         return FAILED
 
 
-def _command(name: str) -> Callable[[], object] | None:
+def _command(name: str) -> Callable[[], Any] | None:
     """Return the function of an installed command; None if there is no such command."""
     for command in entry_points(group="console_scripts", name=name):
         return command.load()
     return None
 
 
-def _module(name: str) -> Callable[[], object]:
+def _module(name: str) -> Callable[[], Any]:
     """Return a function that runs a module as `python -m` does. Raises UsageError if there is no such module."""
     sys.path.insert(0, os.getcwd())
     if all(part.isidentifier() for part in name.split(".")) and not name.endswith(".py"):
@@ -64,7 +66,7 @@ def _module(name: str) -> Callable[[], object]:
         except ModuleNotFoundError:  # of the package that it would be in
             spec = None
         if spec is not None and spec.has_location:
-            return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True) and PASSED
+            return partial(_run_module, name)
     commands = {command.name for command in entry_points(group="console_scripts")}
     raise UsageError(
         f"there is no program {name}{did_you_mean(name, commands)}: expected a command that is installed in "
@@ -72,8 +74,12 @@ def _module(name: str) -> Callable[[], object]:
     )
 
 
+def _run_module(name: str) -> int:
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return PASSED
+
+
 def _register() -> None:
-    import lm_eval.models  # registers its own, which it does not do later
     from lm_eval.api.registry import model_registry
 
     model_registry.register("dylora_moe", target="dylora_moe.cli.harness:MixtureLM")
