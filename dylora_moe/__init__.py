@@ -1,7 +1,8 @@
 """DyLoRA-MoE: a mixture of LoRA experts on a frozen causal LM, with checkpoints that can be trusted.
 
 Importing the package is light: torch, transformers and peft are loaded when a name that needs them is first used. It
-makes `AutoConfig` and `AutoModelForCausalLM` of Transformers know the checkpoints of a mixture (auto.py).
+makes `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer` of Transformers know the checkpoints of a mixture
+(auto.py).
 """
 
 from __future__ import annotations

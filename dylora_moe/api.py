@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .base.find import find_base
 from .base.load import load_base
@@ -25,6 +25,7 @@ from .mixture.model import Mixture
 from .pretrained.config import DyLoRAMoEConfig
 from .sharing.pull import find_checkpoint
 from .sharing.push import push
+from .sharing.tokenizer import CheckpointTokenizer
 from .skills.library import SkillLibrary
 from .skills.novelty import Verdict
 from .stages.growth import grow_by
@@ -33,7 +34,10 @@ from .system.command_line import say
 
 # Arguments of `from_pretrained`, by what they are for.
 _HUB = ("cache_dir", "force_download", "local_files_only")
-_NEEDLESS = ("config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs")
+_NEEDLESS = (
+    "config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
+    "tqdm_class",
+)  # fmt: skip
 
 
 class DyLoRAMoE(Mixture):
@@ -125,7 +129,7 @@ class DyLoRAMoE(Mixture):
         """
         dtype = options.pop("torch_dtype", dtype)
         found = {key: options.pop(key) for key in _HUB if key in options}
-        refused = sorted(key for key, value in options.items() if key not in _NEEDLESS and value is not None)
+        refused = sorted(key for key, value in options.items() if key not in _NEEDLESS and value not in (None, ""))
         if refused:
             raise UsageError(f"DyLoRAMoE.from_pretrained has no option {', '.join(refused)}: leave it out")
         folder = find_checkpoint(name, revision=revision, token=token, **found)
@@ -296,3 +300,4 @@ def _device(device_map: Any) -> Any:
 
 
 AutoModelForCausalLM.register(DyLoRAMoEConfig, DyLoRAMoE, exist_ok=True)
+AutoTokenizer.register(DyLoRAMoEConfig, CheckpointTokenizer, exist_ok=True)

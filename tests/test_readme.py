@@ -32,6 +32,8 @@ NOT_RUN = {
     "export HF_TOKEN=": "there is no token",
     "dylora-moe generate runs/pirate/checkpoint-8 --prompt": "tests/cli/test_shell.py answers prompts",
     "dylora-moe eval": "tests/cli/test_shell.py evaluates",
+    "dylora-moe run lm_eval": "tests/cli/test_programs.py runs it on tasks of this machine",
+    "dylora-moe run transformers serve": "tests/cli/test_programs.py asks such a server",
     "dylora-moe experts collapse": "tests/cli/test_experts.py runs it",
     "dylora-moe gateway": "tests/serving serves it in front of a server of its own",
     "curl http://127.0.0.1:8080": "asks that server",

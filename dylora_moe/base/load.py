@@ -159,11 +159,11 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def load_tokenizer(base: Base, token: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a base model. Raises UsageError if it has none."""
+def load_tokenizer(base: Base, token: str | None = None, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a base model, with further `options` of its class. Raises UsageError if it has none."""
     source, extra = _tokenizer_source(base, token)
     with quiet(), refused(f"The tokenizer of {base.name} cannot be loaded", "Restore its files."):
-        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **extra)
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False, **extra, **options)
 
 
 def _tokenizer_source(base: Base, token: str | None) -> tuple[str, dict[str, str]]:
@@ -171,16 +171,16 @@ def _tokenizer_source(base: Base, token: str | None) -> tuple[str, dict[str, str
         need_gguf(base.name)
         return str(base.path.parent), {"gguf_file": base.path.name}
     folder = base.path if base.location else hub.cached(base.name, base.revision)
-    if base.kind != "folder" and not _has_tokenizer(folder):
+    if base.kind != "folder" and not has_tokenizer(folder):
         commit = hub.ask(base.name, base.revision, token or base.token).name
         folder = hub.download(base.name, commit, TOKENIZER_PATTERNS, token or base.token)
-    if not _has_tokenizer(folder):
+    if not has_tokenizer(folder):
         # transformers 5 would create an empty tokenizer of the model's class.
         raise UsageError(f"There is no tokenizer in {folder}: expected one of {', '.join(TOKENIZER_FILES)}.")
     return str(folder), {}
 
 
-def _has_tokenizer(folder: Path | None) -> bool:
+def has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 

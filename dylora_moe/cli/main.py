@@ -11,6 +11,7 @@ dylora-moe report runs/first
 dylora-moe experts list runs/first/checkpoint-100
 dylora-moe export runs/first/checkpoint-100 served --to vllm
 dylora-moe gateway runs/first/checkpoint-100 --upstream http://127.0.0.1:8000
+dylora-moe run lm_eval --model dylora_moe --model_args pretrained=runs/first/checkpoint-100 --tasks arc_easy
 dylora-moe push runs/first you/first
 dylora-moe pull you/first
 dylora-moe convert OLD NEW
@@ -18,6 +19,7 @@ dylora-moe convert OLD NEW
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -37,6 +39,7 @@ COMMANDS = {
     "experts": "list, import, export, remove, rename, merge and collapse the experts of a checkpoint",
     "export": "the experts of a checkpoint for vLLM or llama.cpp, which serve each request with one of them",
     "gateway": "an OpenAI-compatible proxy for vLLM or llama.cpp that chooses each request's expert",
+    "run": "another Python program, such as lm_eval, which can then load checkpoints by Transformers' Auto classes",
     "push": "a checkpoint to a repository on the Hub, with a model card",
     "pull": "a checkpoint from the Hub into its cache, verified",
     "convert": "the experts of a checkpoint of version 0.2.1 in a new checkpoint, with a fresh router",
@@ -46,13 +49,25 @@ TAKE_TEXTS = {"generate", "route"}  # words of theirs may have line breaks
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command `dylora-moe`, also as `python -m dylora_moe`; returns the exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(os.environ.get("COMP_LINE", ""))
     return command_line.run(_main, argv)
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    words = sys.argv[1:] if argv is None else argv
+    words, rest = list(sys.argv[1:] if argv is None else argv), []
+    if words[:1] == ["run"]:  # what follows the name of a program is the program's, as it is
+        words, rest = words[:2], words[2:]
     args = build_parser(words).parse_args(words)
+    args.words = rest
     return args.command(args)
+
+
+def _complete(line: str) -> None:
+    """Answer the shell's Tab, if argcomplete has been installed and registered, and exit."""
+    import argcomplete
+
+    argcomplete.autocomplete(build_parser(line.split()[1:]))
 
 
 def build_parser(words: Sequence[str]) -> command_line.Parser:

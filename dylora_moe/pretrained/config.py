@@ -34,6 +34,8 @@ class DyLoRAMoEConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # `transformers serve` and TRL load a model by the class of this name in `transformers`.
+        self.architectures = self.architectures or ["AutoModelForCausalLM"]
         if self.base_config is None:
             self.base_config = _described(kwargs.get("base_model"))
         elif isinstance(self.base_config, dict):

@@ -41,7 +41,7 @@ def find_checkpoint(
     path = Path(os.path.expanduser(name))
     text = os.fspath(name)
     if text and path.is_dir():
-        if revision is not None:
+        if revision not in (None, "main"):  # Transformers and others hand over "main" where nothing is asked for
             raise UsageError(f"revision={revision!r} is of a repository on the Hub, but {name} is a local folder")
         return local_checkpoint(path)
     is_file = bool(text) and path.exists()

@@ -135,6 +135,12 @@ def latest(run_dir: os.PathLike | str) -> Checkpoint | None:
     return max(checkpoints(run_dir), key=lambda checkpoint: checkpoint.step, default=None)
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """Return the run folder that a checkpoint is in; None if its folder is not named like one of a run."""
+    checkpoint = checkpoint.absolute()
+    return checkpoint.parent if _CHECKPOINT.fullmatch(checkpoint.name) else None
+
+
 def incomplete(run_dir: os.PathLike | str) -> list[tuple[Path, str]]:
     """Return the incomplete folders that are named like checkpoints, in the order of their steps, with a reason."""
     return [(path, reason) for _, path, reason in _scan(run_dir) if reason is not None]

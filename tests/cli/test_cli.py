@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,19 @@ def test_a_module_is_loaded_when_its_command_is_called():
         out = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True).stdout
         loaded = [name for name in out.split() if name.startswith("dylora_moe.cli.commands.")]
         assert loaded == [f"dylora_moe.cli.commands.{word}" for word in words if word in COMMANDS]
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"), [("dylora-moe ge", {"generate"}), ("dylora-moe generate x --show-", {"--show-routing"})]
+)
+def test_tab_completes_commands_and_flags(line, offered, tmp_path):
+    """As argcomplete calls the program when the shell asks."""
+    pytest.importorskip("argcomplete")
+    told = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "offered")}
+    environment = os.environ | told | {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_SUPPRESS_SPACE": "1"}
+    done = subprocess.run([sys.executable, "-m", "dylora_moe"], cwd=ROOT, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert set((tmp_path / "offered").read_text().split()) == offered
 
 
 def test_every_command_writes_json(saved, tmp_path, capsys):

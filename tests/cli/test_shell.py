@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import train
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base import load
 from dylora_moe.base.find import find_base
@@ -330,6 +331,23 @@ def test_eval_without_data_takes_the_held_out_text_of_the_run(saved, tokenizer, 
     (tmp_path / HELD_OUT).write_bytes(serialize(packed(rows), metadata=HELD_OUT_KIND))
     (found,) = as_json(capsys, "eval", checkpoint, "--base", material() / "base")["data"]
     assert (found["name"], found["own_expert"], found["own"]) == ("one", 0, found["experts"][0])
+    lines = lines_of(capsys, "eval", checkpoint)
+    assert train.main(["--eval-only", "--output-dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == lines and lines[1].startswith("one ")
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--eval_only"], "train.py --eval-only: error: --output-dir is needed"),
+        (["--eval-only", "--output-dir", "nowhere"], "nowhere: expected a run folder with a complete checkpoint"),
+        (["--eval-only", "--output-dir", "x", "--data", "y"], "unrecognized arguments: --data (did you mean"),
+    ],
+)
+def test_an_evaluation_alone_that_cannot_be_made_is_one_message(words, problem, capsys):
+    assert train.main(words) == 2
+    out, err = capsys.readouterr()
+    assert problem in err and "Traceback" not in err and out == ""
 
 
 # ---- inspect ----

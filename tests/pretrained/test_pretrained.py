@@ -22,6 +22,7 @@ from transformers import (
 from dylora_moe import DyLoRAMoE, DyLoRAMoEConfig, UsageError
 
 from ..support.data import chat_tokenizer
+from ..support.scripts import copy_of
 from ..support.tiny import random_ids, tiny_base, tiny_mixture
 
 IDS = random_ids(2, 12)
@@ -73,6 +74,7 @@ def test_auto_classes_load_what_was_saved(saved):
 
 def test_a_run_folder_stands_for_its_newest_checkpoint(saved):
     folder, model = saved
+    assert DyLoRAMoE.from_pretrained(folder / "run", revision="main", subfolder="")  # as others call it
     loaded = DyLoRAMoE.from_pretrained(folder / "run", attn_implementation="eager", dtype=torch.float64)
     assert loaded.config._attn_implementation == loaded.base.config._attn_implementation == "eager"
     assert loaded.dtype == torch.float64
@@ -84,7 +86,7 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(saved):
     [
         ({"subfolder": "x"}, "no option subfolder"),
         ({"device_map": {"a": "cpu", "b": "cuda"}}, "one device, device_map names 2"),
-        ({"revision": "main"}, "is a local folder"),
+        ({"revision": "v1"}, "is a local folder"),
         ({"base": tiny_base(), "dtype": "float64"}, "dtype: of a base model that is to be loaded, but base= gives one"),
     ],
 )
@@ -192,9 +194,38 @@ def test_a_part_is_not_trained_without_the_router():
     model.peft_model(input_ids=IDS)
 
 
-def test_tokenizer_beside_a_checkpoint_is_found(saved, tmp_path):
+def template_of(folder) -> str:
+    return AutoTokenizer.from_pretrained(folder, padding_side="left").chat_template
+
+
+def test_the_tokenizer_of_a_checkpoint_is_its_own_or_that_of_its_run_or_base(saved, tmp_path):
     _, model = saved
-    model.save_pretrained(tmp_path / "model")
-    chat_tokenizer().save_pretrained(tmp_path / "model")
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
-    DyLoRAMoE.from_pretrained(tmp_path / "model")
+    model.fresh_base().save_pretrained(tmp_path / "base")
+    chat_tokenizer("base").save_pretrained(tmp_path / "base")
+    chat_tokenizer("beside").save_pretrained(tmp_path)
+    before, model.base.config._name_or_path = model.base.config._name_or_path, str(tmp_path / "base")
+    try:
+        edited, trained = (model.save_pretrained(tmp_path / name) for name in ("edited", "checkpoint-5"))
+    finally:
+        model.base.config._name_or_path = before
+    # What is beside a folder is only known to be its tokenizer if the folder is a checkpoint of a run.
+    assert (template_of(edited), template_of(trained)) == ("base", "beside")
+    found, base = (AutoTokenizer.from_pretrained(folder) for folder in (edited, tmp_path / "base"))
+    assert (type(found), found("A <|im_end|>").input_ids) == (type(base), base("A <|im_end|>").input_ids)
+    assert pipeline("text-generation", model=str(edited)).tokenizer.chat_template == "base"
+    chat_tokenizer("own").save_pretrained(edited)
+    assert template_of(edited) == "own"
+    (edited / "tokenizer_config.json").unlink()
+    assert template_of(edited) == "own"
+    DyLoRAMoE.from_pretrained(edited)
+
+
+def test_a_tokenizer_that_is_not_there_is_told(saved, tmp_path):
+    folder, _ = saved
+    with pytest.raises(UsageError, match=r"There is no tokenizer in .*base: expected one of tokenizer.json"):
+        AutoTokenizer.from_pretrained(folder / "run" / "checkpoint-5")
+    broken = copy_of(folder / "run" / "checkpoint-5", tmp_path)
+    content = (broken / "config.json").read_text()
+    (broken / "config.json").write_text(content.replace('"format_version"', '"format"'))
+    with pytest.raises(UsageError, match=r"config.json is not sound: `dylora-moe verify` lists"):
+        AutoTokenizer.from_pretrained(broken)

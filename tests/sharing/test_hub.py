@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dylora_moe import CheckpointError, DyLoRAMoE, UsageError
 from dylora_moe.checkpoint.verify import find_problems, open_checkpoint
@@ -33,6 +33,7 @@ RIGHT = "hf_right"
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tiny_base().save_pretrained(folder)
+    chat_tokenizer("base").save_pretrained(folder)
     return folder
 
 
@@ -63,6 +64,8 @@ def test_what_is_pushed_is_loaded_from_the_hub(hub):
     loaded = AutoModelForCausalLM.from_pretrained("me/mine", token=RIGHT)
     assert isinstance(loaded, DyLoRAMoE)
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert "tokenizer.json" not in repository(hub)
+    assert AutoTokenizer.from_pretrained("me/mine", token=RIGHT).chat_template == "base"
     with pytest.raises(UsageError, match=r"There is no model me/mine on .* that may be seen without a token"):
         pull("me/mine", revision="main", cache_dir=hub.created / "other cache")
 

@@ -1,4 +1,4 @@
-"""Tiny random models of the five architectures, built in milliseconds."""
+"""Tiny random models of six architectures, built in milliseconds."""
 
 from __future__ import annotations
 
@@ -23,28 +23,32 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import seeded
 
 ARCHITECTURES = ("gemma", "llama", "qwen2", "gpt2", "gpt_neox")
+FAMILIES = (*ARCHITECTURES, "opt")  # which the README's table has
 VOCABULARY = 97
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, **_IDS}
 _HEADS = {"num_attention_heads": 4, "max_position_embeddings": 64}
 
 
-def tiny_base(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_base(
+    kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
     """A random causal LM of about 30,000 parameters, in evaluation mode."""
+    sizes = _SIZES | {"vocab_size": vocabulary}
     with seeded(seed):
         if kind == "gemma":
-            model = GemmaForCausalLM(GemmaConfig(**_SIZES, **_HEADS, num_key_value_heads=2, head_dim=8))
+            model = GemmaForCausalLM(GemmaConfig(**sizes, **_HEADS, num_key_value_heads=2, head_dim=8))
         elif kind == "llama":
-            model = LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, num_key_value_heads=2))
+            model = LlamaForCausalLM(LlamaConfig(**sizes, **_HEADS, num_key_value_heads=2))
         elif kind == "qwen2":
-            model = Qwen2ForCausalLM(Qwen2Config(**_SIZES, **_HEADS, num_key_value_heads=2))
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes, **_HEADS, num_key_value_heads=2))
         elif kind == "gpt_neox":
-            model = GPTNeoXForCausalLM(GPTNeoXConfig(**_SIZES, **_HEADS))
+            model = GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **_HEADS))
         elif kind == "opt":  # beside the five
-            sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
+            sizes = {"vocab_size": vocabulary, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48}
             model = OPTForCausalLM(OPTConfig(**sizes, num_hidden_layers=3, **_HEADS, dropout=0.0, **_IDS))
         elif kind == "gpt2":
-            sizes = {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+            sizes = {"vocab_size": vocabulary, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
             drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
             model = GPT2LMHeadModel(GPT2Config(**sizes, **drop, **_IDS))
         else:

@@ -13,6 +13,7 @@ from dylora_moe import DyLoRAMoE, MoELoraConfig, PeftCheckpointCallback, UsageEr
 from dylora_moe.base.preserve import seeded
 
 from ..support.data import chat_tokenizer
+from ..support.tiny import randomise
 
 trl = pytest.importorskip("trl")
 pytestmark = pytest.mark.slow
@@ -86,3 +87,11 @@ def test_the_peft_model_alone_is_refused(base_folder, tmp_path):
                              processing_class=chat_tokenizer())  # fmt: skip
     with pytest.raises(UsageError, match="Hand the mixture to the trainer"):
         trainer.train()
+
+
+def test_the_reference_of_a_loaded_mixture_is_that_mixture(base_folder, tmp_path):
+    """TRL loads it again, by the class that the config names."""
+    model = DyLoRAMoE.from_pretrained(randomise(mixture_on(base_folder)).save_pretrained(tmp_path / "mixture"))
+    trainer = trl.DPOTrainer(model, args=settings(trl.DPOConfig, tmp_path), train_dataset=PAIRS)
+    assert isinstance(trainer.ref_model, DyLoRAMoE) and trainer.ref_model is not model
+    assert moved(trainer.ref_model, copies(model)) == set() != moved(mixture_on(base_folder), copies(model))
