@@ -62,11 +62,14 @@ def run(args: Namespace) -> int:
         raise UsageError(INSTALL) from None
     listener = _listener(args.host, args.port)
 
+    import torch  # it takes seconds to import
+
     from ...serving.gateway import Settings
-    from ..mixtures import load_router  # torch takes seconds to import
+    from ..mixtures import load_router
 
     with listener:
         loaded = load_router(args)
+        torch.set_num_threads(1)  # the products of the router are so small that a second thread is only waited for
         experts = loaded.model.num_experts
         settings = Settings(
             args.upstream, args.engine, experts, int(args.max_body * MIB), args.max_requests, args.timeout
