@@ -1,0 +1,67 @@
+"""What vLLM can be asked to do that a mixture cannot: refused by name, before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vllm.model_executor.models import ModelRegistry
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+
+from .config import mixture_of
+
+LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt")
+
+
+class SupportedConfig(VerifyAndUpdateConfig):
+    """vLLM asks it when all settings are known, in the process that was started."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raise ValueError with everything that is not supported."""
+        problems = [*_settings(vllm_config), *_base(vllm_config.model_config)]
+        if problems:
+            raise ValueError("a DyLoRA-MoE mixture cannot be served like this:\n  " + "\n  ".join(problems))
+
+
+def _settings(config: Any) -> Iterator[str]:
+    parallel, model = config.parallel_config, config.model_config
+    for flag, value in (
+        ("tensor-parallel-size", parallel.tensor_parallel_size),
+        ("pipeline-parallel-size", parallel.pipeline_parallel_size),
+        ("prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1)),
+    ):
+        if value > 1:
+            yield f"--{flag} {value}: a mixture is on one device; --data-parallel-size serves copies of it"
+    if getattr(parallel, "enable_dbo", False):
+        yield "--enable-dbo: the weights of the experts are those of one batch at a time"
+    if config.lora_config is not None:
+        yield "--enable-lora: the experts are LoRAs already; serve one of them alone with the base model as the model"
+    if config.speculative_config is not None:
+        yield "--speculative-config: not supported"
+    if config.cache_config.cache_dtype not in ("auto", str(model.dtype).removeprefix("torch.")):
+        yield f"--kv-cache-dtype {config.cache_config.cache_dtype}: the router's state needs the model's own dtype"
+    if model.runner_type != "generate":
+        yield f"--runner {model.runner_type}: a mixture generates text, and nothing else"
+    if model.quantization is not None:
+        yield f"--quantization {model.quantization}: the experts were trained on the base model as it is"
+    if getattr(model, "enable_prompt_embeds", False):
+        yield "--enable-prompt-embeds: the router reads tokens"
+    if config.load_config.load_format not in LOAD_FORMATS:
+        yield f"--load-format {config.load_config.load_format}: expected one of {', '.join(LOAD_FORMATS)}"
+
+
+def _base(model: Any) -> Iterator[str]:
+    mixture, name = mixture_of(model.hf_config), model.hf_config.dylora_moe["architectures"][0]
+    if mixture.quantization is not None:
+        yield "the base model was quantized as it was loaded, with bitsandbytes: serve one that is not quantized"
+    if name not in ModelRegistry.get_supported_archs():
+        yield f"the base model is a {name}, which vLLM does not have"
+        return
+    info, _ = ModelRegistry.inspect_model_cls(name, model)
+    special = info.is_hybrid or info.is_attention_free or info.has_inner_state or model.use_mla
+    if info.supports_multimodal or special or name in MODELS_CONFIG_MAP:
+        yield (
+            f"the base model is a {name}: only text models whose layers have plain attention are supported, such as "
+            "Llama, Mistral, Qwen 2 and 3, and Gemma 1 to 3"
+        )

@@ -1,0 +1,129 @@
+"""Write tiny random checkpoints, and what DyLoRA-MoE itself computes with them. Runs in the project's own environment.
+
+python serving/dylora_moe_vllm/tests/make_models.py FOLDER [KIND ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PretrainedConfig
+
+from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
+from dylora_moe.base.preserve import seeded
+from dylora_moe.base.tiny import byte_tokenizer
+
+GREEDY_TOKENS = 8
+LENGTHS = (1, 5, 33, 70, 100)
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 512}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
+WINDOW = {"sliding_window": 32}
+QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+# kind: the config of the base model, the targets and the ranks of the experts, the router, and their states.
+KINDS: dict[str, tuple[dict[str, Any], Any, tuple[int, ...], dict[str, Any], str]] = {
+    "llama": ({}, "all-linear", (4, 4, 2, 4, 4), {"top_k": 2}, "mature"),  # one expert is new
+    "mistral": (WINDOW, QKVO, (4, 4), {"decay": 0.5}, "mature"),
+    "qwen2": ({"use_sliding_window": False}, [*QKVO, "up_proj"], (4, 4, 4), {"top_k": 2}, "immature"),
+    "qwen3": ({"tie_word_embeddings": True}, QKVO, (4, 4, 4), {"top_k": 1, "decay": 0.9}, "mature"),
+    "gemma": ({}, QKVO, (4, 4), {"decay": 1.0}, "mature"),
+    "gemma2": (WINDOW | {"query_pre_attn_scalar": 16}, QKVO, (4, 4, 4), {"temperature": 0.5}, "immature"),
+    "gemma3_text": (
+        WINDOW | {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        ["q_proj", "v_proj", "down_proj"],
+        (4, 4, 4),
+        {"prior_tokens": 1.0},
+        "mature",
+    ),
+}
+
+
+def main(folder: Path, kinds: list[str]) -> None:
+    torch.set_num_threads(1)
+    for kind in kinds or KINDS:
+        write(kind, folder / kind)
+
+
+def write(kind: str, folder: Path) -> None:
+    """Write base, checkpoint, tokenizer and reference.json of one kind of base model into a run folder."""
+    settings, targets, ranks, router, state = KINDS[kind]
+    tokenizer = byte_tokenizer()
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = CONFIG_MAPPING[kind](**SIZES | HEADS | {"bos_token_id": None, "tie_word_embeddings": False} | ids | settings)
+    tokenizer.save_pretrained(folder)
+    base = folder / "base"
+    with seeded(0):
+        random_base(config).save_pretrained(base)
+    loras = [MoELoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, lora_dropout=0.0) for r in ranks]
+    with seeded(1):
+        model = DyLoRAMoE.from_base(base, experts=loras, router=RouterConfig(**router), dtype="float32")
+        randomise(model, new=len(ranks) - 1 if kind == "llama" else None)
+    if state == "mature":
+        model.mark_mature()
+    model.eval()
+    model.save_checkpoint(folder / "checkpoint")
+    (folder / "reference.json").write_text(json.dumps(reference(model)))
+
+
+def random_base(config: PretrainedConfig) -> torch.nn.Module:
+    """Return a model whose random weights are large enough for attention and experts to matter."""
+    base = AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.15)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+    return base
+
+
+def randomise(model: DyLoRAMoE, new: int | None) -> None:
+    """Fill experts and router with noise, but not the B of the expert `new`."""
+    with torch.no_grad():
+        for name, parameter in model.trained_parameters().items():
+            if f"lora_B.expert_{new}." not in name:
+                parameter.normal_(std=0.3)
+        for parameter in model.router.parameters():
+            parameter.normal_(std=0.5)
+
+
+@torch.no_grad()
+def reference(model: DyLoRAMoE) -> dict[str, Any]:
+    """Return what a server should answer, and what a wrong one would."""
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
+    prompts.append(prompts[-1][:96] + prompts[0] * 3)  # begins as another one does
+    routed = [answer(model, prompt) for prompt in prompts]
+    found: dict[str, Any] = {"prompts": prompts, "routed": [logprobs(model, p) for p in prompts]}
+    found["greedy"] = [ids for ids, _ in routed]
+    found["greedy_logprobs"] = [values for _, values in routed]
+    found["expert_0"] = [logprobs(model, p, expert=0) for p in prompts]
+    for parameter in model.router.parameters():
+        parameter.zero_()
+    found["uniform"] = [logprobs(model, p) for p in prompts]
+    return found
+
+
+def logprobs(model: Callable[..., Any], ids: list[int], **options: Any) -> list[float]:
+    """Return the log-probability of each token but the first."""
+    scores = model(torch.tensor([ids]), **options).logits[0].log_softmax(-1)
+    return [scores[i, token].item() for i, token in enumerate(ids[1:])]
+
+
+def answer(model: Callable[..., Any], prompt: list[int]) -> tuple[list[int], list[float]]:
+    """Return the greedy tokens after a prompt, and their log-probabilities."""
+    ids, values = list(prompt), []
+    for _ in range(GREEDY_TOKENS):
+        value, token = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
+        ids.append(token.item())
+        values.append(value.item())
+    return ids[len(prompt) :], values
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
