@@ -1,7 +1,7 @@
 """A vLLM plugin that serves DyLoRA-MoE checkpoints: every token gets the LoRA experts that the router chooses for it.
 
-vLLM calls `register` in each of its processes. It does not import the package dylora_moe, which needs a newer version of
-Transformers than vLLM allows.
+vLLM calls `register` in each of its processes. Nothing here imports the package dylora_moe, which needs a newer version
+of Transformers than vLLM allows.
 """
 
 from __future__ import annotations

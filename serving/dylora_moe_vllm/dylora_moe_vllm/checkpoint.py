@@ -1,9 +1,9 @@
 """A DyLoRA-MoE checkpoint: what its config.json says, and its tensors, checked against its manifest.
 
-    config.json                                                      base model, experts, settings of the router
-    router.safetensors                                               gate.weight (N, D), gate.bias (N,), prior (N,)
-    peft_adapters/expert_0/expert_0/adapter_model.safetensors        a plain LoRA of PEFT, and so on
-    manifest.json                                                    size and SHA-256 of every file
+config.json                                                      base model, experts, settings of the router
+router.safetensors                                               gate.weight (N, D), gate.bias (N,), prior (N,)
+peft_adapters/expert_0/expert_0/adapter_model.safetensors        a plain LoRA of PEFT, and so on
+manifest.json                                                    size and SHA-256 of every file
 """
 
 from __future__ import annotations
@@ -132,7 +132,9 @@ def _located(name: str | None, checkpoint: str) -> str:
     if not name.startswith(BESIDE):
         return name
     if not os.path.isdir(checkpoint):
-        raise ValueError(f"{checkpoint} has its base model in its run folder; set {BASE_VARIABLE} to its path or Hub id")
+        raise ValueError(
+            f"{checkpoint} has its base model in its run folder; set {BASE_VARIABLE} to its path or Hub id"
+        )
     return os.path.normpath(Path(checkpoint).resolve() / name)
 
 
@@ -151,7 +153,7 @@ class Files:
         try:
             self._manifest = json.loads((self.folder / MANIFEST).read_bytes())["files"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"{self.folder} has no {MANIFEST} that can be read: it is not a complete checkpoint") from None
+            raise ValueError(f"{self.folder} has no {MANIFEST} that can be read: no complete checkpoint") from None
 
     def router(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the router, in float32."""

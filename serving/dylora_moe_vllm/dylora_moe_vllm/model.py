@@ -35,9 +35,7 @@ class DyLoRAMoEForCausalLM(nn.Module):
         self.files = model_config.model, model_config.revision
         # The loader of vLLM reads the base model's weights beside the router's, which `Files` reads again and checks.
         self.allow_patterns_overrides = [ROUTER]
-        self.secondary_weights = [
-            DefaultModelLoader.Source(self.mixture.base, self.mixture.revision, prefix=OF_BASE)
-        ]
+        self.secondary_weights = [DefaultModelLoader.Source(self.mixture.base, self.mixture.revision, prefix=OF_BASE)]
         experts = len(self.mixture.trained)
         most = vllm_config.scheduler_config.max_num_batched_tokens
         self.register_buffer("weights", torch.ones(most, max(experts, 1), dtype=torch.float32), persistent=False)

@@ -51,20 +51,23 @@ class Route(nn.Module):
         self.mixture = mixture
         self.experts = len(mixture.trained)
         self.heads, self.kv_heads, self.head_size = like.num_heads, like.num_kv_heads, like.head_size
+        scale = float(like.impl.scale)
         self.attn = Attention(
             self.heads,
             self.head_size,
-            scale := float(like.impl.scale),
+            scale,
             num_kv_heads=self.kv_heads,
             cache_config=vllm_config.cache_config,
             prefix=name,
         )
         self._check(vllm_config.model_config.max_model_len)
-        self.register_buffer("gate", torch.zeros(self.experts, mixture.router.width, dtype=torch.float32), persistent=False)
+        self.register_buffer(
+            "gate", torch.zeros(self.experts, mixture.router.width, dtype=torch.float32), persistent=False
+        )
         self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32), persistent=False)
         self.register_buffer("prior", torch.zeros(self.experts, dtype=torch.float32), persistent=False)
-        query = self._query(scale, vllm_config.model_config.dtype)
-        self.register_buffer("query", query.to(self.gate.device), persistent=False)
+        query = position_query(mixture.router.decay, scale, self.head_size, vllm_config.model_config.dtype)
+        self.register_buffer("query", query.repeat(1, self.heads).to(self.gate.device), persistent=False)
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take over the rows of the experts that are routed over, of the tensors of router.safetensors."""
@@ -92,30 +95,14 @@ class Route(nn.Module):
         dtype, tokens = self.query.dtype, len(x)
         value = F.linear(x, self.gate, self.bias)  # (T, N)
         value = F.pad(value, (0, self.kv_heads * self.head_size - self.experts)).to(dtype)
-        key = self._key(positions).to(dtype).repeat(1, self.kv_heads)  # (T, kv_heads * head_size)
-        mean = self.attn(self.query.repeat(tokens, self.heads), key, value)  # (T, heads * head_size)
+        key = position_key(positions, self.head_size).to(dtype).repeat(1, self.kv_heads)  # (T, kv_heads * head_size)
+        mean = self.attn(self.query.repeat(tokens, 1), key, value)  # (T, heads * head_size)
         mean = mean.view(tokens, self.kv_heads, -1, self.head_size)[:, :, 0].flatten(1)  # the first head of each group
         settings, position = self.mixture.router, positions.float().unsqueeze(1)
         decay = settings.decay
         count = position if decay == 1 else (1 - decay**position) / (1 - decay)  # (T, 1)
         evidence = count / (count + settings.prior_tokens) / settings.temperature
         return mean[:, : self.experts].float() * evidence + self.prior
-
-    def _key(self, positions: torch.Tensor) -> torch.Tensor:
-        """positions (T,) -> (T, head_size): the digits of each position by their weight, and whether it is the first"""
-        digits = [(positions // BASE**i % BASE) * float(BASE) ** (i - 1) for i in range(DIGITS)]
-        columns = torch.stack([*digits * PARTS, (positions == 0).float()], -1).float()
-        return F.pad(columns, (0, self.head_size - KEY_WIDTH))
-
-    def _query(self, scale: float, dtype: torch.dtype) -> torch.Tensor:
-        """Return the query of every token, (1, head_size): times a key and the scale of attention, it gives the score."""
-        rest, columns = -math.log(self.mixture.router.decay) / scale, []
-        for _ in range(PARTS):
-            part = torch.tensor(rest, dtype=torch.float64).to(dtype)
-            columns += [part.double() * BASE] * DIGITS
-            rest -= part.item()
-        columns.append(torch.tensor(FIRST_TOKEN_SCORE / scale, dtype=torch.float64))
-        return F.pad(torch.stack(columns), (0, self.head_size - KEY_WIDTH)).to(dtype).unsqueeze(0)
 
     def _check(self, length: int) -> None:
         """Raise ValueError if the base model's attention cannot hold the router's state."""
@@ -132,3 +119,24 @@ class Route(nn.Module):
                 f"the router (decay {self.mixture.router.decay}) remembers more than the {window} tokens of the base "
                 f"model's sliding window; pass --max-model-len {window}"
             )
+
+
+def position_key(positions: torch.Tensor, head_size: int) -> torch.Tensor:
+    """positions (T,) -> (T, head_size) in float32: the digits by their weight, and whether it is the first token"""
+    digits = [(positions // BASE**i % BASE) * float(BASE) ** (i - 1) for i in range(DIGITS)]
+    columns = torch.stack([*digits * PARTS, (positions == 0).float()], -1).float()
+    return F.pad(columns, (0, head_size - KEY_WIDTH))
+
+
+def position_query(decay: float, scale: float, head_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return the query of every token, (head_size,).
+
+    Its product with a `position_key`, times the scale of attention, is the score: position * ln(1 / decay).
+    """
+    rest, columns = -math.log(decay) / scale, []
+    for _ in range(PARTS):
+        part = torch.tensor(rest, dtype=torch.float64).to(dtype).item()
+        columns += [part * BASE] * DIGITS
+        rest -= part
+    columns.append(FIRST_TOKEN_SCORE / scale)
+    return F.pad(torch.tensor(columns, dtype=torch.float64), (0, head_size - KEY_WIDTH)).to(dtype)

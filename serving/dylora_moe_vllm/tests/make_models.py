@@ -12,29 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base.preserve import seeded
 from dylora_moe.base.tiny import byte_tokenizer
 
 GREEDY_TOKENS = 8
-LENGTHS = (1, 5, 33, 70, 100)
+LENGTHS = (1, 5, 33, 70, 100, 400)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 512}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-WINDOW = {"sliding_window": 32}
+WINDOW, TIED = {"sliding_window": 32}, {"tie_word_embeddings": True}
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 # kind: the config of the base model, the targets and the ranks of the experts, the router, and their states.
 KINDS: dict[str, tuple[dict[str, Any], Any, tuple[int, ...], dict[str, Any], str]] = {
     "llama": ({}, "all-linear", (4, 4, 2, 4, 4), {"top_k": 2}, "mature"),  # one expert is new
     "mistral": (WINDOW, QKVO, (4, 4), {"decay": 0.5}, "mature"),
-    "qwen2": ({"use_sliding_window": False}, [*QKVO, "up_proj"], (4, 4, 4), {"top_k": 2}, "immature"),
-    "qwen3": ({"tie_word_embeddings": True}, QKVO, (4, 4, 4), {"top_k": 1, "decay": 0.9}, "mature"),
-    "gemma": ({}, QKVO, (4, 4), {"decay": 1.0}, "mature"),
-    "gemma2": (WINDOW | {"query_pre_attn_scalar": 16}, QKVO, (4, 4, 4), {"temperature": 0.5}, "immature"),
+    "qwen2": (
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+        [*QKVO, "up_proj"],
+        (4, 4, 4),
+        {"top_k": 2},
+        "immature",
+    ),
+    "qwen3": (TIED, QKVO, (4, 4, 4), {"top_k": 1, "decay": 0.9}, "mature"),
+    "gemma": (TIED, QKVO, (4, 4), {"decay": 1.0}, "mature"),
+    "gemma2": (TIED | WINDOW | {"query_pre_attn_scalar": 16}, QKVO, (4, 4, 4), {"temperature": 0.5}, "immature"),
     "gemma3_text": (
-        WINDOW | {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+        TIED | WINDOW | {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
         ["q_proj", "v_proj", "down_proj"],
         (4, 4, 4),
         {"prior_tokens": 1.0},
@@ -54,7 +60,9 @@ def write(kind: str, folder: Path) -> None:
     settings, targets, ranks, router, state = KINDS[kind]
     tokenizer = byte_tokenizer()
     ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = CONFIG_MAPPING[kind](**SIZES | HEADS | {"bos_token_id": None, "tie_word_embeddings": False} | ids | settings)
+    config = CONFIG_MAPPING[kind](
+        **SIZES | HEADS | {"bos_token_id": None, "tie_word_embeddings": False} | ids | settings
+    )
     tokenizer.save_pretrained(folder)
     base = folder / "base"
     with seeded(0):
@@ -97,11 +105,13 @@ def reference(model: DyLoRAMoE) -> dict[str, Any]:
     """Return what a server should answer, and what a wrong one would."""
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
-    prompts.append(prompts[-1][:96] + prompts[0] * 3)  # begins as another one does
+    prompts.append(prompts[4][:96] + prompts[1])  # begins as another one does
     routed = [answer(model, prompt) for prompt in prompts]
     found: dict[str, Any] = {"prompts": prompts, "routed": [logprobs(model, p) for p in prompts]}
     found["greedy"] = [ids for ids, _ in routed]
     found["greedy_logprobs"] = [values for _, values in routed]
+    weights = [model(torch.tensor([p]), output_router_logits=True).router_logits[0].exp() for p in prompts]
+    found["probabilities"] = [each.tolist() for each in weights]
     found["expert_0"] = [logprobs(model, p, expert=0) for p in prompts]
     for parameter in model.router.parameters():
         parameter.zero_()
