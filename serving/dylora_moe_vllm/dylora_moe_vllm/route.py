@@ -61,11 +61,9 @@ class Route(nn.Module):
             prefix=name,
         )
         self._check(vllm_config.model_config.max_model_len)
-        self.register_buffer(
-            "gate", torch.zeros(self.experts, mixture.router.width, dtype=torch.float32), persistent=False
-        )
-        self.register_buffer("bias", torch.zeros(self.experts, dtype=torch.float32), persistent=False)
-        self.register_buffer("prior", torch.zeros(self.experts, dtype=torch.float32), persistent=False)
+        for buffer, shape in (("gate", (mixture.router.width,)), ("bias", ()), ("prior", ())):
+            zeros = torch.zeros(self.experts, *shape, dtype=torch.float32)
+            self.register_buffer(buffer, zeros, persistent=False)
         query = position_query(mixture.router.decay, scale, self.head_size, vllm_config.model_config.dtype)
         self.register_buffer("query", query.repeat(1, self.heads).to(self.gate.device), persistent=False)
 

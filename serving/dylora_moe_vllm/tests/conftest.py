@@ -1,4 +1,4 @@
-"""The tests run in an environment with vLLM; their checkpoints and references come from the project's own environment."""
+"""The tests run in an environment with vLLM; the project's own one makes their checkpoints and references."""
 
 from __future__ import annotations
 
@@ -79,9 +79,9 @@ def greedy(llm: Any, prompts: list[list[int]], tokens: int) -> tuple[list[list[i
     """The tokens after each prompt, their log-probabilities, and how many tokens of the prompt were in the cache."""
     outputs = _generate(llm, prompts, max_tokens=tokens, logprobs=0)
     ids = [list(output.outputs[0].token_ids) for output in outputs]
-    found = [
-        [v[t].logprob for v, t in zip(o.outputs[0].logprobs, i, strict=True)] for o, i in zip(outputs, ids, strict=True)
-    ]
+    found = []
+    for output, tokens_of in zip(outputs, ids, strict=True):
+        found.append([v[t].logprob for v, t in zip(output.outputs[0].logprobs, tokens_of, strict=True)])
     return ids, found, [output.num_cached_tokens for output in outputs]
 
 

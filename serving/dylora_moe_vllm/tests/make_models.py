@@ -22,60 +22,61 @@ GREEDY_TOKENS = 8
 LENGTHS = (1, 5, 33, 70, 100, 400)
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "max_position_embeddings": 512}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32}
-WINDOW, TIED = {"sliding_window": 32}, {"tie_word_embeddings": True}
+WINDOW, TIED, SCALED = {"sliding_window": 32}, {"tie_word_embeddings": True}, {"query_pre_attn_scalar": 16}
+SHARED = {"num_attention_heads": 2, "num_key_value_heads": 1}
+SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "max_position_embeddings": 2048}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
 QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
-# kind: the config of the base model, the targets and the ranks of the experts, the router, and their states.
-KINDS: dict[str, tuple[dict[str, Any], Any, tuple[int, ...], dict[str, Any], str]] = {
-    "llama": ({}, "all-linear", (4, 4, 2, 4, 4), {"top_k": 2}, "mature"),  # one expert is new
-    "mistral": (WINDOW, QKVO, (4, 4), {"decay": 0.5}, "mature"),
-    "qwen2": (
-        {"num_attention_heads": 2, "num_key_value_heads": 1},
-        [*QKVO, "up_proj"],
-        (4, 4, 4),
-        {"top_k": 2},
-        "immature",
-    ),
-    "qwen3": (TIED, QKVO, (4, 4, 4), {"top_k": 1, "decay": 0.9}, "mature"),
-    "gemma": (TIED, QKVO, (4, 4), {"decay": 1.0}, "mature"),
-    "gemma2": (TIED | WINDOW | {"query_pre_attn_scalar": 16}, QKVO, (4, 4, 4), {"temperature": 0.5}, "immature"),
-    "gemma3_text": (
-        TIED | WINDOW | {"query_pre_attn_scalar": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+# The type of the base model and more of its config, the targets and ranks of the experts, the router, their state, and
+# the expert that is new.
+KINDS: dict[str, tuple[str, dict[str, Any], Any, tuple[int, ...], dict[str, Any], str, int | None]] = {
+    "llama": ("llama", {}, "all-linear", (4, 4, 2, 4, 4), {"top_k": 2}, "mature", 4),
+    "one_expert": ("llama", {}, QKVO, (4, 4), {}, "mature", 0),
+    "mistral": ("mistral", WINDOW, QKVO, (4, 4), {"decay": 0.5}, "mature", None),
+    "qwen2": ("qwen2", SHARED, [*QKVO, "up_proj"], (4, 4, 4), {}, "immature", None),
+    "qwen3": ("qwen3", TIED, QKVO, (4, 4, 4), {"top_k": 1, "decay": 0.9}, "mature", None),
+    "gemma": ("gemma", TIED, QKVO, (4, 4), {"decay": 1.0}, "mature", None),
+    "gemma2": ("gemma2", TIED | WINDOW | SCALED, QKVO, (4, 4, 4), {"temperature": 0.5}, "immature", None),
+    "gemma3": (
+        "gemma3_text",
+        TIED | WINDOW | SCALED | {"layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
         ["q_proj", "v_proj", "down_proj"],
         (4, 4, 4),
         {"prior_tokens": 1.0},
         "mature",
+        None,
     ),
+    "benchmark": ("llama", SMOLLM2, QKVO, (16,) * 4, {}, "mature", None),  # made only if it is named
 }
 
 
 def main(folder: Path, kinds: list[str]) -> None:
     torch.set_num_threads(1)
-    for kind in kinds or KINDS:
-        write(kind, folder / kind)
+    for kind in kinds or KINDS.keys() - {"benchmark"}:
+        model = build(kind, folder / kind)
+        model.save_checkpoint(folder / kind / "checkpoint")
+        if kind != "benchmark":
+            (folder / kind / "reference.json").write_text(json.dumps(reference(model)))
 
 
-def write(kind: str, folder: Path) -> None:
-    """Write base, checkpoint, tokenizer and reference.json of one kind of base model into a run folder."""
-    settings, targets, ranks, router, state = KINDS[kind]
+def build(kind: str, folder: Path) -> DyLoRAMoE:
+    """Write a tokenizer and a base model into a run folder, and return a mixture on it."""
+    model_type, settings, targets, ranks, router, state, new = KINDS[kind]
     tokenizer = byte_tokenizer()
-    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = CONFIG_MAPPING[kind](
-        **SIZES | HEADS | {"bos_token_id": None, "tie_word_embeddings": False} | ids | settings
-    )
+    ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    ids |= {"pad_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False}
+    config = CONFIG_MAPPING[model_type](**SIZES | HEADS | ids | settings)
     tokenizer.save_pretrained(folder)
-    base = folder / "base"
     with seeded(0):
-        random_base(config).save_pretrained(base)
+        random_base(config).save_pretrained(folder / "base")
     loras = [MoELoraConfig(r=r, lora_alpha=2 * r, target_modules=targets, lora_dropout=0.0) for r in ranks]
     with seeded(1):
-        model = DyLoRAMoE.from_base(base, experts=loras, router=RouterConfig(**router), dtype="float32")
-        randomise(model, new=len(ranks) - 1 if kind == "llama" else None)
+        model = DyLoRAMoE.from_base(folder / "base", experts=loras, router=RouterConfig(**router), dtype="float32")
+        randomise(model, new)
     if state == "mature":
         model.mark_mature()
-    model.eval()
-    model.save_checkpoint(folder / "checkpoint")
-    (folder / "reference.json").write_text(json.dumps(reference(model)))
+    return model.eval()
 
 
 def random_base(config: PretrainedConfig) -> torch.nn.Module:
@@ -113,9 +114,10 @@ def reference(model: DyLoRAMoE) -> dict[str, Any]:
     weights = [model(torch.tensor([p]), output_router_logits=True).router_logits[0].exp() for p in prompts]
     found["probabilities"] = [each.tolist() for each in weights]
     found["expert_0"] = [logprobs(model, p, expert=0) for p in prompts]
-    for parameter in model.router.parameters():
-        parameter.zero_()
-    found["uniform"] = [logprobs(model, p) for p in prompts]
+    if model.expert_states.count("new") < model.num_experts - 1:
+        for parameter in model.router.parameters():
+            parameter.zero_()
+        found["uniform"] = [logprobs(model, p) for p in prompts]
     return found
 
 
