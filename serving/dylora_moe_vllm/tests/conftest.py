@@ -94,4 +94,6 @@ def _generate(llm: Any, prompts: list[list[int]], **options: Any) -> list[Any]:
 
 def largest_difference(found: list[list[float]], expected: list[list[float]]) -> float:
     assert list(map(len, found)) == list(map(len, expected))
-    return max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    largest = max(abs(a - b) for x, y in zip(found, expected, strict=True) for a, b in zip(x, y, strict=True))
+    print(f"largest difference: {largest:.1e}")
+    return largest

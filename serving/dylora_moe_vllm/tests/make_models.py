@@ -85,7 +85,7 @@ def random_base(config: PretrainedConfig) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in base.named_parameters():
             if parameter.ndim == 2:
-                parameter.normal_(std=0.15)
+                parameter.normal_(std=0.1)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
     return base
