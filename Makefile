@@ -2,6 +2,7 @@
 # make test      run the tests
 # make test-all  run the slow tests too, for which it installs lm-eval
 # make test-lower  run the tests with the oldest releases that the requirements admit, in .venv-lower
+# make test-vllm  run the tests of the plugin for vLLM, in an environment of their own: .venv-vllm (2 GB)
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
 # make bench     measure speed, memory and learning, and bring docs/ up to date; about half an hour
@@ -14,9 +15,11 @@ REQUIREMENTS := .
 MORE = $(foreach part,train quantized gateway dev,$(REQUIREMENTS)/requirements-$(part).txt)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+VLLM := .venv-vllm
+PLUGIN := serving/dylora_moe_vllm
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: check test test-all test-lower docs-check lint bench clean
+.PHONY: check test test-all test-lower test-vllm docs-check lint bench clean
 
 check: $(VENV)/.run
 	$(BIN)/python test_checkpoint_minimal.py
@@ -33,6 +36,9 @@ test-lower:
 $(LOWER)/requirements%: requirements%
 	@mkdir -p $(LOWER)
 	@sed -E 's/>=([^,;]+),<[^;]*/==\1.*/' $< > $@
+
+test-vllm: $(VENV)/.dev $(VLLM)/.done
+	DYLORA_PYTHON=$(CURDIR)/$(BIN)/python $(VLLM)/bin/python -m pytest -c $(PLUGIN)/pyproject.toml $(PLUGIN)
 
 docs-check: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "" tests/test_readme.py
@@ -53,7 +59,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.report
 
 clean:
-	rm -rf $(VENV) $(LOWER) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(LOWER) $(VLLM) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(VENV)/.run: $(REQUIREMENTS)/requirements.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -70,4 +76,13 @@ $(VENV)/.dev: $(VENV)/.run $(MORE) $(REQUIREMENTS)/requirements-model.txt
 $(VENV)/.lm-eval: $(VENV)/.dev requirements-lm-eval.txt
 	@echo "installing lm-eval and the server of Transformers into $(VENV) (once)"
 	@$(PIP) -r requirements-lm-eval.txt
+	@touch $@
+
+# vLLM asks for torchvision and torchaudio, which must be built for the same torch, and does without them for text.
+$(VLLM)/.done: $(PLUGIN)/requirements-test.txt $(PLUGIN)/pyproject.toml
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "installing vLLM into $(VLLM) (once; some minutes)"
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet -r $(PLUGIN)/requirements-test.txt
+	@$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --editable $(PLUGIN)
 	@touch $@

@@ -32,7 +32,7 @@ def _settings(config: Any) -> Iterator[str]:
         ("prefill-context-parallel-size", getattr(parallel, "prefill_context_parallel_size", 1)),
     ):
         if value > 1:
-            yield f"--{flag} {value}: a mixture is on one device; --data-parallel-size serves copies of it"
+            yield f"--{flag} {value}: the router and all experts are on one device"
     if getattr(parallel, "enable_dbo", False):
         yield "--enable-dbo: the weights of the experts are those of one batch at a time"
     if config.lora_config is not None:

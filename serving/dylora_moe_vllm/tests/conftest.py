@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ os.environ |= {
     "VLLM_CPU_CI_ENV": "1",  # a compiled model is traced, and not turned into C++, which takes minutes
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "HF_HOME": tempfile.mkdtemp(prefix="dylora_moe_vllm_"),
 }
 
 
@@ -51,13 +53,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @contextmanager
-def engine(run: Run, **options: Any) -> Iterator[Any]:
+def engine(checkpoint: str, **options: Any) -> Iterator[Any]:
     """An engine that serves a checkpoint inside the block."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     defaults = {"dtype": "float32", "max_model_len": 480, "block_size": 32, "enforce_eager": True}
-    llm = LLM(run.checkpoint, skip_tokenizer_init=True, seed=0, **defaults | options)
+    llm = LLM(checkpoint, skip_tokenizer_init=True, seed=0, **defaults | options)
     try:
         yield llm
     finally:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import pytest
+from dylora_moe_vllm.checkpoint import BASE_VARIABLE
 
 from .conftest import Run, engine, greedy, largest_difference, prompt_logprobs
 
@@ -27,7 +30,7 @@ def test_equals_the_mixture(runs: dict[str, Run], kind: str) -> None:
     prompts = reference["prompts"]
     for wrong in ("expert_0", "uniform") if kind != "one_expert" else ("expert_0",):
         assert largest_difference(reference[wrong], reference["routed"]) > SEEN
-    with engine(runs[kind], max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True) as llm:
+    with engine(runs[kind].checkpoint, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=True) as llm:
         assert largest_difference(prompt_logprobs(llm, prompts), reference["routed"]) < TOLERANCE
         llm.reset_prefix_cache()
         for known in (False, True):
@@ -42,7 +45,7 @@ def test_compiled_and_with_another_router(runs: dict[str, Run]) -> None:
     run = runs["llama"]
     reference = run.reference
     prompts = reference["prompts"]
-    with engine(run, enforce_eager=False, max_num_batched_tokens=2048, enable_prefix_caching=False) as llm:
+    with engine(run.checkpoint, enforce_eager=False, max_num_batched_tokens=2048, enable_prefix_caching=False) as llm:
         assert largest_difference(prompt_logprobs(llm, prompts), reference["routed"]) < TOLERANCE
         assert llm.apply_model(_is_compiled) == [True]
         llm.apply_model(_forget_router)
@@ -55,11 +58,26 @@ def test_weights_in_bfloat16(runs: dict[str, Run]) -> None:
     """The KV cache holds the router's state in the dtype of the model. All experts of this checkpoint take part."""
     run = runs["gemma2"]
     prompt, expected = run.reference["prompts"][5], run.reference["probabilities"][5]
-    with engine(run, dtype="bfloat16", max_num_batched_tokens=512) as llm:
+    with engine(run.checkpoint, dtype="bfloat16", max_num_batched_tokens=512) as llm:
         prompt_logprobs(llm, [prompt])
         found = llm.apply_model(_weights)[0][: len(prompt)].tolist()
     assert largest_difference(found, expected) < 0.02
     assert largest_difference(found[1:], expected[:-1]) > 0.1
+
+
+def test_from_the_hub(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint in the cache of the Hub."""
+    run, revision = runs["qwen3"], "0" * 40
+    repository = Path(os.environ["HF_HOME"]) / "hub/models--user--mixture"
+    shutil.copytree(run.checkpoint, repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    with pytest.raises(ValueError, match=BASE_VARIABLE), engine("user/mixture"):
+        pass
+    monkeypatch.setenv(BASE_VARIABLE, str(run.folder / "base"))
+    with engine("user/mixture") as llm:
+        found = prompt_logprobs(llm, run.reference["prompts"])
+    assert largest_difference(found, run.reference["routed"]) < TOLERANCE
 
 
 def test_served(runs: dict[str, Run]) -> None:
