@@ -98,7 +98,7 @@ class Route(nn.Module):
         mean = mean.view(tokens, self.kv_heads, -1, self.head_size)[:, :, 0].flatten(1)  # the first head of each group
         settings, position = self.mixture.router, positions.float().unsqueeze(1)
         decay = settings.decay
-        count = position if decay == 1 else (1 - decay**position) / (1 - decay)  # (T, 1)
+        count = position if decay == 1 else torch.expm1(position * math.log(decay)) / (decay - 1)  # (T, 1)
         evidence = count / (count + settings.prior_tokens) / settings.temperature
         return mean[:, : self.experts].float() * evidence + self.prior
 
