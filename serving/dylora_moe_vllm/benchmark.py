@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("base", "lora", "mixture")
-PROMPT, NEW, FEW, MANY = 512, 64, 4, 16
-REPEATS = 3
+PROMPT, NEW, FEW, MANY = 256, 32, 2, 8
+REPEATS = 2
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM takes
 
 

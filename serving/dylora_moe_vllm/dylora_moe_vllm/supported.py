@@ -1,8 +1,13 @@
-"""What vLLM can be asked to do that a mixture cannot: refused by name, before anything is loaded."""
+"""What vLLM can be asked to do that a mixture cannot: refused by name, before anything is loaded.
+
+It is also where the tokenizer is found, since a checkpoint has none of its own.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from vllm.model_executor.models import ModelRegistry
@@ -10,11 +15,25 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 
 from .config import mixture_of
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt")
 
 
 class SupportedConfig(VerifyAndUpdateConfig):
-    """vLLM asks it when all settings are known, in the process that was started."""
+    """vLLM asks it when the settings are known, in the process that was started."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Without `--tokenizer`, take that of the checkpoint, of its run folder or of the base model."""
+        if model_config.tokenizer != model_config.model or not os.path.isdir(model_config.model):
+            return
+        checkpoint = Path(model_config.model).resolve()
+        for folder in (checkpoint, checkpoint.parent):
+            if any((folder / name).is_file() for name in TOKENIZER_FILES):
+                model_config.tokenizer = str(folder)
+                return
+        mixture = mixture_of(model_config.hf_config)
+        model_config.tokenizer, model_config.tokenizer_revision = mixture.base, mixture.revision
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:

@@ -91,6 +91,16 @@ def test_a_base_model_that_has_moved(copy: Path, monkeypatch: pytest.MonkeyPatch
     assert config.model_config.hf_config.dylora_moe["base"] == str(copy / "moved")
 
 
+def test_the_tokenizer_is_found(copy: Path) -> None:
+    checkpoint, given = copy / "checkpoint", copy / "base"
+    assert configured(str(checkpoint), tokenizer=str(given)).model_config.tokenizer == str(given)
+    assert configured(str(checkpoint)).model_config.tokenizer == str(copy)
+    (copy / "tokenizer.json").rename(checkpoint / "tokenizer.json")
+    assert configured(str(checkpoint)).model_config.tokenizer == str(checkpoint)
+    (checkpoint / "tokenizer.json").unlink()
+    assert configured(str(checkpoint)).model_config.tokenizer == str(given)
+
+
 @pytest.mark.parametrize("name", ["router.safetensors", WEIGHTS])
 def test_files_that_have_changed(copy: Path, name: str) -> None:
     path = copy / "checkpoint" / name

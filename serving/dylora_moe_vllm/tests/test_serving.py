@@ -81,13 +81,13 @@ def test_from_the_hub(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_served(runs: dict[str, Run]) -> None:
-    """The server of vLLM, in a process of its own."""
+    """The server of vLLM, in a process of its own. It finds the tokenizer in the run folder."""
     run = runs["llama"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", f"--model={run.checkpoint}"]
-    command += [f"--tokenizer={run.folder}", "--dtype=float32", "--enforce-eager", "--host=127.0.0.1", f"--port={port}"]
+    command += ["--dtype=float32", "--enforce-eager", "--host=127.0.0.1", f"--port={port}"]
     server = subprocess.Popen(command, env=os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
     try:
         found = _ask(server, port, run)
