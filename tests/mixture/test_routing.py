@@ -134,7 +134,11 @@ def test_embeddings_are_routed_as_their_tokens():
 @torch.no_grad()
 def test_a_quantized_cache_keeps_the_route_as_it_is():
     model, ids = tiny_mixture(), random_ids(2, 12)
-    cache, routes, logits = QuantizedCache("fp8", config=model.config), [], []
+    try:
+        cache = QuantizedCache("fp8", config=model.config)
+    except ValueError:
+        pytest.skip("this release of Transformers has no cache in fp8")
+    routes, logits = [], []
     for part in ids.split([5, 1, 6], 1):
         with model._routing.run(record=True) as state:
             logits.append(model.base(part, past_key_values=cache, use_cache=True).logits)
