@@ -52,6 +52,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.scripts --large --json benchmarks/results/scripts.json
 	$(BIN)/python -m benchmarks.routing --json benchmarks/results/routing.json
 	$(BIN)/python -m benchmarks.generate --json benchmarks/results/generate.json
+	$(BIN)/python -m benchmarks.gateway --json benchmarks/results/gateway.json
 	$(BIN)/python -m benchmarks.checkpoint --json benchmarks/results/checkpoint.json
 	$(BIN)/python -m benchmarks.scaling --json benchmarks/results/scaling.json
 	$(BIN)/python -m benchmarks.novelty --json benchmarks/results/novelty.json

@@ -169,6 +169,7 @@ def test_a_hub_that_never_answers_is_known_within_three_seconds(monkeypatch):
     assert weights == "random" and "cannot be reached" in base.note
 
 
+@pytest.mark.slow
 def test_hf_endpoint_of_the_environment_is_respected(hub, tmp_path):
     code = (
         "from dylora_moe.base.find import find_base; b, w = find_base('tiny/llama', weights='none'); print(b.revision)"

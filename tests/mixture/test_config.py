@@ -279,6 +279,7 @@ def saved_config() -> str:
     return json.dumps([[c.to_dict() for c in model.expert_configs], list(model.expert_tensors(1))], default=str)
 
 
+@pytest.mark.slow
 def test_the_saved_config_does_not_change_with_the_hash_seed():
     """That of this process is drawn by chance."""
     code = "from tests.mixture.test_config import saved_config; print(saved_config())"

@@ -393,7 +393,7 @@ train.main(sys.argv[3:])
     ("when", "left", "hidden"),
     [
         ("within the save", [4], ".dylora-staging-*"),
-        ("within the rotation", [8], ".dylora-trash-*"),
+        pytest.param("within the rotation", [8], ".dylora-trash-*", marks=pytest.mark.slow),
     ],
 )
 def test_rows_1_2_killed_and_resumed_is_uninterrupted(tmp_path, when, left, hidden):
