@@ -58,8 +58,8 @@ def test_describe_says_what_a_measurement_ran_on():
 @pytest.mark.parametrize(
     "benchmark",
     [
-        pytest.param(module, id=module.__name__, marks=[pytest.mark.slow] if module in (learning, novelty, gateway) else [])
-        for module in (routing, generate, checkpoint, scaling, novelty, learning, gateway)
+        *(pytest.param(module, id=module.__name__) for module in (routing, generate, checkpoint, scaling)),
+        *(pytest.param(module, id=module.__name__, marks=pytest.mark.slow) for module in (novelty, learning, gateway)),
     ],
 )
 def test_benchmark_runs_in_its_smallest_size(benchmark, tmp_path, capsys):
