@@ -5,7 +5,7 @@
 # make test-vllm  run the tests of the plugin for vLLM, in an environment of their own: .venv-vllm (2 GB)
 # make docs-check  run the examples of the README as they stand
 # make lint      ruff and mypy
-# make bench     measure speed, memory and learning, and bring docs/ up to date; about half an hour
+# make bench     measure speed, memory and learning, and bring docs/ up to date; an hour or more
 # Each makes .venv where there is none. PYTHON=python3.13 chooses the interpreter.
 
 PYTHON ?= python3

@@ -63,8 +63,8 @@ class Sizes:
 
 
 KINDS = tuple(texts.SOURCES)
-SHORT = Sizes(Recipe(steps=16, rows=2), {128: 6, 384: 2}, KINDS[:5])
-LONG = Sizes(Recipe(steps=200, rows=2), {128: 12, 384: 6}, KINDS[:5])
+SHORT = Sizes(Recipe(steps=16, rows=2), {128: 6, 384: 2}, KINDS)
+LONG = Sizes(Recipe(steps=200, rows=2), {128: 12, 384: 6}, KINDS)
 QUICK = Sizes(Recipe(steps=8, rank=2, rows=2, length=32, rate=1e-2), {32: 4, 96: 1}, ("python", "reference", "c"))
 
 

@@ -78,19 +78,12 @@ def cpp_headers() -> Iterator[tuple[str, str]]:
     return _read(folder, [path for path in folder.rglob("*") if path.is_file()], per_folder=MOST)
 
 
-def perl_code() -> Iterator[tuple[str, str]]:
-    left_out = {"unicore", "Collate"}  # tables
-    for folder in (Path("/usr/share/perl"), Path("/usr/share/perl5")):
-        yield from _read(folder, [path for path in folder.rglob("*.p[ml]") if not left_out & set(path.parts)], MOST)
-
-
 SOURCES: dict[str, Callable[[], Iterator[tuple[str, str]]]] = {
     "python": python_code,
     "reference": python_reference,
     "manual": manual_pages,
     "c": c_headers,
     "cpp": cpp_headers,
-    "perl": perl_code,
 }
 PLACES = {
     "python": "Python's standard library",
@@ -98,7 +91,6 @@ PLACES = {
     "manual": "/usr/share/man (Debian's small images leave it out)",
     "c": "/usr/include (packages libc6-dev, linux-libc-dev)",
     "cpp": "/usr/include/c++ (package libstdc++-dev)",
-    "perl": "/usr/share/perl and perl5 (package perl)",
 }
 PAIRS = (("c", "cpp"), ("reference", "manual"))  # that share most of their words
 ENOUGH, MOST = 40, 400  # documents

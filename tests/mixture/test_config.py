@@ -273,7 +273,6 @@ def test_parameters_of_an_expert_are_known_beforehand():
     )
 
 
-@pytest.mark.slow
 def saved_config() -> str:
     model = DyLoRAMoE(tiny_base("gpt_neox"), 2)
     return json.dumps([[c.to_dict() for c in model.expert_configs], list(model.expert_tensors(1))], default=str)

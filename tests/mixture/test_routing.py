@@ -136,7 +136,9 @@ def test_a_quantized_cache_keeps_the_route_as_it_is():
     model, ids = tiny_mixture(), random_ids(2, 12)
     try:
         cache = QuantizedCache("fp8", config=model.config)
-    except ValueError:
+    except ValueError as error:
+        if "Unknown quantization backend" not in str(error):
+            raise
         pytest.skip("this release of Transformers has no cache in fp8")
     routes, logits = [], []
     for part in ids.split([5, 1, 6], 1):
