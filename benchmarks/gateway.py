@@ -3,8 +3,9 @@
 python -m benchmarks.gateway
 python -m benchmarks.gateway --json benchmarks/results/gateway.json
 
-The server, a process of its own, answers at once. So does the client's request without the gateway, which it is
-compared with. All three share the machine.
+The server, a process of its own, answers at once. The gateway is compared with the client's request to the server
+itself, and with the least that a proxy of the same packages does: a bare one reads no request and chooses nothing. All
+share the machine.
 """
 
 from __future__ import annotations
@@ -33,13 +34,21 @@ ROUNDS, QUICK_ROUNDS = 40, 2
 REQUESTS = 5  # of one repetition
 STREAMS = 50  # at once
 PIECES = 20  # of a stream
-ADDED_LIMIT = 2.0  # ms, in the median
+ADDED_LIMIT = 2.0  # ms, in the median, beyond a bare proxy
 PROMPT = "The quick brown fox jumps over the lazy dog. "
 PROMPTS = {"64 tokens": 6, "1,000 tokens": 100}  # how often the prompt has the sentence
-DIRECT, NAMED = "without the gateway", "expert named by the client"
-# A server that answers every completion at once. Its first line is its port.
+DIRECT, BARE, NAMED = "without the gateway", "through a bare proxy", "expert named by the client"
+# Both programs listen on a port that is free, and print it.
+SERVE = """
+import socket, uvicorn
+listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
+listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+print(listener.getsockname()[1], flush=True)
+uvicorn.Server(uvicorn.Config(app, log_level="critical", http="h11", lifespan="off")).run(sockets=[listener])
+"""
+# A server that answers every completion at once.
 SERVER = f"""
-import json, socket, uvicorn
+import json
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -52,12 +61,27 @@ async def answer(request):
     if (await request.json()).get("stream"):
         return StreamingResponse(stream(), media_type="text/event-stream")
     return JSONResponse({{"choices": [{{"text": "words"}}], "usage": {{"prompt_tokens": 4, "completion_tokens": 1}}}})
-listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-print(listener.getsockname()[1], flush=True)
 app = Starlette(routes=[Route("/v1/completions", answer, methods=["POST"])])
-uvicorn.Server(uvicorn.Config(app, log_level="critical", http="h11")).run(sockets=[listener])
-"""
+{SERVE}"""
+# A proxy that hands every request on as it is.
+PROXY = f"""
+import sys, httpx2
+upstream = httpx2.AsyncHTTPTransport(trust_env=False)
+async def app(scope, receive, send):
+    message = await receive()
+    body = message["body"]
+    while message["more_body"]:
+        message = await receive()
+        body += message["body"]
+    request = httpx2.Request(scope["method"], sys.argv[1] + scope["path"], headers=scope["headers"], content=body)
+    answer = await upstream.handle_async_request(request)
+    headers = [(name, value) for name, value in answer.headers.raw if name.lower() not in (b"date", b"server")]
+    await send({{"type": "http.response.start", "status": answer.status_code, "headers": headers}})
+    async for piece in answer.stream:
+        await send({{"type": "http.response.body", "body": piece, "more_body": True}})
+    await send({{"type": "http.response.body"}})
+    await answer.aclose()
+{SERVE}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,17 +96,21 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         model = models.build_ours(fresh_base(base), EXPERTS, R)
         model.mark_mature()
         checkpoint = model.save_checkpoint(folder / "checkpoint-1", step=1)
-        with server() as upstream, gateway(checkpoint, folder / "base", upstream) as proxy:
-            one_by_one(upstream, proxy, rounds, result)
-            streams(upstream, proxy, args.quick, result)
+        with (
+            program(SERVER) as upstream,
+            program(PROXY, upstream) as bare,
+            gateway(checkpoint, folder / "base", upstream) as proxy,
+        ):
+            one_by_one(upstream, bare, proxy, rounds, result)
+            streams({DIRECT: upstream, BARE: bare, "through the gateway": proxy}, args.quick, result)
 
 
 # ---- the processes ----
 
 
 @contextmanager
-def server() -> Iterator[str]:
-    with process([sys.executable, "-c", SERVER]) as running:
+def program(code: str, *arguments: str) -> Iterator[str]:
+    with process([sys.executable, "-c", code, *arguments]) as running:
         yield f"http://127.0.0.1:{int(running.stdout.readline())}"
 
 
@@ -110,19 +138,21 @@ def body(repeats: int, model: str = "mixture", **options: object) -> dict:
     return {"model": model, "prompt": PROMPT * repeats, "max_tokens": 1, **options}
 
 
-def one_by_one(upstream: str, proxy: str, rounds: int, result: Result) -> None:
+def one_by_one(upstream: str, bare: str, proxy: str, rounds: int, result: Result) -> None:
     with httpx2.Client(trust_env=False) as client:
-        cases = {DIRECT: request(client, upstream, body(1)), NAMED: request(client, proxy, body(1, "expert_1"))}
+        cases = {DIRECT: request(client, upstream, body(1)), BARE: request(client, bare, body(1))}
+        cases[NAMED] = request(client, proxy, body(1, "expert_1"))
         cases |= {f"routed, {name}": request(client, proxy, body(count)) for name, count in PROMPTS.items()}
         timings = common.interleaved(cases, rounds)
     title = f"One request after another, median of {rounds} times {REQUESTS}"
-    table = result.table("requests", title, ["", "an answer", "added"])
-    direct = timings[DIRECT].median
-    for name, timing in timings.items():
-        added = "" if name == DIRECT else f"{(timing.median - direct) * 1000:.2f} ms"
-        table.add(name, f"{timing.median * 1000:.2f} ms", added)
+    table = result.table("requests", title, ["", "an answer", "added", "beyond a bare proxy"])
+    took = {name: timing.median * 1000 for name, timing in timings.items()}  # ms
+    for name in timings:
+        added = "" if name == DIRECT else f"{took[name] - took[DIRECT]:.2f} ms"
+        beyond = "" if name in (DIRECT, BARE) else f"{took[name] - took[BARE]:.2f} ms"
+        table.add(name, f"{took[name]:.2f} ms", added, beyond)
     for name in (NAMED, f"routed, {next(iter(PROMPTS))}"):
-        result.claim(f"added to an answer, {name}", (timings[name].median - direct) * 1000, ADDED_LIMIT, "ms")
+        result.claim(f"added beyond a bare proxy, {name}", took[name] - took[BARE], ADDED_LIMIT, "ms")
 
 
 def request(client: httpx2.Client, url: str, content: dict) -> Case:
@@ -139,12 +169,12 @@ def request(client: httpx2.Client, url: str, content: dict) -> Case:
     return Case(run)
 
 
-def streams(upstream: str, proxy: str, quick: bool, result: Result) -> None:
+def streams(urls: dict[str, str], quick: bool, result: Result) -> None:
     count = 4 if quick else STREAMS
     table = result.table(
         "streams", f"{count} streams at once, {PIECES} pieces each", ["", "first piece", "last piece", "pieces lost"]
     )
-    for name, url in ((DIRECT, upstream), ("through the gateway", proxy)):
+    for name, url in urls.items():
         found = asyncio.run(read_streams(url, count))
         first, last = (statistics.median(seconds[i] for seconds in found) for i in (0, 1))
         lost = count * PIECES - sum(int(seconds[2]) for seconds in found)

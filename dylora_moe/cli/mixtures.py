@@ -57,13 +57,17 @@ class Loaded:
 
     def check_vocabulary(self, ids: Sequence[int]) -> None:
         """Raise UsageError for a token that the base model does not know."""
-        known = known_tokens(self.model.base)
-        beyond = [i for i in ids if known is not None and i >= known]
-        if beyond:
-            raise UsageError(
-                f"the tokenizer makes the token {beyond[0]}, but the vocabulary of the base model ends at {known}; say "
-                "with --base which model the tokenizer belongs to"
-            )
+        check_known(ids, known_tokens(self.model.base))
+
+
+def check_known(ids: Sequence[int], known: int | None) -> None:
+    """Raise UsageError for a token of the tokenizer that a base model of so many tokens does not know."""
+    beyond = [i for i in ids if known is not None and i >= known]
+    if beyond:
+        raise UsageError(
+            f"the tokenizer makes the token {beyond[0]}, but the vocabulary of the base model ends at {known}; say "
+            "with --base which model the tokenizer belongs to"
+        )
 
 
 def load(args: Namespace) -> Loaded:

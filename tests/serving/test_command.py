@@ -15,9 +15,11 @@ from dylora_moe.cli.commands import gateway
 from dylora_moe.cli.main import main
 from dylora_moe.data.chat import Message
 from dylora_moe.errors import UsageError
+from dylora_moe.serving.gate_table import GateTable
+from dylora_moe.stages.measure import routing_weights
 
 from ..support.runs import material
-from ..support.tiny import randomise
+from ..support.tiny import random_ids, randomise, tiny_base, tiny_mixture
 
 URL = "http://127.0.0.1:9"
 TEXTS = ["the router sends each token", "def f(x):\n    return x", "1 2 3 4", "zzz", "!", "SELECT a FROM b"]
@@ -51,35 +53,42 @@ def test_the_command_tells_where_it_listens_and_what_it_serves(started):
 
 
 def test_it_chooses_as_route_does(started, checkpoint, capsys, monkeypatch):
-    loaded, *_ = started
+    choose, *_ = started
     lines = [{"text": text} for text in TEXTS] + [{"messages": [{"role": "user", "content": text}]} for text in TEXTS]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(map(json.dumps, lines))))
     assert main(["route", str(checkpoint), "--json", "-"]) == 0
     expected = [(one["expert"], one["tokens"]) for one in json.loads(capsys.readouterr().out)["texts"]]
     asked = [*TEXTS, *([Message({"role": "user", "content": text})] for text in TEXTS)]
-    assert [gateway.choose_expert(loaded, one) for one in asked] == expected
+    assert [choose(one) for one in asked] == expected
     assert len({expert for expert, _ in expected}) > 1
 
-    ids = loaded.tokenizer(TEXTS[0])["input_ids"]
-    assert gateway.choose_expert(loaded, ids) == expected[0]
+    ids = choose.__self__.tokenizer(TEXTS[0])["input_ids"]
+    assert choose(ids) == expected[0]
     with pytest.raises(UsageError, match="vocabulary of the base model ends"):
-        gateway.choose_expert(loaded, [1, 2**30])
+        choose([1, 2**30])
 
 
-def test_of_a_long_prompt_the_last_tokens_are_read(monkeypatch):
-    read = []
+@pytest.mark.parametrize("kind", ["llama", "gemma"])  # the latter scales its embeddings
+def test_the_table_routes_as_the_mixture_does(kind):
+    model = tiny_mixture(kind, router=RouterConfig(decay=0.9, prior_tokens=3.0, temperature=0.7))
+    table = GateTable(model)
+    for length in (1, 2, 40, 300):
+        ids = random_ids(length).tolist()
+        weights = routing_weights(model, {"input_ids": ids})[-1]
+        torch.testing.assert_close(torch.from_numpy(table.logits(ids)).softmax(-1), weights, rtol=0, atol=1e-5)
+    other = [*ids[:-1], ids[-1] - 1]
+    assert abs(table.logits(other) - table.logits(ids)).max() > 1e-3
 
-    class Spy:
-        def check_vocabulary(self, ids) -> None:
-            read.append(ids)
 
-        def weights(self, ids) -> torch.Tensor:
-            read.append(ids)
-            return torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
-
-    monkeypatch.setattr(gateway, "MOST_TOKENS", 2)
-    assert gateway.choose_expert(Spy(), [7, 8, 9]) == (1, 3)
-    assert read == [[8, 9], [8, 9]]
+def test_an_expert_that_was_not_trained_is_not_chosen():
+    model = DyLoRAMoE(tiny_base(), 3)
+    with torch.no_grad():
+        model.router.prior.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        assert GateTable(model).expert([1]) == 2  # none was
+        for expert in (0, 1):
+            for tensor in model.expert_tensors(expert).values():
+                tensor.fill_(0.1)
+    assert GateTable(model).expert([1]) == 1
 
 
 @pytest.mark.parametrize(

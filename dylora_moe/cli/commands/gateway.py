@@ -7,7 +7,9 @@ import re
 import signal
 import socket
 from argparse import Namespace
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -19,12 +21,13 @@ from ..flags import add_base_flag
 from ..prompts import Prompt, chat, clean, encode
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...serving.gate_table import GateTable
     from ...serving.gateway import Settings
     from ...serving.requests import Text
-    from ..mixtures import Loaded
 
 ENGINES = ("vllm", "llama.cpp")
-MOST_TOKENS = 32_768  # that the router reads: the last ones, which bounds the memory for their embeddings
 INSTALL = "dylora-moe gateway needs more packages; install them with\n    pip install -r requirements-gateway.txt"
 
 
@@ -62,34 +65,27 @@ def run(args: Namespace) -> int:
         raise UsageError(INSTALL) from None
     listener = _listener(args.host, args.port)
 
-    import torch  # it takes seconds to import
-
     from ...serving.gateway import Settings
-    from ..mixtures import load_router
 
     with listener:
-        loaded = load_router(args)
-        torch.set_num_threads(1)  # the products of the router are so small that a second thread is only waited for
-        experts = loaded.model.num_experts
+        chooser = load_chooser(args)
+        experts = chooser.gate.num_experts
         settings = Settings(
             args.upstream, args.engine, experts, int(args.max_body * MIB), args.max_requests, args.timeout
         )
         host = f"[{args.host}]" if ":" in args.host else args.host
         say(f"gateway: http://{host}:{listener.getsockname()[1]}/v1 for {args.upstream} ({args.engine})")
-        say(f"experts: {', '.join(named(expert, loaded.skills) for expert in range(experts))}")
-        _serve(loaded, settings, listener)
+        say(f"experts: {', '.join(named(expert, chooser.skills) for expert in range(experts))}")
+        _serve(chooser.choose, settings, listener)
     say("gateway: ended")
     return PASSED
 
 
-def _serve(loaded: Loaded, settings: Settings, listener: socket.socket) -> None:
+def _serve(choose: Callable[[Text], tuple[int, int]], settings: Settings, listener: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, and until the answers that have begun are complete."""
     import uvicorn
 
     from ...serving.gateway import Gateway
-
-    def choose(asked: Text) -> tuple[int, int]:
-        return choose_expert(loaded, asked)
 
     def log(line: str) -> None:
         with suppress(OSError):  # whoever read standard output may have gone
@@ -116,23 +112,43 @@ def _serve(loaded: Loaded, settings: Settings, listener: socket.socket) -> None:
             signal.signal(one, handler)
 
 
-def choose_expert(loaded: Loaded, asked: Text) -> tuple[int, int]:
-    """Return the expert that an answer begins with, and the number of tokens of the prompt.
+@dataclass(frozen=True)
+class Chooser:
+    """What is left of a mixture to choose experts by.
 
-    Raises:
-        UsageError: if the chat template refuses the chat, or there is no token that the base model knows.
+    Args:
+        skills: the names of those of each expert.
     """
-    if isinstance(asked, str):
-        ids = encode(Prompt(clean(asked), "text"), loaded.tokenizer, raw=True)
-    elif isinstance(asked[0], int):
-        ids = asked
-    else:
-        prompt = chat([one.but(content=clean(one.content)) for one in asked])
-        ids = encode(prompt, loaded.tokenizer, raw=False)
-    read = ids[-MOST_TOKENS:]
-    loaded.check_vocabulary(read)
-    weights = loaded.weights(read)[-1].tolist()
-    return max(range(len(weights)), key=lambda expert: (weights[expert], -expert)), len(ids)
+
+    tokenizer: PreTrainedTokenizerBase
+    gate: GateTable
+    skills: list[str]
+
+    def choose(self, asked: Text) -> tuple[int, int]:
+        """Return the expert that an answer begins with, and the number of tokens of the prompt.
+
+        Raises:
+            UsageError: if the chat template refuses the chat, or there is no token that the base model knows.
+        """
+        from ..mixtures import check_known
+
+        if isinstance(asked, str):
+            ids = encode(Prompt(clean(asked), "text"), self.tokenizer, raw=True)
+        elif isinstance(asked[0], int):
+            ids = asked
+        else:
+            prompt = chat([one.but(content=clean(one.content)) for one in asked])
+            ids = encode(prompt, self.tokenizer, raw=False)
+        check_known(ids, self.gate.tokens)
+        return self.gate.expert(ids), len(ids)
+
+
+def load_chooser(args: Namespace) -> Chooser:
+    from ...serving.gate_table import GateTable  # torch takes seconds to import
+    from ..mixtures import load_router
+
+    loaded = load_router(args)
+    return Chooser(loaded.tokenizer, GateTable(loaded.model), loaded.skills)
 
 
 def _url(value: str) -> str:
