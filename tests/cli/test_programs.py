@@ -189,7 +189,7 @@ def by_function(folder: Path, model: str, arguments: str) -> dict[str, list[dict
 
 
 @slow
-@pytest.mark.skipif(needs["lm_eval"] is None, reason="needs lm-eval: pip install -r requirements-lm-eval.txt")
+@pytest.mark.skipif(needs["lm_eval"] is None, reason="needs lm-eval: pip install -r requirements-slow.txt")
 def test_lm_eval_computes_what_the_mixture_computes(saved, mixture, tasks):
     runs = [(by_command, "dylora_moe", ",expert=1", {"expert": 1}), (by_function, "hf", "", {})]
     runs += [(by_function, "dylora_moe", more, options) for more, options in (
@@ -209,7 +209,7 @@ def test_lm_eval_computes_what_the_mixture_computes(saved, mixture, tasks):
 
 
 @slow
-@pytest.mark.skipif(needs["lm_eval"] is None, reason="needs lm-eval: pip install -r requirements-lm-eval.txt")
+@pytest.mark.skipif(needs["lm_eval"] is None, reason="needs lm-eval: pip install -r requirements-slow.txt")
 def test_the_model_of_lm_eval_refuses_what_it_cannot_honour(saved, tmp_path):
     from dylora_moe.cli.harness import REFUSED, MixtureLM
 
@@ -232,7 +232,7 @@ def test_the_model_of_lm_eval_refuses_what_it_cannot_honour(saved, tmp_path):
 @slow
 @pytest.mark.skipif(
     needs["fastapi"] is None or needs["openai"] is None,
-    reason="needs fastapi and openai: pip install -r requirements-lm-eval.txt",
+    reason="needs fastapi and openai: pip install -r requirements-slow.txt",
 )
 def test_transformers_serves_what_the_mixture_says(saved, mixture, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
