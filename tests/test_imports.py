@@ -19,7 +19,7 @@ LEVELS = (
     {"constants", "errors"},
     {"auto"},
     {"system", "store", "data"},
-    {"base", "reporting"},
+    {"base", "ops", "reporting"},
     {"pretrained"},
     {"mixture"},
     {"skills"},

@@ -17,13 +17,13 @@ from ..base.preserve import as_found_on_error, fresh_base
 from ..base.structure import check_base, decoder_layers
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
+from ..ops.cross_entropy import summed_cross_entropy
+from ..ops.frozen_linear import float32_products
 from ..pretrained.model import OnBase
 from .config import MoELoraConfig, RouterConfig, check_configs, expert_configs
-from .cross_entropy import summed_cross_entropy
 from .expert_matrices import Watch, weight_of
 from .experts import EXPERT_PARAMETER, ROUTER, ExpertStates, Injector, check_expert, check_optimizer, checked_rows
 from .forward_pass import OUTPUT_FIELDS, MixtureOutput
-from .frozen_linear import float32_products
 from .routed_linear import RoutedLinear
 from .router import Router, Usage, balance_loss, balance_statistics
 from .routing import Routing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class GateTable:
     """
 
     def __init__(self, model: Mixture):
-        self.tokens: int = known_tokens(model.base) or model.get_input_embeddings().weight.shape[0]
+        embeddings: Any = model.get_input_embeddings()
+        self.tokens: int = known_tokens(model.base) or embeddings.weight.shape[0]
         self.num_experts = model.num_experts
         self._votes = _votes(model, self.tokens)  # (V, N) in float32
         self._prior: np.ndarray = model.router.prior.detach().float().cpu().numpy()

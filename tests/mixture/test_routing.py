@@ -22,7 +22,7 @@ from transformers import (
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig, UsageError
 from dylora_moe.base.preserve import seeded
-from dylora_moe.mixture.frozen_linear import is_slow
+from dylora_moe.ops.frozen_linear import is_slow
 
 from ..support.tiny import ARCHITECTURES, random_ids, randomise, tiny_base, tiny_mixture
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from dylora_moe import UsageError
 from dylora_moe.constants import IGNORED_LABEL
-from dylora_moe.mixture.cross_entropy import summed_cross_entropy
+from dylora_moe.ops.cross_entropy import summed_cross_entropy
 
 from ..support.tiny import random_ids, tiny_mixture
 
@@ -17,7 +17,7 @@ TOKENS, VOCABULARY = 11, 37
 
 @pytest.fixture(autouse=True)
 def chunks_of_three_tokens(monkeypatch):
-    monkeypatch.setattr("dylora_moe.mixture.cross_entropy.CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 3})
+    monkeypatch.setattr("dylora_moe.ops.cross_entropy.CHUNK_BYTES", {"cpu": 4 * VOCABULARY * 3})
 
 
 def made(dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:

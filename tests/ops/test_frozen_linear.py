@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dylora_moe.mixture import frozen_linear
-from dylora_moe.mixture.frozen_linear import Float32Products, _FrozenLinear, float32_products
+from dylora_moe.ops import frozen_linear
+from dylora_moe.ops.frozen_linear import Float32Products, _FrozenLinear, float32_products
 
 from ..support.tiny import random_ids, tiny_mixture
 
