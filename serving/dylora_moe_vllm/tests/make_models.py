@@ -1,6 +1,6 @@
 """Write tiny random checkpoints, and what DyLoRA-MoE itself computes with them. Runs in the project's own environment.
 
-python serving/dylora_moe_vllm/tests/make_models.py FOLDER [KIND ...]
+PYTHONPATH=. python serving/dylora_moe_vllm/tests/make_models.py FOLDER [KIND ...]
 """
 
 from __future__ import annotations
