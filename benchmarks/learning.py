@@ -3,7 +3,8 @@
 python -m benchmarks.learning                               half an hour on two cores
 python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    three hours
 
-With --work, what has been measured is kept in that folder: the same command goes on after an interruption.
+With --work, what has been measured is kept in that folder: the same command goes on after an interruption, and --parts
+measures some methods now and others later.
 
 Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
 of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters.
@@ -41,6 +42,7 @@ DENSE = "grown mixture, routed to all experts"
 GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
 OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
 METHODS = (BASE, JOINT, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
+PARTS = ("base", "joint", "specialised", "grown", "turn")  # of the benchmark, in the order in which they are measured
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
 Losses = dict[str, float]  # mean held-out loss by skill
 Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
@@ -77,6 +79,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", action="store_true", help="1,000 steps for each method: hours")
     parser.add_argument("--steps", type=int, help="steps for each skill (16; --long 200)")
     parser.add_argument("--work", type=Path, help="where to keep what has been trained and measured")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)")
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is trained (%(default)s)")
 
 
@@ -100,7 +103,7 @@ def measure(args: argparse.Namespace, result: Result) -> None:
             data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
             task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
             seeds.append(Seed(task, held, folder / f"runs{number}", repr(sizes)))
-            seeds[-1].run()
+            seeds[-1].run(args.parts)
         result.settings["work"] = args.work is not None
     report(seeds, sizes, result)
 
@@ -119,7 +122,7 @@ class Found:
         pairs: of rows of two skills, by mixture: mean loss when routed, and under each token's own expert.
         changed: the largest change of an expert's tensors and of its logits in stages after its own.
         missed: the skills that were taken for known ones.
-        parts: of `Seed.run` that are done.
+        parts: of `PARTS`, that are done.
     """
 
     sizes: str
@@ -151,12 +154,13 @@ class Seed:
     def short(self) -> int:
         return min(self.held)
 
-    def run(self) -> None:
-        for part in (self._base, self._joint, self._specialised, self._grown, self._turn):
-            if part.__name__ in self.found.parts:
+    def run(self, parts: Sequence[str]) -> None:
+        measures = (self._base, self._joint, self._specialised, self._grown, self._turn)
+        for part, measure_it in zip(PARTS, measures, strict=True):
+            if part not in parts or part in self.found.parts:
                 continue
-            part()
-            self.found.parts.append(part.__name__)
+            measure_it()
+            self.found.parts.append(part)
             self.folder.mkdir(parents=True, exist_ok=True)
             self.kept.write_text(json.dumps(vars(self.found)))
 
@@ -209,6 +213,11 @@ class Seed:
             return tensors, expert_logits(model, expert)(ids, 0)
 
     # ---- measuring ----
+
+    @property
+    def methods(self) -> list[str]:
+        """Those that have been measured."""
+        return list(self.losses(self.short))
 
     def losses(self, length: int) -> dict[str, Losses]:
         """By method and skill, in the order of the tables."""
@@ -307,17 +316,19 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
     steps = sizes.recipe.steps * len(skills)
     batch = f"{sizes.recipe.rows} rows of {sizes.recipe.length} tokens"
     result.settings |= {"steps": steps, "skills": skills, "rank": sizes.recipe.rank, "rate": sizes.recipe.rate}
+    reference = next(name for name in (GROWN_OWN, OURS_OWN, BASE, JOINT, TURN) if name in seeds[0].methods)
     for length in seeds[0].held:
         title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
-        note = "Nats per token, mean of the seeds. Relative: the mean of the skills, to each skill's own grown expert."
+        note = f"Nats per token, mean of the seeds. Relative: the mean of the skills, to: {reference}."
         table = result.table(f"loss-{length}", title, ["", *skills, "mean", "relative"], note)
         for name in seeds[0].losses(length):
             of_skills = [statistics.fmean(seed.losses(length)[name][skill] for seed in seeds) for skill in skills]
-            relative = spread(seeds, length, name, GROWN_OWN)
+            relative = spread(seeds, length, name, reference)
             table.add(name, *(f"{loss:.3f}" for loss in of_skills), f"{statistics.fmean(of_skills):.3f}", relative)
-    growth(seeds, result)
     claims(seeds, 0.0 if result.settings["long"] else 1.0, result)
-    checks(seeds, result)
+    if GROWN in seeds[0].methods:
+        growth(seeds, result)
+        checks(seeds, result)
 
 
 def growth(seeds: list[Seed], result: Result) -> None:
@@ -346,23 +357,26 @@ def spread(seeds: list[Seed], length: int, name: str, other: str) -> str:
 
 def claims(seeds: list[Seed], above_joint: float, result: Result) -> None:
     """Each is the worst of the seeds. `above_joint`: the limit, in per cent, beside the one LoRA."""
-    lengths = list(seeds[0].held)
+    lengths, methods = list(seeds[0].held), seeds[0].methods
 
     def worst(text: str, limit: float, values: Sequence[float]) -> None:
         result.claim(text, max(values), limit, "%")
 
-    for length, limit in zip(lengths, (0.3, 0.0), strict=False):
-        values = [above(seed, length, GROWN, GROWN_OWN) for seed in seeds]
-        worst(f"grown mixture, {length} tokens, above each skill's own expert", limit, values)
-    for other in (ARROW, LINEAR, TIES, UNIFORM, TURN):
-        worst(f"grown mixture, above: {other}", 0.0, [above(seed, lengths[0], GROWN, other) for seed in seeds])
+    if GROWN in methods:
+        for length, limit in zip(lengths, (0.3, 0.0), strict=False):
+            values = [above(seed, length, GROWN, GROWN_OWN) for seed in seeds]
+            worst(f"grown mixture, {length} tokens, above each skill's own expert", limit, values)
+        for other in (ARROW, LINEAR, TIES, UNIFORM, TURN):
+            if other in methods:
+                worst(f"grown mixture, above: {other}", 0.0, [above(seed, lengths[0], GROWN, other) for seed in seeds])
+        stages = [seed.found.stages for seed in seeds]
+        rises = [(found[-1][k] / learned(found, k) - 1) * 100 for found in stages for k in seeds[0].skills]
+        worst("the skill that lost most in later stages", 0.5, rises)
     for name in (GROWN, OURS):
-        worst(f"{name}, above: {JOINT}", above_joint, [above(seed, lengths[0], name, JOINT) for seed in seeds])
-    rises = [
-        (seed.found.stages[-1][k] / learned(seed.found.stages, k) - 1) * 100 for seed in seeds for k in seed.skills
-    ]
-    worst("the skill that lost most in later stages", 0.5, rises)
-    for name in (GROWN, OURS):
+        if name not in methods:
+            continue
+        if JOINT in methods:
+            worst(f"{name}, above: {JOINT}", above_joint, [above(seed, lengths[0], name, JOINT) for seed in seeds])
         pairs = [seed.found.pairs[name] for seed in seeds]
         worst(f"{name}, rows of two skills, above each token's own expert", 2.0, [(a / b - 1) * 100 for a, b in pairs])
 
