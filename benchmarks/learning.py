@@ -47,6 +47,7 @@ FIRST = 2  # skills of a grown mixture that are trained together before the othe
 Losses = dict[str, float]  # mean held-out loss by skill
 Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
 DENSITY = 0.5  # of TIES
+FOUND = "found.json"  # in the folder of a seed
 CHUNK = 512  # tokens that are measured at once
 
 
@@ -93,16 +94,19 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         print(line)
     with ExitStack() as stack:
         folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora_benchmark_")))
+        kept = [
+            read_found(folder / f"runs{number}", repr(sizes)) for number in range(args.seeds)
+        ]  # before it is written
         base, tokenizer = models.saved_base(args, folder / "base", result.settings)
         held = {
             length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}
             for length, count in sizes.held.items()
         }
         seeds = []
-        for number in range(args.seeds):
+        for number, measured in enumerate(kept):
             data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
             task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
-            seeds.append(Seed(task, held, folder / f"runs{number}", repr(sizes)))
+            seeds.append(Seed(task, held, folder / f"runs{number}", measured))
             seeds[-1].run(args.parts)
         result.settings["work"] = args.work is not None
     report(seeds, sizes, result)
@@ -134,21 +138,27 @@ class Found:
     parts: list[str] = field(default_factory=list)
 
 
+def read_found(folder: Path, sizes: str) -> Found:
+    """Return what an interrupted benchmark has left in a folder. Raises SystemExit if it had other sizes."""
+    path = folder / FOUND
+    found = Found(**json.loads(path.read_text())) if path.exists() else Found(sizes)
+    if found.sizes != sizes:
+        raise SystemExit(f"{path}: expected {sizes}, found {found.sizes}; choose another --work folder")
+    return found
+
+
 class Seed:
     """Trains and measures everything with one seed.
 
     Args:
         held: the held-out rows of each skill, by their length.
-        folder: for the runs, and for `found.json`, from which an interrupted benchmark goes on.
+        folder: for the runs, and for `FOUND`, from which an interrupted benchmark goes on.
+        found: what has been measured before.
     """
 
-    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path, sizes: str):
-        self.task, self.held, self.folder = task, held, folder
+    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path, found: Found):
+        self.task, self.held, self.folder, self.found = task, held, folder, found
         self.skills = task.skills
-        self.kept = folder / "found.json"
-        self.found = Found(**json.loads(self.kept.read_text())) if self.kept.exists() else Found(sizes)
-        if self.found.sizes != sizes:
-            raise SystemExit(f"{self.kept}: expected {sizes}, found {self.found.sizes}; choose another --work folder")
 
     @property
     def short(self) -> int:
@@ -162,7 +172,7 @@ class Seed:
             measure_it()
             self.found.parts.append(part)
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.kept.write_text(json.dumps(vars(self.found)))
+            (self.folder / FOUND).write_text(json.dumps(vars(self.found)))
 
     def _base(self) -> None:
         base = fresh_base(self.task.base)
@@ -321,7 +331,7 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
         title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
         note = f"Nats per token, mean of the seeds. Relative: the mean of the skills, to: {reference}."
         table = result.table(f"loss-{length}", title, ["", *skills, "mean", "relative"], note)
-        for name in seeds[0].losses(length):
+        for name in seeds[0].methods:
             of_skills = [statistics.fmean(seed.losses(length)[name][skill] for seed in seeds) for skill in skills]
             relative = spread(seeds, length, name, reference)
             table.add(name, *(f"{loss:.3f}" for loss in of_skills), f"{statistics.fmean(of_skills):.3f}", relative)
