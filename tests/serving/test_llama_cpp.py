@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +16,11 @@ import pytest
 import torch
 from gguf.quants import dequantize
 
+from benchmarks.gateway import gateway, process
 from dylora_moe import DyLoRAMoE, MoELoraConfig
 from dylora_moe.base.preserve import seeded
 from dylora_moe.cli.main import main
 from dylora_moe.editing.export import export_for_llama_cpp
-
-from ..support.scripts import ROOT
 
 pytestmark = [
     pytest.mark.slow,
@@ -78,10 +75,10 @@ def place(smollm_gguf, tmp_path_factory) -> Iterator[Place]:
     checkpoint = model.save_checkpoint(folder / "checkpoint-1", step=1)
     adapters = export_for_llama_cpp(checkpoint, folder / "served").adapters.values()
     base = in_float32(smollm_gguf, folder / "base.gguf")
-    with printing([sys.executable, "-c", SERVER, str(base), *adapters]) as server:
-        words = ["gateway", str(checkpoint), "--upstream", server, "--engine", "llama.cpp", "--port", "0"]
-        with printing([sys.executable, "-m", "dylora_moe", *words]) as line:
-            yield Place(model, checkpoint, server, line.split()[1].removesuffix("/v1"))
+    with process([sys.executable, "-c", SERVER, str(base), *adapters]) as running:
+        server = running.stdout.readline().strip()
+        with gateway(checkpoint, smollm_gguf, server, "llama.cpp") as proxy:
+            yield Place(model, checkpoint, server, proxy)
 
 
 def in_float32(source: Path, path: Path) -> Path:
@@ -100,17 +97,6 @@ def in_float32(source: Path, path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
-
-
-@contextmanager
-def printing(command: list[str]) -> Iterator[str]:
-    """Run a program, and return the first line that it prints."""
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.terminate()
-        process.communicate(timeout=60)
 
 
 def ask(url: str, path: str = "/v1/chat/completions", **body: object) -> httpx2.Response:
