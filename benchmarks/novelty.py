@@ -6,7 +6,8 @@ python -m benchmarks.novelty --json benchmarks/results/novelty.json
 The text is what this machine has: Python and its packages, C and C++ headers, man pages, message catalogs in many
 languages, and what else is below /usr/share. A data set has six documents; those of a skill are documents that it was
 not collected from. A kind of which there are fewer documents is left out. Each data set is judged as
-`train.py --grow` judges it, then once more by each skill alone; then it is shown which ones are divided.
+`train.py --grow` judges it, then once more by each skill alone; then it is shown which ones are divided, and whether a
+run that grows sees that two of its data sets are of one new kind.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_tokenizer
 from dylora_moe.base.preserve import fresh_base
 from dylora_moe.data.documents import Document
-from dylora_moe.skills.features import collect, read_states
+from dylora_moe.skills.features import collect, evenly, read_states
 from dylora_moe.skills.library import Skill
 from dylora_moe.skills.novelty import Metric, Verdict
 from dylora_moe.skills.sizes import MOST_STATES, SampleSizes
@@ -46,6 +47,7 @@ ROOTS = ("/usr/share", "/usr/include", "/usr/lib/git-core", "/etc/init.d", "/var
 MOST_BYTES = 3 << 20  # of a file that is looked at
 CHARACTERS = (1500, 8000)  # of a document: the fewest, and the most
 SET = 6  # documents of a data set
+AGAIN = 8  # new kinds of which a run has two data sets
 TRAINED, HELD_OUT = 60, 2 * SET  # documents of a skill
 ASKED = 0.95  # 38 of 40
 NEW = "new"
@@ -101,20 +103,34 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         found = collect(model, [{"input_ids": tokenize(text)} for text in kept], sizes)
         library.update(Skill(name, tokens=found.tokens, features=found.features, states=found.states), sizes)
     check([skill.states.rows().double() for skill in library], result)
-    sets = [DataSet(name, name, list(map(tokenize, d[i : i + SET]))) for name, d in known.items() for i in (0, SET)]
-    sets += [DataSet(kind, NEW, list(map(tokenize, d[:SET]))) for kind, d in new.items() if len(d) >= SET]
+    chosen = [(name, name, d[i : i + SET]) for name, d in known.items() for i in (0, SET)]
+    chosen += [(kind, NEW, d[:SET]) for kind, d in new.items() if len(d) >= SET]
+    sets = [data_set(model, kind, wanted, list(map(tokenize, d))) for kind, wanted, d in chosen]
     judge(NoveltyDetector(model, library), sets, result)
     judge_alone(model, library, sets, result)
     divide(NoveltyDetector(model, library), sets, result)
+    enough = [kind for kind, documents in new.items() if len(documents) == 2 * SET]
+    some = [enough[i] for i in evenly(len(enough), 2 if args.quick else AGAIN)]
+    halves = {kind: [list(map(tokenize, new[kind][i : i + SET])) for i in (0, SET)] for kind in some}
+    again(model, library, halves, result)
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """Documents of one kind, and what they should be taken for: "new" or a skill."""
+    """Documents of one kind, and what they should be taken for: "new" or a skill.
+
+    Args:
+        states: by which they are judged together.
+    """
 
     kind: str
     wanted: str
     documents: list[list[int]]
+    states: torch.Tensor
+
+
+def data_set(model: DyLoRAMoE, kind: str, wanted: str, documents: list[list[int]]) -> DataSet:
+    return DataSet(kind, wanted, documents, read_states(model, windows_to_judge(kind, documents)))
 
 
 def check(groups: list[torch.Tensor], result: Result) -> None:
@@ -136,7 +152,7 @@ def judge(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> Non
     table = result.table("novelty", "Known or new?", ["kind", "right", "taken for", "nearest", "relative"], note)
     right = 0
     for each in sets:
-        verdict = verdict_of(detector, each)
+        verdict = detector.judge(each.states)
         found = verdict.skill if verdict.known else NEW
         right += found == each.wanted
         table.add(each.kind, common.MARKS[found == each.wanted], found, verdict.skill, _relative(verdict))
@@ -152,7 +168,7 @@ def judge_alone(model: DyLoRAMoE, library: SkillLibrary, sets: list[DataSet], re
         alone = SkillLibrary()
         alone.add(skill)
         detector = NoveltyDetector(model, alone)
-        verdicts = [(each, verdict_of(detector, each)) for each in sets]
+        verdicts = [(each, detector.judge(each.states)) for each in sets]
         wrong = [each.kind for each, verdict in verdicts if verdict.known != (each.wanted == skill.name)]
         right += len(sets) - len(wrong)
         own = ", ".join(_relative(verdict) for each, verdict in verdicts if each.wanted == skill.name)
@@ -174,8 +190,7 @@ def divide(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> No
     right = 0
     for parts in [*((each,) for each in pure), *pairs]:
         judge = Judge(detector)
-        documents = [Document(np.array(ids, np.int32), np.ones(len(ids), bool)) for e in parts for ids in e.documents]
-        (labels,) = judge(["data"], [documents])
+        (labels,) = judge(["data"], [documents_of([ids for each in parts for ids in each.documents])])
         ok = len(judge.decisions) == len(parts)
         right += ok
         sizes, wrong = "-", "-"
@@ -188,8 +203,33 @@ def divide(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> No
     result.claim("data sets are divided where they should be", share, ASKED, "", at_least=True)
 
 
-def verdict_of(detector: NoveltyDetector, each: DataSet) -> Verdict:
-    return detector.judge(read_states(detector.model, windows_to_judge(each.kind, each.documents)))
+def again(model: DyLoRAMoE, library: SkillLibrary, halves: dict[str, list[list[list[int]]]], result: Result) -> None:
+    """Judge in one run two data sets of each new kind, and one of the next kind, which is neither."""
+    title = "Known from the data set before?"
+    note = "Kinds that are taken for known ones are left out. The distance is relative to the threshold, as above."
+    columns = ["kind", "right", "once more", "relative", "then", "taken for", "relative"]
+    table = result.table("again", title, columns, note)
+    right, count = 0, 0
+    kinds = list(halves)
+    for kind, then in zip(kinds, kinds[1:] + kinds[:1], strict=True):
+        judge = Judge(NoveltyDetector(model, library))
+        data = [documents_of(documents) for documents in (*halves[kind], halves[then][0])]
+        judge([kind, "once more", "then"], data)
+        if judge.parts or judge.decisions[0].known:
+            continue
+        _, *later = judge.decisions
+        found = [str(decision.nearest) if decision.known else NEW for decision in later]
+        ok = [found[0] == kind, found[1] != kind]
+        right, count = right + sum(ok), count + len(ok)
+        relative = [f"{(decision.distance or 0) / (decision.threshold or 1):.2f}" for decision in later]
+        table.add(kind, common.MARKS[all(ok)], found[0], relative[0], then, found[1], relative[1])
+    if count:  # a tiny model takes no text for new
+        text = f"{right} of {count} later data sets of a run are judged right"
+        result.claim(text, right / count, ASKED, "", at_least=True)
+
+
+def documents_of(texts: list[list[int]]) -> list[Document]:
+    return [Document(np.array(ids, np.int32), np.ones(len(ids), bool)) for ids in texts]
 
 
 def _relative(verdict: Verdict) -> str:
@@ -204,7 +244,7 @@ def texts(roots: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[st
     paths = sorted(_files(roots))
     known: dict[str, list[str]] = {PROSE: _prose()}
     known |= {kind: list(_read(paths, patterns, TRAINED + HELD_OUT)) for kind, patterns in SKILLS.items()}
-    new = {kind: list(_read(paths, patterns, 8)) for kind, patterns in OTHERS.items()}
+    new = {kind: list(_read(paths, patterns, 2 * SET)) for kind, patterns in OTHERS.items()}
     new |= {f"messages in {code}": _messages(paths, code) for code in LANGUAGES}
     return {kind: found for kind, found in known.items() if len(found) > HELD_OUT}, new
 

@@ -68,8 +68,21 @@ class NoveltyDetector:
                 f"it cannot be told what is new: expected a skill with at least {LEAST_WINDOWS} windows of text, of "
                 f"{WINDOW} tokens each, found {found or 'no skills'}; train on more text first"
             )
+        self._prepare()
+
+    def add(self, name: str, states: torch.Tensor) -> None:
+        """Compare with one more skill from now on, of whose text these are the states (K, H) of windows.
+
+        It is left out, as those of the library, if there are less than 8.
+        """
+        if len(states) < LEAST_WINDOWS:
+            self.left_out.append(name)
+            return
+        self.states[name] = states.double()
+        self._prepare()
+
+    def _prepare(self) -> None:
         self._metric = Metric(list(self.states.values()))
-        self._most = min(len(states) for states in self.states.values()) // FOLDS
         self._thresholds: dict[int, dict[str, float]] = {}  # by the number of windows
 
     def judge(self, states: torch.Tensor) -> Verdict:
@@ -98,7 +111,7 @@ class NoveltyDetector:
                 f"text cannot be judged: its states have {states.shape[1]} numbers, those of the skills have "
                 f"{self._metric.means.shape[1]}: they come from different base models"
             )
-        thresholds = self._thresholds_for(min(len(states), self._most))
+        thresholds = self._thresholds_for(len(states))
         distances = self._metric.distances(states.double().mean(0, keepdim=True))[0]  # (S,)
         distance, name = min(zip(distances.tolist(), self.states, strict=True))
         threshold = allowance * thresholds[name]
@@ -110,7 +123,7 @@ class NoveltyDetector:
         return self._thresholds[size]
 
     def _calibrate(self, size: int) -> dict[str, float]:
-        """The threshold of each skill for texts of `size` windows."""
+        """The threshold of each skill for texts of `size` windows, or a fourth of its own if those are fewer."""
         texts, windows = self._held_out(size), self._held_out(1)
         return {
             name: float((own.quantile(OWN) * single.median()).sqrt())
@@ -118,13 +131,14 @@ class NoveltyDetector:
         }
 
     def _held_out(self, size: int) -> list[torch.Tensor]:
-        """Of each skill, the distances (G,) to it of means of `size` states of it that are not in the metric."""
+        """Of each skill, the distances (G,) to it of means of `size` of its states, which are not in the metric."""
         skills = list(self.states.values())
         found: list[list[torch.Tensor]] = [[] for _ in skills]
         for fold in range(FOLDS):
             metric = Metric([states[torch.arange(len(states)) % FOLDS != fold] for states in skills])
             for index, states in enumerate(skills):
-                found[index].append(metric.distances(_means(states[fold::FOLDS], size))[:, index])
+                means = _means(states[fold::FOLDS], min(size, len(states) // FOLDS))
+                found[index].append(metric.distances(means)[:, index])
         return [torch.cat(distances) for distances in found]
 
 

@@ -17,6 +17,7 @@ from ..skills.features import WINDOW, evenly, read_states, windows_of
 from ..skills.fit import fit_router
 from ..skills.library import SkillLibrary
 from ..skills.novelty import NoveltyDetector, Verdict
+from ..skills.sizes import MOST_STATES
 from .plan import copy_expert
 from .setup import Stage, Trained, add_skill, skill_names
 
@@ -31,18 +32,33 @@ LEAST_DOCUMENTS = 4  # of a part
 class Judge:
     """Decides of each data set whether it is known or new. A mixed one is divided (`data.blocks.load_blocks`).
 
+    What is new is known from then on: the data sets that follow are compared with it too.
+
     Attributes:
-        decisions: of the data sets and the parts of those that were divided, in order.
+        decisions: of the data sets and the parts of those that were divided, in order. `skill` is a name for what is
+            new, by which later ones call it `nearest`.
         parts: of each divided data set, the part of each document.
     """
 
     detector: NoveltyDetector
     decisions: list[Decision] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
+    _new: list[tuple[str, list[Document]]] = field(default_factory=list)  # what the detector has not been told yet
 
     def __call__(self, sources: list[str], data: list[list[Document]]) -> list[list[int]]:
         """Return the part of each document. Raises UsageError if a data set has too little text to be judged."""
-        return [self._divide(source, documents) for source, documents in zip(sources, data, strict=True)]
+        found = []
+        for source, documents in zip(sources, data, strict=True):
+            self._tell_detector()
+            found.append(self._divide(source, documents))
+        return found
+
+    def _tell_detector(self) -> None:
+        for name, documents in self._new:
+            windows = windows_of(np.concatenate([document.ids for document in documents]))
+            some = [windows[i] for i in evenly(len(windows), MOST_STATES)]
+            self.detector.add(name, read_states(self.detector.model, some))
+        self._new.clear()
 
     def _divide(self, source: str, documents: list[Document]) -> list[int]:
         chosen = [documents[i] for i in evenly(len(documents), DOCUMENTS)]
@@ -56,10 +72,20 @@ class Judge:
             decisions = [self._decide(source, half) for half in judged]
             if len({decision.known for decision in decisions}) == 2:
                 self.parts[source] = "".join(map(str, labels))
-                self.decisions += decisions
+                for decision, half in zip(decisions, judged, strict=True):
+                    self._keep(decision, half)
                 return labels
-        self.decisions.append(self._decide(source, documents, (known, new)))
+        self._keep(self._decide(source, documents, (known, new)), documents)
         return [0] * len(documents)
+
+    def _keep(self, decision: Decision, documents: list[Document]) -> None:
+        if not decision.known:
+            name = decision.skill
+            while name in self.detector.states or name in self.detector.left_out:
+                name += "'"
+            decision = replace(decision, skill=name)
+            self._new.append((name, documents))
+        self.decisions.append(decision)
 
     def _verdicts(self, documents: list[Document]) -> list[Verdict | None]:
         return self.detector.judge_documents([document.ids.tolist() for document in documents])
@@ -134,20 +160,26 @@ def grow(
 ) -> Stage:
     """Add an expert for each data set that is new: a copy of the expert of the nearest skill.
 
+    A data set that is like a new one trains that one's expert.
+
     Args:
-        update: whether a known data set trains the expert that has its skill; otherwise it trains nothing.
+        update: whether a data set that was known before trains the expert that has its skill; otherwise it trains
+            nothing.
     """
     names = [source.name for source in blocks.sources]
-    decisions = [replace(decision, skill=name) for decision, name in zip(judge.decisions, names, strict=True)]
-    new = [decision.skill for decision in decisions if not decision.known]
+    new = [name for decision, name in zip(judge.decisions, names, strict=True) if not decision.known]
     skills = dict(zip(new, skill_names(new, library.names), strict=True))
+    found = {skill.name: Trained(skill.name, skill.expert) for skill in library}  # by the names that the judge uses
     data: list[Trained | None] = []
-    for decision in decisions:
-        nearest = library[str(decision.nearest)]
+    decisions: list[Decision] = []
+    for decision, name in zip(judge.decisions, names, strict=True):
+        nearest = found[str(decision.nearest)]
         if not decision.known:
-            data.append(Trained(skills[decision.skill], _add_expert(model, nearest.expert or 0)))
+            trained = found[decision.skill] = Trained(skills[name], _add_expert(model, nearest.expert or 0))
+            data.append(trained)
         else:
-            data.append(Trained(nearest.name, nearest.expert) if update else None)
+            data.append(nearest if update or nearest.skill not in library else None)
+        decisions.append(replace(decision, skill=name, nearest=nearest.skill))
     return Stage(first_step, None, data, decisions, judge.parts)
 
 

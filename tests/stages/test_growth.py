@@ -25,7 +25,9 @@ KINDS = {
     "words": ["the", "router", "sends", "each", "token", "of", "a", "text", "to", "experts"],
     "digits": [f"{i:05}" for i in range(99)],
     "SIGNS": ["<<=>>", "[{}]", "##!!", "$$%%", "(@)", "~~^^", "||&&"],
+    "UPPER": ["ROUTER", "SENDS", "EACH", "TOKEN", "TEXT", "EXPERTS"],
 }
+NEW_ONES = [("one", "SIGNS", 2), ("other", "UPPER", 3), ("more", "SIGNS", 4)]
 
 
 def write(path: Path, kind: str, seed: int, documents: int = 10) -> Path:
@@ -101,6 +103,33 @@ def test_what_is_known_is_not_trained_on_unless_asked_for(run, tmp_path, capsys)
     assert read_results(run).skills[1].data[1:] == [str(again)]
     skills = [SkillLibrary.load(run / f"checkpoint-{step}" / "skill_library.safetensors") for step in (4, 8)]
     assert skills[1]["digits"].tokens > skills[0]["digits"].tokens and skills[1].names == ["words", "digits"]
+
+
+def test_two_new_data_sets_of_one_kind_share_an_expert(run, tmp_path, capsys):
+    data = [write(tmp_path / f"{name}.jsonl", kind, seed, 30) for name, kind, seed in NEW_ONES]
+    assert grow(run, *data) == 0
+    out = capsys.readouterr().out
+    assert "skill: one: new (" in out and "trains expert_2\n" in out
+    assert "skill: other: new (" in out and "trains expert_3\n" in out
+    assert "from one, known up to" in out and "trains expert_2 as skill one\n" in out
+    library = SkillLibrary.load(newest(run) / "skill_library.safetensors")
+    assert library.names == ["words", "digits", "one", "other"]
+    (stage,) = read_results(run).stages[1:]
+    assert [(decision.skill, decision.known) for decision in stage.novelty] == [
+        ("one", False), ("other", False), ("more", True),
+    ]  # fmt: skip
+    assert stage.novelty[2].nearest == "one" and stage.skills == ["one", "other"]
+    alone, both = (library[name].tokens for name in ("other", "one"))
+    assert both > 1.5 * alone
+    assert grow(run, *data, more=("--resume",)) == 0 and steps(run)[-1] == 8
+
+
+def test_too_little_new_text_is_no_measure_for_the_next(run, tmp_path, capsys):
+    data = [write(tmp_path / f"{name}.jsonl", "SIGNS", seed, 2) for seed, name in enumerate(["one", "more"])]
+    assert grow(run, *data) == 0
+    out = capsys.readouterr().out
+    assert f"too little text of {data[0]} is known to compare new data with" in out
+    assert "trains expert_2\n" in out and "trains expert_3\n" in out
 
 
 def test_a_mixed_data_set_is_divided(run, tmp_path, capsys):
