@@ -7,7 +7,8 @@ With --work, what has been measured is kept in that folder: the same command goe
 measures some methods now and others later.
 
 Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
-of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters.
+of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters. A LoRA of
+rank r shows how much of a difference is that of the size.
 """
 
 from __future__ import annotations
@@ -36,13 +37,14 @@ from .common import Result
 from .lora_training import Recipe, Task, Trained, write_data
 
 BASE, JOINT, TURN = "base model", "one LoRA, everything at once", "one LoRA, skill after skill"
+SMALL = "one LoRA of one expert's size, everything at once"
 UNIFORM, ARROW = "grown experts, uniform weights", "grown experts, PEFT Arrow"
 LINEAR, TIES = "grown experts, merged (linear)", "grown experts, merged (TIES)"
 DENSE = "grown mixture, routed to all experts"
 GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
 OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
-METHODS = (BASE, JOINT, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
-PARTS = ("base", "joint", "specialised", "grown", "turn")  # of the benchmark, in the order in which they are measured
+METHODS = (BASE, JOINT, SMALL, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
+PARTS = ("base", "joint", "specialised", "grown", "turn", "small")  # in the order in which they are measured
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
 Losses = dict[str, float]  # mean held-out loss by skill
 Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
@@ -165,7 +167,7 @@ class Seed:
         return min(self.held)
 
     def run(self, parts: Sequence[str]) -> None:
-        measures = (self._base, self._joint, self._specialised, self._grown, self._turn)
+        measures = (self._base, self._joint, self._specialised, self._grown, self._turn, self._small)
         for part, measure_it in zip(PARTS, measures, strict=True):
             if part not in parts or part in self.found.parts:
                 continue
@@ -179,7 +181,10 @@ class Seed:
         self._measure(BASE, lambda ids, _: base(ids, use_cache=False).logits)
 
     def _joint(self) -> None:
-        self._measure(JOINT, expert_logits(lora_training.jointly(self.task), 0))
+        self._measure(JOINT, expert_logits(lora_training.jointly(self.task, len(self.skills)), 0))
+
+    def _small(self) -> None:
+        self._measure(SMALL, expert_logits(lora_training.jointly(self.task, 1), 0))
 
     def _turn(self) -> None:
         self._measure(TURN, expert_logits(lora_training.in_turn(self.task), 0))
@@ -326,7 +331,7 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
     steps = sizes.recipe.steps * len(skills)
     batch = f"{sizes.recipe.rows} rows of {sizes.recipe.length} tokens"
     result.settings |= {"steps": steps, "skills": skills, "rank": sizes.recipe.rank, "rate": sizes.recipe.rate}
-    reference = next(name for name in (GROWN_OWN, OURS_OWN, BASE, JOINT, TURN) if name in seeds[0].methods)
+    reference = next(name for name in (GROWN_OWN, OURS_OWN, *METHODS) if name in seeds[0].methods)
     for length in seeds[0].held:
         title = f"Held-out loss on rows of {length} tokens, after {steps} steps of {batch}"
         note = f"Nats per token, mean of the seeds. Relative: the mean of the skills, to: {reference}."

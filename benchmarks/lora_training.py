@@ -118,9 +118,9 @@ def read_pools(task: Task) -> dict[str, list[dict]]:
     return pools
 
 
-def jointly(task: Task) -> DyLoRAMoE:
-    """One LoRA of all experts' parameters, trained on everything at once."""
-    model, pools = task.mixture(task.recipe.rank * len(task.data)), read_pools(task)
+def jointly(task: Task, experts: int) -> DyLoRAMoE:
+    """One LoRA with the parameters of so many experts, trained on everything at once."""
+    model, pools = task.mixture(task.recipe.rank * experts), read_pools(task)
     mixed = [block for blocks in zip(*pools.values(), strict=False) for block in blocks]
     train(model, batches(mixed, task.recipe.rows), task.recipe.rate)
     return model
