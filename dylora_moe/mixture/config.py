@@ -96,8 +96,8 @@ class RouterConfig:
     temperature: float = 1.0
     top_k: int | None = None
     balance_coefficient: float = 0.01
-    decay: float = 0.95
-    prior_tokens: float = 2.0
+    decay: float = 0.96
+    prior_tokens: float = 4.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or self.temperature <= 0:

@@ -3,8 +3,9 @@
     found = collect(model, blocks, sizes)
     library.update(Skill("python", expert=0, tokens=found.tokens, features=found.features, states=found.states), sizes)
 
-**Features** are what the router reads: the forgetting sum of the input embeddings after some tokens of a document, at
-places that are close together where a document begins, because there the router knows least. They need no forward pass.
+**Features** are what the router reads: the forgetting sum of the input embeddings after some tokens. Long documents are
+cut into pieces, each of which counts as a document: their beginnings alone, often a licence, tell little of the rest.
+They need no forward pass.
 
 **States** are what novelty is judged by: the mean of the base model's last hidden states, without experts, over windows
 of 128 tokens. The first token of a window attracts attention, so its state is unlike all others; it is left out.
@@ -36,7 +37,7 @@ from ..mixture.router import Tokens, forgetting_sums, normalised
 from .samples import Sample
 from .sizes import SampleSizes
 
-PLACES = (4, 8, 16, 32, 64, 128, 256)  # tokens of a document after which a feature is taken; at most 8
+PLACES = (16, 32, 64, 128, 256)  # tokens of a piece after which a feature is taken; at most 8
 WINDOW = 128  # tokens of a state
 LEAST_WINDOW = 32  # what is shorter tells too little
 COLUMNS = ("input_ids", "position_ids", "attention_mask", "labels")
@@ -70,9 +71,10 @@ def collect(model: Mixture, blocks: Iterable[Mapping[str, Any]], sizes: SampleSi
     for documents in _rows(blocks):
         for ids in documents:
             tokens += len(ids)
-            for key, place in zip(_keys(ids, len(PLACES)), PLACES, strict=False):
-                if place < len(ids):
-                    pieces.add(key, ids[: place + 1])
+            for piece in _pieces(ids):
+                places = [place for place in PLACES if place < len(piece)] or [len(piece) - 1]
+                for key, place in zip(_keys(piece, len(PLACES)), places, strict=False):
+                    pieces.add(key, piece[: place + 1])
         for window in windows_of(np.concatenate(documents) if documents else np.empty(0, np.int32)):
             windows.add(_keys(window, 1)[0], window)
     if not tokens:
@@ -133,6 +135,15 @@ class Smallest:
         """Yield keys and tokens, the smallest key first."""
         for key, raw in sorted(self._heap, reverse=True):
             yield -key, np.frombuffer(raw, dtype=np.int32)
+
+
+def _pieces(ids: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the pieces of a document from which features are taken; only the first one may be short."""
+    size = PLACES[-1] + 1
+    for start in range(0, len(ids), size):
+        piece = ids[start : start + size]
+        if len(piece) > (PLACES[0] if start else 1):
+            yield piece
 
 
 def _keys(ids: np.ndarray, number: int) -> list[int]:

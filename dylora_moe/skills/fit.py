@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..mixture.router import Router
 from .library import SkillLibrary
 
-STRENGTH = 1e-2  # of the L2 penalty, for features of a mean square of 1
+STRENGTH = 2e-2  # of the L2 penalty, for features of a mean square of 1
 STEPS = 200  # the most of L-BFGS
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 NAME_BYTES = 32  # the most of a skill's name in UTF-8
 NO_LOSS = -1.0  # the loss that is not known, in files
-MOST_FEATURES, LEAST_FEATURES = 512, 64
+MOST_FEATURES, LEAST_FEATURES = 1024, 64
 MOST_STATES, LEAST_STATES = 96, 16
 SHARE = 10  # a skill takes at most one part in so many of its expert's bytes
 ROW_BYTES = 16  # of a row beside its values: key, scale and count

@@ -31,6 +31,13 @@ def blocks_of(skill: int, number: int = 30, seed: int = 0) -> list[dict]:
     return [{"input_ids": row.tolist()} for row in rows_of(skill, number, seed)]
 
 
+def sums_of(model: DyLoRAMoE, ids: torch.Tensor) -> torch.Tensor:
+    """What the router reads after each token, (T, D + 1): the sum, and how many tokens it counts."""
+    embeddings = normalised(model.get_input_embeddings()(ids[None]).detach())
+    begins = torch.arange(len(ids))[None] == 0
+    return forgetting_sums(embeddings, Tokens(~begins, begins), model.router.config.decay)[0]
+
+
 def equal(one: Sample, other: Sample) -> bool:
     return all(map(torch.equal, one.tensors(), other.tensors()))
 
@@ -48,17 +55,35 @@ def three_skills(model: DyLoRAMoE, order: tuple[int, ...] = (0, 1, 2), parts: in
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_features_are_what_the_router_reads_and_neither_depends_on_experts(kind):
     model = tiny_mixture(kind)
-    found = collect(model, [{"input_ids": random_ids(12).tolist()}], SIZES)
-    assert (found.tokens, len(found.states)) == (12, 1)
-    embeddings = normalised(model.get_input_embeddings()(random_ids(12)[None]).detach())
-    begins = torch.arange(12)[None] == 0
-    sums = forgetting_sums(embeddings, Tokens(~begins, begins), model.router.config.decay)[0]  # (12, D + 1)
-    expected = sums[[place for place in PLACES if place < 12]]
+    ids = random_ids(40)
+    found = collect(model, [{"input_ids": ids.tolist()}], SIZES)
+    assert (found.tokens, len(found.states)) == (40, 1)
+    expected = sums_of(model, ids)[[16, 32]]
     order = found.features.counts.argsort()
     assert torch.equal(found.features.counts[order], expected[:, -1])
     assert torch.allclose(found.features.rows()[order], expected[:, :-1], atol=expected.abs().max() / 200)
-    again = collect(randomise(model, seed=8), [{"input_ids": random_ids(12).tolist()}], SIZES)
+    again = collect(randomise(model, seed=8), [{"input_ids": ids.tolist()}], SIZES)
     assert equal(again.features, found.features) and equal(again.states, found.states)
+
+
+@pytest.mark.parametrize(
+    ("length", "places"),
+    [
+        (2, [(0, 1)]),
+        (12, [(0, 11)]),  # a short document has one feature, after its last token
+        (17, [(0, 16)]),
+        (257 + 16, [(0, place) for place in PLACES]),  # 16 tokens more are too few for another piece
+        (2 * 257 + 40, [*((start, place) for start in (0, 257) for place in PLACES), (514, 16), (514, 32)]),
+    ],
+)
+def test_features_come_from_all_of_a_document(length, places):
+    model = tiny_mixture()
+    ids = torch.tensor(np.random.default_rng(3).integers(3, 90, length))
+    found = collect(model, [{"input_ids": ids.tolist()}], SIZES)
+    expected = torch.stack([sums_of(model, ids[start:])[place] for start, place in places])
+    assert len(found.features) == len(places)
+    assert torch.allclose(found.features.rows().sum(0), expected[:, :-1].sum(0), atol=expected.abs().max() / 10)
+    assert torch.equal(found.features.counts.sort().values, expected[:, -1].sort().values)
 
 
 def test_documents_of_a_block_are_kept_apart_and_padding_is_left_out():
