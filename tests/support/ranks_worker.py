@@ -68,7 +68,8 @@ def count_shards(self, args, state, control, model=None, **kwargs):
 def router_drift(self, args, state, control, model=None, **kwargs):
     if state.global_step == 5 and RANK == 1:
         with torch.no_grad():
-            model.router.gate.weight[0, 0] += 1e-7
+            weight = model.router.gate.weight
+            weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(torch.inf))
 
 
 def nan_on_rank_1(self, args, state, control, model=None, **kwargs):
