@@ -205,12 +205,7 @@ def divide(detector: NoveltyDetector, sets: list[DataSet], result: Result) -> No
 
 def again(model: DyLoRAMoE, library: SkillLibrary, halves: dict[str, list[list[list[int]]]], result: Result) -> None:
     """Judge in one run two data sets of each new kind, and one of the next kind, which is neither."""
-    title = "Known from the data set before?"
-    note = "Kinds that are taken for known ones are left out. The distance is relative to the threshold, as above."
-    columns = ["kind", "right", "once more", "relative", "then", "taken for", "relative"]
-    table = result.table("again", title, columns, note)
-    right, count = 0, 0
-    kinds = list(halves)
+    right, rows, kinds = 0, [], list(halves)
     for kind, then in zip(kinds, kinds[1:] + kinds[:1], strict=True):
         judge = Judge(NoveltyDetector(model, library))
         data = [documents_of(documents) for documents in (*halves[kind], halves[then][0])]
@@ -220,12 +215,18 @@ def again(model: DyLoRAMoE, library: SkillLibrary, halves: dict[str, list[list[l
         _, *later = judge.decisions
         found = [str(decision.nearest) if decision.known else NEW for decision in later]
         ok = [found[0] == kind, found[1] != kind]
-        right, count = right + sum(ok), count + len(ok)
+        right += sum(ok)
         relative = [f"{(decision.distance or 0) / (decision.threshold or 1):.2f}" for decision in later]
-        table.add(kind, common.MARKS[all(ok)], found[0], relative[0], then, found[1], relative[1])
-    if count:  # a tiny model takes no text for new
-        text = f"{right} of {count} later data sets of a run are judged right"
-        result.claim(text, right / count, ASKED, "", at_least=True)
+        rows.append([kind, common.MARKS[all(ok)], found[0], relative[0], then, found[1], relative[1]])
+    if not rows:  # a tiny model takes no text for new
+        return
+    columns = ["kind", "right", "once more", "relative", "then", "taken for", "relative"]
+    note = "Kinds that are taken for known ones are left out. The distance is relative to the threshold, as above."
+    table = result.table("again", "Known from the data set before?", columns, note)
+    for row in rows:
+        table.add(*row)
+    text = f"{right} of {2 * len(rows)} later data sets of a run are judged right"
+    result.claim(text, right / (2 * len(rows)), ASKED, "", at_least=True)
 
 
 def documents_of(texts: list[list[int]]) -> list[Document]:
