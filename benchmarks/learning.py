@@ -1,7 +1,7 @@
 """What a mixture learns: held-out loss of specialised and grown mixtures, and of what could be used instead.
 
 python -m benchmarks.learning                               half an hour on two cores
-python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    three hours
+python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    four hours
 
 With --work, what has been measured is kept in that folder: the same command goes on after an interruption, and --parts
 measures some methods now and others later.
@@ -96,9 +96,8 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         print(line)
     with ExitStack() as stack:
         folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora_benchmark_")))
-        kept = [
-            read_found(folder / f"runs{number}", repr(sizes)) for number in range(args.seeds)
-        ]  # before it is written
+        # Before anything is written into the folder: it may be of another size.
+        kept = [read_found(folder / f"runs{number}", repr(sizes)) for number in range(args.seeds)]
         base, tokenizer = models.saved_base(args, folder / "base", result.settings)
         held = {
             length: {kind: texts.rows(found[kind].held_out, tokenizer, length, count) for kind in found}

@@ -55,8 +55,7 @@ class Judge:
 
     def _tell_detector(self) -> None:
         for name, documents in self._new:
-            windows = windows_of(np.concatenate([document.ids for document in documents]))
-            some = [windows[i] for i in evenly(len(windows), MOST_STATES)]
+            some = windows_to_judge(name, [document.ids for document in documents], MOST_STATES)
             self.detector.add(name, read_states(self.detector.model, some))
         self._new.clear()
 
@@ -124,8 +123,10 @@ class Divided:
         return found
 
 
-def windows_to_judge(source: str, documents: Sequence[Sequence[int] | np.ndarray]) -> list[np.ndarray]:
-    """Return windows of 128 tokens, evenly spaced over some documents, by which they are judged together.
+def windows_to_judge(
+    source: str, documents: Sequence[Sequence[int] | np.ndarray], most: int = WINDOWS
+) -> list[np.ndarray]:
+    """Return at most so many windows of 128 tokens, evenly spaced over some documents, which are judged together.
 
     Raises:
         UsageError: if there are less than 256 tokens.
@@ -137,7 +138,7 @@ def windows_to_judge(source: str, documents: Sequence[Sequence[int] | np.ndarray
             f"{LEAST_TOKENS}"
         )
     windows = windows_of(ids)
-    return [windows[i] for i in evenly(len(windows), WINDOWS)]
+    return [windows[i] for i in evenly(len(windows), most)]
 
 
 def check_skills(library: SkillLibrary, num_experts: int, where: str, what: str = "grown") -> None:

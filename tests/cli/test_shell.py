@@ -285,7 +285,7 @@ def test_experts_that_were_never_trained_have_no_weight():
 
 
 def test_eval_measures_every_expert_on_every_data_set(saved, model, tokenizer, capsys, tmp_path):
-    texts = [json.loads(line)["text"] for line in (material() / "one.jsonl").read_text().splitlines()[:2]]
+    texts = [json.loads(line)["text"] for line in (material() / "one.jsonl").read_text().splitlines()[1:3]]
     for name in ("one", "three"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["eval", saved, "--data", tmp_path / "one.jsonl", "--data", tmp_path / "three.jsonl", "--block-size", 32]
@@ -298,7 +298,7 @@ def test_eval_measures_every_expert_on_every_data_set(saved, model, tokenizer, c
     with model.disable_experts():
         expected.insert(0, nats(model, tokenizer, texts, {}))
     assert found == pytest.approx(expected, abs=1e-4)
-    assert len({round(value, 4) for value in found}) == len(found)
+    assert len({round(value, 3) for value in found}) == len(found)
     assert one["best"] == min(one["experts"]) == one["experts"][one["best_expert"]]
     assert sum(one["usage"]) == pytest.approx(1, abs=1e-4)
 

@@ -28,7 +28,7 @@ TEXTS = ["the router sends each token", "def f(x):\n    return x", "1 2 3 4", "z
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     model = randomise(
-        DyLoRAMoE.from_base(str(material() / "base"), 3, router=RouterConfig(decay=0.5, prior_tokens=1.0))
+        DyLoRAMoE.from_base(str(material() / "base"), 3, router=RouterConfig(decay=0.5, prior_tokens=2.0))
     )
     model.mark_mature()
     return model.save_checkpoint(tmp_path_factory.mktemp("run") / "checkpoint-1", step=1)
