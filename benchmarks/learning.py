@@ -4,7 +4,8 @@ python -m benchmarks.learning                               half an hour on two 
 python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    four hours
 
 With --work, what has been measured is kept in that folder: the same command goes on after an interruption, and --parts
-measures some methods now and others later.
+measures some methods now and others later. With --refit, the experts of the kept mixtures are routed and measured again
+after a change of the router: experts do not depend on it.
 
 Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
 of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters. A LoRA of
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft import ArrowConfig, PeftModel, create_arrow_model
@@ -44,6 +46,7 @@ DENSE = "grown mixture, routed to all experts"
 GROWN, GROWN_OWN = "grown mixture, routed", "grown mixture, each skill's own expert"
 OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill's own expert"
 METHODS = (BASE, JOINT, SMALL, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
+MIXTURES = ("specialised", "grown")
 PARTS = ("base", "joint", "specialised", "grown", "turn", "small")  # in the order in which they are measured
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
 Losses = dict[str, float]  # mean held-out loss by skill
@@ -51,6 +54,10 @@ Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill t
 DENSITY = 0.5  # of TIES
 FOUND = "found.json"  # in the folder of a seed
 CHUNK = 512  # tokens that are measured at once
+ROUTER = "the router"
+AFTER = (0, 4, 8)  # tokens after which a perfect router would know the skill
+EDGES = (0, 8, 32)  # where the parts of a row begin whose losses are compared
+PAIRS = "two skills"
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="steps for each skill (16; --long 200)")
     parser.add_argument("--work", type=Path, help="where to keep what has been trained and measured")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)")
+    parser.add_argument("--refit", action="store_true", help="measure the mixtures of --work with the present router")
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is trained (%(default)s)")
 
 
@@ -94,6 +102,8 @@ def measure(args: argparse.Namespace, result: Result) -> None:
     found, missing = texts.available(sizes.kinds)
     for line in missing:
         print(line)
+    if args.refit and not args.work:
+        raise SystemExit("--refit needs the --work folder with the mixtures")
     with ExitStack() as stack:
         folder = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dylora_benchmark_")))
         # Before anything is written into the folder: it may be of another size.
@@ -108,7 +118,7 @@ def measure(args: argparse.Namespace, result: Result) -> None:
             data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
             task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
             seeds.append(Seed(task, held, folder / f"runs{number}", measured))
-            seeds[-1].run(args.parts)
+            seeds[-1].run(args.parts, args.refit)
         result.settings["work"] = args.work is not None
     report(seeds, sizes, result)
 
@@ -125,6 +135,8 @@ class Found:
         losses: by length of the rows (in digits, as JSON has it), method and skill.
         stages: of the grown mixture: the skills so far, and their routed losses on the shortest rows.
         pairs: of rows of two skills, by mixture: mean loss when routed, and under each token's own expert.
+        lost: by how many per cent the loss of the grown mixture is above that of each skill's own expert, by what names
+            the expert (the router, or so many tokens) and part of the rows.
         changed: the largest change of an expert's tensors and of its logits in stages after its own.
         missed: the skills that were taken for known ones.
         parts: of `PARTS`, that are done.
@@ -134,6 +146,7 @@ class Found:
     losses: dict[str, dict[str, Losses]] = field(default_factory=dict)
     stages: list[Losses] = field(default_factory=list)
     pairs: dict[str, tuple[float, float]] = field(default_factory=dict)
+    lost: dict[str, Losses] = field(default_factory=dict)
     changed: tuple[float, float] = (0.0, 0.0)
     missed: list[str] = field(default_factory=list)
     parts: list[str] = field(default_factory=list)
@@ -165,15 +178,23 @@ class Seed:
     def short(self) -> int:
         return min(self.held)
 
-    def run(self, parts: Sequence[str]) -> None:
+    def run(self, parts: Sequence[str], refit: bool) -> None:
         measures = (self._base, self._joint, self._specialised, self._grown, self._turn, self._small)
         for part, measure_it in zip(PARTS, measures, strict=True):
             if part not in parts or part in self.found.parts:
                 continue
             measure_it()
             self.found.parts.append(part)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / FOUND).write_text(json.dumps(vars(self.found)))
+            self._keep()
+        if refit:
+            for part, refit_it in zip(MIXTURES, (self._refit_specialised, self._refit_grown), strict=True):
+                if part in parts:
+                    refit_it()
+                    self._keep()
+
+    def _keep(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / FOUND).write_text(json.dumps(vars(self.found)))
 
     def _base(self) -> None:
         base = fresh_base(self.task.base)
@@ -192,14 +213,28 @@ class Seed:
         folder = self._fresh("specialised")
         self._measure_mixture(lora_training.specialised(self.task, folder, say), OURS, OURS_OWN)
 
+    def _refit_specialised(self) -> None:
+        for trained in lora_training.refitted(self.task, self.folder / "specialised"):
+            self._measure_mixture(trained, OURS, OURS_OWN)
+
+    def _refit_grown(self) -> None:
+        self.found.stages = []
+        for trained in lora_training.refitted(self.task, self.folder / "grown"):
+            self._measure_stage(trained.model)
+        self._measure_grown(trained)
+
     def _grown(self) -> None:
         grown = self._grow()
-        self._measure_mixture(grown, GROWN, GROWN_OWN)
-        with models.dense(grown.model):
-            self._measure(DENSE, expert_logits(grown.model))
+        self._measure_grown(grown)
         with uniform(grown.model):
             self._measure(UNIFORM, expert_logits(grown.model))
         self._measure_peers(models.export_experts(grown.model, self._fresh("experts")))
+
+    def _measure_grown(self, grown: Trained) -> None:
+        self._measure_mixture(grown, GROWN, GROWN_OWN)
+        self._measure_lost(grown)
+        with models.dense(grown.model):
+            self._measure(DENSE, expert_logits(grown.model))
 
     def _fresh(self, name: str) -> Path:
         """A folder without what an interrupted benchmark has left in it."""
@@ -208,11 +243,10 @@ class Seed:
 
     def _grow(self) -> Trained:
         before: list[tuple[torch.Tensor, torch.Tensor]] = []
-        stages = self.found.stages
         for trained in lora_training.grown(self.task, self._fresh("grown"), FIRST, say):
-            model, known = trained.model, self.skills[: FIRST + len(stages)]
+            model = trained.model
             before += [self._state(model, expert) for expert in range(len(before), model.num_experts)]
-            stages.append({k: mean_loss(expert_logits(model), self.held[self.short][k], 0) for k in known})
+            self._measure_stage(model)
         self.found.missed = [name for name in self.skills if name not in trained.experts]
         after = [self._state(model, expert) for expert in range(model.num_experts)]
         pairs = list(zip(before, after, strict=True))
@@ -248,16 +282,58 @@ class Seed:
         model, experts = trained.model, [trained.experts.get(name) for name in self.skills]
         self._measure(own, lambda ids, skill: expert_logits(model, experts[skill])(ids, skill))
         self._measure(routed, expert_logits(model))
-        rows = self.held[self.short]
         half = self.short // 2
         found = []
-        for first, second in enumerate([*range(1, len(self.skills)), 0]):
-            ids = torch.cat([rows[self.skills[i]][:, :half] for i in (first, second)], 1)
+        for first, second, ids in self._two_skills():
             who = (None, experts[first], experts[second])
             ours, of_first, of_second = (token_losses(expert_logits(model, expert), ids, 0) for expert in who)
             oracle = torch.cat([of_first[:, : half - 1], of_second[:, half - 1 :]], 1)
             found.append((ours.mean(), oracle.mean()))
         self.found.pairs[routed] = tuple(torch.tensor(found).mean(0).tolist())
+
+    def _measure_stage(self, model: DyLoRAMoE) -> None:
+        known = self.skills[: FIRST + len(self.found.stages)]
+        losses = {name: mean_loss(expert_logits(model), self.held[self.short][name], 0) for name in known}
+        self.found.stages.append(losses)
+
+    def _measure_lost(self, trained: Trained) -> None:
+        """What is lost to each skill's own expert, also where the right expert gets all weight after some tokens.
+
+        Until then all experts have the same weight, and in rows of two skills that of the first one has it. No router
+        that reads a text from its beginning can know the skill earlier than its tokens tell it.
+        """
+        model, experts = trained.model, [trained.experts.get(name) for name in self.skills]
+        if None in experts:  # of a skill that was taken for a known one
+            return
+        own = self._curves(lambda skill: expert_logits(model, experts[skill]))
+        for after in (None, *AFTER):
+            lost = self.found.lost[ROUTER if after is None else str(after)] = {}
+            curves = self._curves(lambda skill, after=after: told_logits(model, [experts[skill]], after))
+            for length, curve in curves.items():
+                lost[f"{length} tokens"] = above(curve, own[length])
+            for start, end in zip(EDGES, [*EDGES[1:], self.short], strict=True):
+                lost[f"{start + 1} to {end}"] = above(curves[self.short][start:end], own[self.short][start:end])
+            pairs = [
+                token_losses(told_logits(model, [experts[i] for i in both], after), ids, 0).mean()
+                for *both, ids in self._two_skills()
+            ]
+            lost[PAIRS] = above(torch.stack(pairs), torch.tensor(self.found.pairs[GROWN][1]))
+
+    def _curves(self, logits: Callable[[int], Logits]) -> dict[int, torch.Tensor]:
+        """By length of the rows: the mean loss (T - 1) of each token but the first, over all skills."""
+        skills = range(len(self.skills))
+        return {
+            length: torch.stack(
+                [token_losses(logits(skill), rows[self.skills[skill]], skill).mean(0) for skill in skills]
+            ).mean(0)
+            for length, rows in self.held.items()
+        }
+
+    def _two_skills(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yield two skills and rows that begin with the first one and end with the second one."""
+        rows, half = self.held[self.short], self.short // 2
+        for first, second in enumerate([*range(1, len(self.skills)), 0]):
+            yield first, second, torch.cat([rows[self.skills[i]][:, :half] for i in (first, second)], 1)
 
     def _measure_peers(self, adapters: list[str]) -> None:
         with warnings.catch_warnings():
@@ -286,6 +362,31 @@ def say(line: str) -> None:
 
 def expert_logits(model: DyLoRAMoE, expert: int | None = None) -> Logits:
     return lambda ids, _: model(ids, expert=expert, use_cache=False).logits
+
+
+def told_logits(model: DyLoRAMoE, experts: Sequence[int], after: int | None) -> Logits:
+    """Logits where the right expert has all weight; None: where the router decides.
+
+    Args:
+        experts: of the parts of a row, all of the same length.
+        after: the tokens of a part until which the weights are what they were before; at first, all the same.
+    """
+    if after is None:
+        return expert_logits(model)
+
+    def logits(ids: torch.Tensor, _: int) -> torch.Tensor:
+        weights = torch.full((ids.shape[1], model.num_experts), 1 / model.num_experts)
+        for part, expert in enumerate(experts):
+            begin = part * ids.shape[1] // len(experts) + after
+            weights[begin:] = F.one_hot(torch.tensor(expert), model.num_experts).float()
+        forced = weights.log()
+        with (
+            models.dense(model),
+            patch.object(model.router, "logits", lambda sums, _: forced.expand(len(sums), -1, -1)),
+        ):
+            return model(ids, use_cache=False).logits
+
+    return logits
 
 
 def peft_logits(model: PeftModel) -> Logits:
@@ -342,6 +443,7 @@ def report(seeds: list[Seed], sizes: Sizes, result: Result) -> None:
     claims(seeds, 0.0 if result.settings["long"] else 1.0, result)
     if GROWN in seeds[0].methods:
         growth(seeds, result)
+        lost(seeds, result)
         checks(seeds, result)
 
 
@@ -354,17 +456,38 @@ def growth(seeds: list[Seed], result: Result) -> None:
         table.add(list(losses)[-1], *cells)
 
 
+def lost(seeds: list[Seed], result: Result) -> None:
+    """What the router loses, and what one would lose that knew the skill as soon as its tokens can tell it."""
+    found = [seed.found.lost for seed in seeds if seed.found.lost]
+    if not found:
+        return
+    columns = list(found[0][ROUTER])
+    title = "Loss of the grown mixture above that of each skill's own expert"
+    note = (
+        f"The ranges are of the tokens of rows of {seeds[0].short}. Two skills: rows of which each half is of another."
+    )
+    table = result.table("lost", title, ["the right expert is named by", *columns], note)
+    for name in found[0]:
+        cells = [f"{statistics.fmean(of_seed[name][column] for of_seed in found):+.2f} %" for column in columns]
+        table.add(name if name == ROUTER else f"its first {name} tokens" if name != "0" else "no token", *cells)
+
+
 def learned(stages: list[Losses], skill: str) -> float:
     return next(losses[skill] for losses in stages if skill in losses)
 
 
-def above(seed: Seed, length: int, name: str, other: str) -> float:
+def above(losses: torch.Tensor, others: torch.Tensor) -> float:
+    """By how many per cent the mean of some losses is above that of others."""
+    return (losses.mean() / others.mean() - 1).item() * 100
+
+
+def above_other(seed: Seed, length: int, name: str, other: str) -> float:
     """By how many per cent the mean loss of a method is above that of another."""
     return (mean(seed.losses(length)[name]) / mean(seed.losses(length)[other]) - 1) * 100
 
 
 def spread(seeds: list[Seed], length: int, name: str, other: str) -> str:
-    values = [above(seed, length, name, other) for seed in seeds]
+    values = [above_other(seed, length, name, other) for seed in seeds]
     middle = f"{statistics.fmean(values):+.2f} %"
     return middle if len(values) == 1 else f"{middle} ({min(values):+.2f} to {max(values):+.2f})"
 
@@ -378,19 +501,25 @@ def claims(seeds: list[Seed], above_joint: float, result: Result) -> None:
 
     if GROWN in methods:
         for length, limit in zip(lengths, (0.3, 0.0), strict=False):
-            values = [above(seed, length, GROWN, GROWN_OWN) for seed in seeds]
+            values = [above_other(seed, length, GROWN, GROWN_OWN) for seed in seeds]
             worst(f"grown mixture, {length} tokens, above each skill's own expert", limit, values)
         for other in (ARROW, LINEAR, TIES, UNIFORM, TURN):
             if other in methods:
-                worst(f"grown mixture, above: {other}", 0.0, [above(seed, lengths[0], GROWN, other) for seed in seeds])
+                worst(
+                    f"grown mixture, above: {other}",
+                    0.0,
+                    [above_other(seed, lengths[0], GROWN, other) for seed in seeds],
+                )
         stages = [seed.found.stages for seed in seeds]
-        rises = [(found[-1][k] / learned(found, k) - 1) * 100 for found in stages for k in seeds[0].skills]
+        rises = [(found[-1][k] / learned(found, k) - 1) * 100 for found in stages for k in found[-1]]
         worst("the skill that lost most in later stages", 0.5, rises)
     for name in (GROWN, OURS):
         if name not in methods:
             continue
         if JOINT in methods:
-            worst(f"{name}, above: {JOINT}", above_joint, [above(seed, lengths[0], name, JOINT) for seed in seeds])
+            worst(
+                f"{name}, above: {JOINT}", above_joint, [above_other(seed, lengths[0], name, JOINT) for seed in seeds]
+            )
         pairs = [seed.found.pairs[name] for seed in seeds]
         worst(f"{name}, rows of two skills, above each token's own expert", 2.0, [(a / b - 1) * 100 for a, b in pairs])
 

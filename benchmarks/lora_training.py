@@ -12,13 +12,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, get_scheduler
 
-from dylora_moe import DyLoRAMoE, MoELoraConfig
+from dylora_moe import DyLoRAMoE, MoELoraConfig, RouterConfig
 from dylora_moe.base.preserve import fresh_base, seeded
 from dylora_moe.checkpoint.formats import SKILLS
 from dylora_moe.data.blocks import load_blocks
 from dylora_moe.data.sources import DataSpec
-from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.skills.features import collect
+from dylora_moe.skills.fit import fit_router
+from dylora_moe.skills.library import Skill, SkillLibrary
 from dylora_moe.stages.batches import BlockCollator
+from dylora_moe.stages.setup import sizes_of
 from dylora_moe.system.interrupts import handled
 from dylora_moe.training.run import execute
 from dylora_moe.training.settings import TrainSettings
@@ -179,6 +182,20 @@ def grown(task: Task, run_dir: Path, first: int, say: Callable[[str], None]) -> 
     yield _trained(task, run_dir, task.skills[:first], say)
     for name in task.skills[first:]:
         yield _trained(task, run_dir, [name], say, grow=True)
+
+
+def refitted(task: Task, run_dir: Path) -> Iterator[Trained]:
+    """The mixtures of a run's checkpoints, the oldest first, with a router fitted anew to their skills' text."""
+    pools = read_pools(task)
+    for path in sorted(run_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        model = DyLoRAMoE.from_checkpoint(path, base=fresh_base(task.base)).eval()
+        model.router.config = RouterConfig(top_k=model.router.config.top_k)
+        sizes = sizes_of(model, 0)._replace(states=1)  # states are not for the router
+        library, experts = SkillLibrary(), {skill.name: skill.expert for skill in SkillLibrary.load(path / SKILLS)}
+        for name, expert in experts.items():
+            library.update(Skill(name, expert, features=collect(model, pools[name], sizes).features), sizes)
+        fit_router(model.router, library)
+        yield Trained(model, experts)
 
 
 def _trained(

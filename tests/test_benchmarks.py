@@ -156,6 +156,24 @@ def test_learning_measures_the_models_own_loss_and_mixes_evenly_only_where_it_sa
     assert torch.equal(learning.token_losses(learning.expert_logits(ours), ids, 0), routed)
 
 
+def test_the_right_expert_is_named_after_some_tokens(ours):
+    ids = models.random_ids(ours.base, 2, 12)
+    ours.eval().mark_mature()
+    experts = [learning.expert_logits(ours, expert)(ids, 0) for expert in (0, 1)]
+    with learning.uniform(ours):
+        even = learning.expert_logits(ours)(ids, 0)
+    at_once, late, never = (learning.told_logits(ours, [1], after)(ids, 0) for after in (0, 4, 12))
+    torch.testing.assert_close(at_once, experts[1])
+    torch.testing.assert_close(never, even)
+    torch.testing.assert_close(late[:, :4], even[:, :4])
+    assert not torch.allclose(late[:, 4:], even[:, 4:], atol=1e-5)
+    halves = learning.told_logits(ours, [0, 1], 0)(ids, 0)
+    torch.testing.assert_close(halves[:, :6], experts[0][:, :6])
+    assert not torch.allclose(halves[:, 6:], experts[0][:, 6:], atol=1e-5)
+    routed = learning.expert_logits(ours)(ids, 0)
+    assert torch.equal(learning.told_logits(ours, [0], None)(ids, 0), routed)
+
+
 def test_held_out_documents_are_not_trained_on(monkeypatch):
     documents = [(f"file{i}", f"{i} " * 600 + "\n") for i in range(20)] + [("file3", "another piece of it " * 90)]
     monkeypatch.setitem(benchmark_texts.SOURCES, "made", lambda: iter(documents))
