@@ -529,7 +529,7 @@ def checks(seeds: list[Seed], result: Result) -> None:
         off = max(seed.found.changed[part] for seed in seeds)
         result.check(f"{what} of the grown experts, since each was trained", off, 0.0)
     missed = sorted({name for seed in seeds for name in seed.found.missed})
-    result.claim(f"skills taken for known ones{': ' * bool(missed)}{', '.join(missed)}", len(missed), 0, "skills")
+    result.claim(f"new skills taken for known ones{': ' * bool(missed)}{', '.join(missed)}", len(missed), 0, "skills")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def conditions(result: dict) -> str:
     threads = f"{settings['threads']} threads" if "threads" in settings else ""
     versions = ", ".join(f"{name} {found[name]}" for name in ("torch", "transformers", "peft") if found.get(name))
     others = result["others"] or 0.0
-    busy = f"**others kept {others:.1f} of the cores busy meanwhile**"
+    busy = f"**other processes kept {others:.1f} cores busy meanwhile**"
     parts = [on, threads, model, versions, busy if others > BUSY * found["cores"] else ""]
     return "Measured on " + "; ".join(part for part in parts if part) + "."
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .auto import register_with_transformers
 
-__version__ = "0.2.1"
+__version__ = "0.3.0.dev0"
 
 _HOMES = {
     "CheckpointError": "errors",

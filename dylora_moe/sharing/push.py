@@ -40,12 +40,12 @@ def push(
 
     The repository then holds the files of the checkpoint, the tokenizer of its run folder, and a model card with the
     run's results; what an earlier push has left of a checkpoint is removed. A model card that is there stays as it is.
-    Neither names of local files nor texts are pushed.
+    No text is pushed. Skills keep their names, which training takes from those of the data files.
 
     Args:
         repo_id: such as "user/repo".
         base_model: the id of the base model on the Hub, for a checkpoint that names it by a local path.
-        training_state: whether to push what training needs to resume as well.
+        training_state: whether to push what training needs to resume as well, with the paths of the data.
         revision: the branch to push to; "main" by default.
         options: `token`, `private`, `commit_message` and `create_pr`, as in huggingface_hub.
 
