@@ -137,6 +137,8 @@ def load_into(
 ) -> SkillLibrary:
     """Read the experts, the router and the states of a checkpoint into a mixture of the same shape.
 
+    The router takes over `decay` and `prior_tokens`, for which it was fitted; its other settings stay.
+
     Args:
         check: called before anything is copied, once experts and router fit; its exceptions pass.
 
@@ -153,6 +155,8 @@ def load_into(
         skills, tensors = read_skills(checkpoint), _read_tensors(checkpoint, model)
         check()
     _copy(checkpoint, tensors, model)
+    fitted = checkpoint.config.router
+    model.router.config = replace(model.router.config, decay=fitted.decay, prior_tokens=fitted.prior_tokens)
     return skills
 
 

@@ -96,8 +96,9 @@ def rename(old: str | Path, new: str | Path, name: str, to: str, base: BaseChoic
     """
     checkpoint = sound(old, new)
     skills, renamed = read_skills(checkpoint), SkillLibrary()
+    chosen = skills[name]
     for skill in skills:
-        renamed.add(replace(skill, name=to) if skill is skills[name] else skill)
+        renamed.add(replace(skill, name=to) if skill is chosen else skill)
     model = load(checkpoint, base)
     numbering = {index: index for index in range(model.num_experts)}
     return publish(checkpoint, new, model, renamed, numbering, [f"the skill {name} is now {to}"])

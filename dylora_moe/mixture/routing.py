@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.utils import ModelOutput
@@ -224,7 +225,11 @@ class Routing:
         logits = [self.router.logits(*each) for each in zip(sums, state.groups, strict=True)]  # (B, T, N) each
         if state.records or state.returns_logits:
             order = torch.tensor(list(chain(*state.groups)), device=logits[0].device).argsort()
-            state.probabilities = torch.cat(logits, -1).softmax(-1).index_select(-1, order)
+            if torch.is_grad_enabled():
+                found = torch.cat(logits, -1).softmax(-1)
+            else:  # what new experts add is zero, and the others are not weighed against them
+                found = F.pad(logits[0].softmax(-1), (0, sum(map(len, state.groups[1:]))))
+            state.probabilities = found.index_select(-1, order)
         weights = []
         if state.expert is None:
             weights.append(self._softmax(state.groups[0], logits[0], state.sparse))

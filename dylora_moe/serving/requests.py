@@ -104,6 +104,8 @@ def _chat(body: dict[str, Any]) -> list[Message]:
         return read_messages([_with_text(one) for one in messages], "messages")
     except UsageError as error:
         raise Refused(400, str(error), "messages") from None
+    except RecursionError:
+        raise Refused(400, "messages: nested too deeply", "messages") from None
 
 
 def _with_text(message: Any) -> Any:

@@ -169,6 +169,8 @@ def _documents(row: Mapping[str, Any]) -> list[np.ndarray]:
     positions = np.asarray(row.get("position_ids", np.arange(len(ids))))
     labels = np.asarray(row.get("labels", np.zeros_like(ids)))
     begins = np.flatnonzero(positions == 0)
+    if not len(begins):
+        return []
     pieces = [slice(start, end) for start, end in zip(begins, [*begins[1:], len(ids)], strict=True)]
     learned = [ids[piece][keep[piece]] for piece in pieces if (labels[piece] != IGNORED_LABEL).any()]
     return [piece for piece in learned if len(piece)]

@@ -99,7 +99,7 @@ class Judge:
     def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> Decision:
         some = windows_to_judge(source, [document.ids for document in documents])
         verdict: Verdict = self.detector.judge(read_states(self.detector.model, some))
-        known, new = counts or ((len(documents), 0) if verdict.known else (0, len(documents)))
+        known, new = counts if counts and any(counts) else (len(documents), 0) if verdict.known else (0, len(documents))
         tokens = sum(map(len, some))
         return Decision(source, tokens, verdict.known, verdict.skill, verdict.distance, verdict.threshold, new, known)
 
@@ -192,6 +192,7 @@ def grow_by(
     See `DyLoRAMoE.grow`.
     """
     check_skills(library, model.num_experts, "this mixture")
+    documents = [ids for ids in documents if len(ids)]
     some = windows_to_judge(name, documents)
     verdict = NoveltyDetector(model, library).judge(read_states(model, some))
     nearest = library[verdict.skill].expert or 0

@@ -97,6 +97,16 @@ class Stage:
             return replace(self, data=[known[name] for name in names])
         return self if len(self.data) == len(fresh.data) else replace(self, data=fresh.data)
 
+    def for_skills(self, library: SkillLibrary, num_experts: int) -> Stage:
+        """Return this stage with each skill of the library on the expert that has it, the others on those left."""
+        experts = {skill.name: skill.expert for skill in library if skill.expert is not None}
+        taken = {experts[each.skill] for each in self.trained if each.skill in experts}
+        free = iter([index for index in range(num_experts) if index not in taken])
+        named: list[Trained | None] = [
+            Trained(e.skill, experts[e.skill] if e.skill in experts else next(free)) for e in self.trained
+        ]
+        return replace(self, data=named)
+
     @property
     def trained(self) -> list[Trained]:
         """What is trained."""

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from datasets import concatenate_datasets
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
@@ -96,12 +97,17 @@ def read_earlier(run: Prepared, start: Start, grown_from: str | None) -> Earlier
     return Earlier(results, held_out, of_run, lines)
 
 
-def held_out_rows(run: Prepared) -> Iterator[tuple[str, Trained, Any]]:
-    """Yield the data sets that are trained on and have held-out text: the name, what it trains, the held-out rows."""
+def held_out_rows(run: Prepared) -> Iterator[tuple[list[str], Trained, Any]]:
+    """Yield the skills that are trained and have held-out text: the names of its data sets, the skill, the rows."""
+    found: dict[str, tuple[list[str], Trained, list[Any]]] = {}
     for source, trained in zip(run.blocks.sources, run.stage.data, strict=True):
         rows = run.blocks.evaluation.get(source.name)
         if trained is not None and rows is not None and len(rows):
-            yield source.name, trained, rows
+            names, _, parts = found.setdefault(trained.skill, ([], trained, []))
+            names.append(source.name)
+            parts.append(rows)
+    for names, trained, parts in found.values():
+        yield names, trained, parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
 def set_losses(trainer: MoETrainer, run: Prepared, stop: StopSignals) -> dict[str, float]:
@@ -168,9 +174,11 @@ class Outcome:
     def _known(self) -> dict[str, Known]:
         """Return what the last evaluations of this run have told of its skills."""
         final, found = {each.name: each.after for each in self.result.held_out}, {}
-        for name, trained, _ in held_out_rows(self.run):
+        for names, trained, _ in held_out_rows(self.run):
+            name = names[0]
             usage = self.trainer.usage_by_data.get(name)
-            routed = (final[name], usage) if name in final and usage is not None else None
+            is_known = len(names) == 1 and name in final and usage is not None
+            routed = (final[name], usage) if is_known else None
             found[trained.skill] = Known(routed, self.losses.get(trained.skill))
         return found
 

@@ -112,6 +112,8 @@ def _training(settings: TrainSettings, start: Start, device: torch.device) -> Pr
             stage = first_stage(blocks, start.step, None, joint=not specialised)
             saved = None if weights_only else _stage_of(checkpoint)
             stage = stage if saved is None else saved.for_data(stage)
+            if weights_only and specialised:
+                stage = stage.for_skills(skills, model.num_experts)
         resumes = start.folder is not None and not start.weights_only
         if not resumes:
             add_skills(model, skills, blocks, stage)
@@ -144,7 +146,10 @@ def _growth(settings: TrainSettings, start: Start, device: torch.device) -> Prep
         skills = read_skills(checkpoint)
         if there is None:
             if IMMATURE in checkpoint.config.states:
-                raise UsageError(f"{start.folder} is of a run that has not ended; let it end with --resume first")
+                raise UsageError(
+                    f"{start.folder} is of a run that has not ended; let it end with --resume first, "
+                    "or grow an earlier checkpoint with --from and another --output-dir"
+                )
             check_skills(skills, checkpoint.config.num_experts, str(start.folder))
         model, tokenizer = _load_grown(settings, checkpoint, device)
         judge = Judge(NoveltyDetector(model, skills)) if there is None else None
@@ -179,7 +184,8 @@ def _load_grown(
 ) -> tuple[Mixture, PreTrainedTokenizerBase]:
     """Return the mixture of a checkpoint, and the tokenizer of its base model."""
     name = settings.model or named_base(checkpoint, "--model")
-    source, _ = find_base(name, weights=settings.weights, token=settings.hf_token)
+    revision = None if settings.model else checkpoint.config.base_model.revision
+    source, _ = find_base(name, weights=settings.weights, token=settings.hf_token, revision=revision)
     options: dict[str, Any] = {"weights": settings.weights, "device": str(device), "token": settings.hf_token}
     options |= {"seed": settings.seed, "label_smoothing": settings.label_smoothing}
     if settings.dtype is not None:

@@ -128,7 +128,19 @@ def resuming_after_restart(settings: TrainSettings, say: Callable[[str], None]) 
     if restarts == "0" or (settings.resume is not None and not run_folder.checkpoints(str(run_dir))):
         return settings
     say(f"restarted by torchrun (restart {restarts}): resuming from the newest checkpoint of {run_dir}")
-    return replace(settings, resume="auto")
+    weights_only = settings.resume_weights_only and not _has_saved(run_dir, str(settings.resume))
+    return replace(settings, resume="auto", resume_weights_only=weights_only)
+
+
+def _has_saved(run_dir: Path, resumed: str) -> bool:
+    """Tell whether a run that took only the weights of a checkpoint has saved one of its own."""
+    newest = run_folder.latest(run_dir)
+    if newest is None:
+        return False
+    if resumed != "auto":
+        return newest.path.resolve() != Path(resumed).resolve()
+    stage = training_state.run_settings(training_state.read_trainer_state(newest.path)).get("stage")
+    return isinstance(stage, dict) and stage.get("first_step") not in (None, 0)
 
 
 # ---- the run folder ----

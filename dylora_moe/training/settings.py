@@ -217,7 +217,11 @@ class TrainSettings:
                 f"{', '.join(map(spelled, fixed))}: --grow takes it from the checkpoint that grows; leave it out"
             )
         if self.resume_weights_only:
-            raise UsageError("--resume-weights-only and --grow contradict each other: --grow takes only the weights")
+            raise UsageError(
+                "--resume-weights-only and --grow contradict each other: --grow takes only the weights. A growth that "
+                "cannot be resumed begins again from the checkpoint before it: --grow --from CHECKPOINT and another "
+                "--output-dir"
+            )
 
 
 def parse(argv: Sequence[str] | None, description: str | None = None) -> TrainSettings:

@@ -37,7 +37,7 @@ from dylora_moe.checkpoint.tensors import expert_tensors
 from dylora_moe.checkpoint.verify import find_problems, inspect_checkpoint, open_checkpoint
 from dylora_moe.checkpoint.write import export_expert, save_checkpoint
 from dylora_moe.errors import CheckpointError, UsageError
-from dylora_moe.mixture.config import MoELoraConfig
+from dylora_moe.mixture.config import MoELoraConfig, RouterConfig
 from dylora_moe.skills.library import Skill, SkillLibrary
 from dylora_moe.store import run_folder
 from dylora_moe.store.lock import LOCK
@@ -356,6 +356,15 @@ def test_load_gives_the_same_bits(tmp_path):
 def save_again(target: Path, model: DyLoRAMoE) -> Path:
     save_checkpoint(target, model, skills=two_skills())
     return target
+
+
+def test_a_router_that_is_read_keeps_what_it_was_fitted_for(tmp_path):
+    there, here = tiny_mixture(), tiny_mixture(seed=1)
+    there.router.config = RouterConfig(decay=0.9, prior_tokens=3.0, temperature=2.0)
+    here.router.config = RouterConfig(temperature=0.5)
+    save_checkpoint(tmp_path / "a", there, skills=two_skills())
+    load_into(open_checkpoint(tmp_path / "a"), here)
+    assert here.router.config == RouterConfig(decay=0.9, prior_tokens=3.0, temperature=0.5)
 
 
 def test_load_into_a_mixture_of_the_same_shape(tmp_path):

@@ -7,6 +7,7 @@ import torch
 
 from dylora_moe import DyLoRAMoE, MoELoraConfig, SkillLibrary, UsageError
 from dylora_moe.checkpoint.verify import find_problems, open_checkpoint
+from dylora_moe.checkpoint.write import save_checkpoint
 from dylora_moe.constants import expert_name
 from dylora_moe.editing.edit import renumbered
 from dylora_moe.editing.experts import merge, remove, rename
@@ -148,6 +149,13 @@ def test_what_cannot_be_renamed(name, to, problem, tmp_path):
     with pytest.raises(UsageError, match=problem):
         rename(checkpoint(), tmp_path / "new", name, to)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_skills_has_none_to_rename(tmp_path):
+    save_checkpoint(tmp_path / "old", old_model())
+    with pytest.raises(UsageError, match="there is no skill 'one'; the library has none"):
+        rename(tmp_path / "old", tmp_path / "new", "one", "two")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_samples_of_a_skill_fit_the_experts_that_are_left():

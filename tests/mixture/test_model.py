@@ -114,6 +114,17 @@ def test_tuples_and_embeddings_as_transformers_has_them():
     assert torch.equal(model(inputs_embeds=model.get_input_embeddings()(ids)).logits, expected.logits)
 
 
+def test_an_expert_that_was_never_trained_has_no_share():
+    model, ids = tiny_mixture(experts=2), random_ids(2, 7)
+    with torch.no_grad(), model.watch_usage():
+        model(ids, labels=ids)
+        before = model.usage().shares()
+    model.add_expert()
+    with torch.no_grad(), model.watch_usage():
+        model(ids, labels=ids)
+        assert model.usage().shares() == pytest.approx([*before, 0.0])
+
+
 def test_usage_counts_labelled_tokens_once():
     model, ids = tiny_mixture(experts=4), random_ids(2, 7)
     assert model.usage() is None

@@ -216,6 +216,13 @@ def test_headers_are_handed_on_and_keys_and_prompts_are_not_logged(place):
     assert not [line for line in place.lines if KEY in line or SECRET in line]
 
 
+def nested(depth: int) -> list:
+    found: list = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "param", "told"),
     [
@@ -232,6 +239,13 @@ def test_headers_are_handed_on_and_keys_and_prompts_are_not_logged(place):
         (CHAT, {"messages": [{"role": "king", "content": "a"}]}, 400, "messages", "role"),
         (CHAT, {"messages": [{"role": "user", "content": 1.5}]}, 400, "messages", "text"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages", "string"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "a", "x": nested(600)}]},
+            400,
+            "messages",
+            "nested too deeply",
+        ),
         (CHAT, chat(model=1), 400, "model", "found a number"),
         (CHAT, chat(stream="yes"), 400, "stream", "found a string"),
         (CHAT, chat(model="expert_3"), 404, "model", "expert_0 to expert_2"),

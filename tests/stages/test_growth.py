@@ -17,6 +17,7 @@ from dylora_moe import DyLoRAMoE
 from dylora_moe.errors import UsageError
 from dylora_moe.reporting.results import KIND, read_results
 from dylora_moe.skills.library import SkillLibrary
+from dylora_moe.stages.measure import read_held_out
 from dylora_moe.training.outcome import HELD_OUT_KIND
 
 from ..support.runs import arguments, assert_same, contents, material, newest, signal_at, states, steps
@@ -121,6 +122,13 @@ def test_two_new_data_sets_of_one_kind_share_an_expert(run, tmp_path, capsys):
     assert stage.novelty[2].nearest == "one" and stage.skills == ["one", "other"]
     alone, both = (library[name].tokens for name in ("other", "one"))
     assert both > 1.5 * alone
+    held_out = read_held_out(run, None)
+    assert len(held_out["one"]) > 1.5 * len(held_out["other"])  # the held-out text of both data sets
+    model = DyLoRAMoE.from_checkpoint(newest(run)).eval()
+    rows = [torch.tensor([row["input_ids"]]) for row in held_out["one"]]
+    with torch.no_grad():
+        losses = [model(ids, labels=ids, expert=2).loss.item() for ids in rows]
+    assert library["one"].loss == pytest.approx(sum(losses) / len(losses), rel=0.02)
     assert grow(run, *data, more=("--resume",)) == 0 and steps(run)[-1] == 8
 
 
@@ -168,6 +176,26 @@ def test_a_checkpoint_grows_in_another_folder(run, tmp_path):
     (tmp_path / "other/results.json").unlink()  # as if it had been killed
     assert grow(tmp_path / "other", data, more=("--from", str(newest(run)), "--resume")) == 0
     assert read_results(tmp_path / "other") == found
+
+
+def test_the_newest_checkpoint_may_be_named(run, tmp_path):
+    data = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2)
+    assert grow(run, data, more=("--from", str(newest(run)))) == 0
+    assert steps(run) == [2, 4, 6, 8]
+    assert grow(run, data, more=("--from", str(run / "checkpoint-4"))) == 2  # there are newer ones
+
+
+def test_skills_keep_their_experts_where_only_the_weights_are_taken(run, first, tmp_path):
+    data = [first / f"{kind}.jsonl" for kind in ("digits", "words")]  # the other way round
+    more = ["--model", str(material() / "base"), "--lora-r", "4", "--lora-dropout", "0"]
+    more += ["--resume", str(newest(run)), "--resume-weights-only"]
+    assert train.main([*more, *flags(tmp_path / "new", *data)]) == 0
+    library = SkillLibrary.load(newest(tmp_path / "new") / "skill_library.safetensors")
+    assert {skill.name: skill.expert for skill in library} == {"words": 0, "digits": 1}
+    found = read_results(tmp_path / "new")
+    assert {entry.name: entry.expert for entry in found.skills} == {"words": 0, "digits": 1}
+    before, after = (read_results(folder).stages[-1].evaluation["digits"].own for folder in (run, tmp_path / "new"))
+    assert after < before  # its own expert was trained further, not that of the words
 
 
 def test_what_earlier_stages_have_left_may_be_damaged(run, tmp_path, capsys):
@@ -235,7 +263,7 @@ def test_from_python(run):
 
     verdict, expert = model.grow(library, "more digits", documents("digits"))
     assert verdict.known and expert == 1 and model.num_experts == 2
-    verdict, expert = model.grow(library, "signs", documents("SIGNS"))
+    verdict, expert = model.grow(library, "signs", [[], *documents("SIGNS")])
     assert not verdict.known and expert == 2 and library["signs"].expert == 2
     assert all(".expert_2." in name for name in model.trained_parameters())
     ids = torch.tensor([documents("SIGNS")[0][:60]])

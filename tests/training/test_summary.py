@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from dylora_moe.training.run import resuming_after_restart
 from dylora_moe.training.settings import TrainSettings, parse
 from dylora_moe.training.summary import LEFT_OUT, resume_command
 
-from ..support.runs import TEXT, arguments, material, signal_at, steps
+from ..support.runs import TEXT, arguments, material, newest, signal_at, steps
 
 ROOT = Path(__file__).parents[2]
 
@@ -187,6 +188,23 @@ def test_what_a_restart_resumes_from(tmp_path, monkeypatch, restarts, words, sav
     settings, said = parse(["--demo", *words]), []
     assert resuming_after_restart(settings, said.append).resume == resume
     assert len(said) == (resume == "auto")
+
+
+def test_a_restart_takes_only_the_weights_until_the_run_has_saved_a_checkpoint(tmp_path, monkeypatch):
+    source, run_dir = tmp_path / "source", tmp_path / "run"
+    assert train.main(arguments(source)) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    shutil.copytree(source, run_dir)
+
+    def weights_only(resume: str) -> bool:
+        words = [*arguments(run_dir, "--resume", resume, "--resume-weights-only")]
+        return resuming_after_restart(parse(words), lambda line: None).resume_weights_only
+
+    named = newest(run_dir)
+    assert weights_only(str(named)) and weights_only("auto")  # nothing was saved yet
+    assert not weights_only(str(newest(source)))
+    assert train.main(arguments(run_dir, "--resume", "--resume-weights-only", steps=16)) == 0
+    assert not weights_only(str(named)) and not weights_only("auto")
 
 
 FAILING_ONCE = """

@@ -136,6 +136,10 @@ class Chooser:
             ids = encode(Prompt(clean(asked), "text"), self.tokenizer, raw=True)
         elif isinstance(asked[0], int):
             ids = asked
+            if max(ids) >= self.gate.tokens:
+                raise UsageError(
+                    f"prompt: found the token {max(ids)}; the vocabulary of the base model ends at {self.gate.tokens}"
+                )
         else:
             prompt = chat([one.but(content=clean(one.content)) for one in asked])
             ids = encode(prompt, self.tokenizer, raw=False)
