@@ -306,18 +306,25 @@ class Seed:
         if None in experts:  # of a skill that was taken for a known one
             return
         own = self._curves(lambda skill: expert_logits(model, experts[skill]))
-        for after in (None, *AFTER):
-            lost = self.found.lost[ROUTER if after is None else str(after)] = {}
-            curves = self._curves(lambda skill, after=after: told_logits(model, [experts[skill]], after))
-            for length, curve in curves.items():
-                lost[f"{length} tokens"] = above(curve, own[length])
-            for start, end in zip(EDGES, [*EDGES[1:], self.short], strict=True):
-                lost[f"{start + 1} to {end}"] = above(curves[self.short][start:end], own[self.short][start:end])
-            pairs = [
-                token_losses(told_logits(model, [experts[i] for i in both], after), ids, 0).mean()
-                for *both, ids in self._two_skills()
-            ]
-            lost[PAIRS] = above(torch.stack(pairs), torch.tensor(self.found.pairs[GROWN][1]))
+        self._measure_told(ROUTER, model, experts, own, None)
+        with models.dense(model):
+            for after in AFTER:
+                self._measure_told(str(after), model, experts, own, after)
+
+    def _measure_told(
+        self, name: str, model: DyLoRAMoE, experts: list[int], own: dict[int, torch.Tensor], after: int | None
+    ) -> None:
+        lost = self.found.lost[name] = {}
+        curves = self._curves(lambda skill: told_logits(model, [experts[skill]], after))
+        for length, curve in curves.items():
+            lost[f"{length} tokens"] = above(curve, own[length])
+        for start, end in zip(EDGES, [*EDGES[1:], self.short], strict=True):
+            lost[f"{start + 1} to {end}"] = above(curves[self.short][start:end], own[self.short][start:end])
+        pairs = [
+            token_losses(told_logits(model, [experts[i] for i in both], after), ids, 0).mean()
+            for *both, ids in self._two_skills()
+        ]
+        lost[PAIRS] = above(torch.stack(pairs), torch.tensor(self.found.pairs[GROWN][1]))
 
     def _curves(self, logits: Callable[[int], Logits]) -> dict[int, torch.Tensor]:
         """By length of the rows: the mean loss (T - 1) of each token but the first, over all skills."""
@@ -365,7 +372,7 @@ def expert_logits(model: DyLoRAMoE, expert: int | None = None) -> Logits:
 
 
 def told_logits(model: DyLoRAMoE, experts: Sequence[int], after: int | None) -> Logits:
-    """Logits where the right expert has all weight; None: where the router decides.
+    """Logits where the right expert has all weight, of a model that is `models.dense`; None: where the router decides.
 
     Args:
         experts: of the parts of a row, all of the same length.
@@ -380,10 +387,7 @@ def told_logits(model: DyLoRAMoE, experts: Sequence[int], after: int | None) -> 
             begin = part * ids.shape[1] // len(experts) + after
             weights[begin:] = F.one_hot(torch.tensor(expert), model.num_experts).float()
         forced = weights.log()
-        with (
-            models.dense(model),
-            patch.object(model.router, "logits", lambda sums, _: forced.expand(len(sums), -1, -1)),
-        ):
+        with patch.object(model.router, "logits", lambda sums, _: forced.expand(len(sums), -1, -1)):
             return model(ids, use_cache=False).logits
 
     return logits

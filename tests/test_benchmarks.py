@@ -162,12 +162,13 @@ def test_the_right_expert_is_named_after_some_tokens(ours):
     experts = [learning.expert_logits(ours, expert)(ids, 0) for expert in (0, 1)]
     with learning.uniform(ours):
         even = learning.expert_logits(ours)(ids, 0)
-    at_once, late, never = (learning.told_logits(ours, [1], after)(ids, 0) for after in (0, 4, 12))
+    with models.dense(ours):
+        at_once, late, never = (learning.told_logits(ours, [1], after)(ids, 0) for after in (0, 4, 12))
+        halves = learning.told_logits(ours, [0, 1], 0)(ids, 0)
     torch.testing.assert_close(at_once, experts[1])
     torch.testing.assert_close(never, even)
     torch.testing.assert_close(late[:, :4], even[:, :4])
     assert not torch.allclose(late[:, 4:], even[:, 4:], atol=1e-5)
-    halves = learning.told_logits(ours, [0, 1], 0)(ids, 0)
     torch.testing.assert_close(halves[:, :6], experts[0][:, :6])
     assert not torch.allclose(halves[:, 6:], experts[0][:, 6:], atol=1e-5)
     routed = learning.expert_logits(ours)(ids, 0)
