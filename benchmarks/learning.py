@@ -470,10 +470,11 @@ def lost(seeds: list[Seed], result: Result) -> None:
     note = (
         f"The ranges are of the tokens of rows of {seeds[0].short}. Two skills: rows of which each half is of another."
     )
-    table = result.table("lost", title, ["the right expert is named by", *columns], note)
+    table = result.table("lost", title, ["the right expert is known", *columns], note)
     for name in found[0]:
         cells = [f"{statistics.fmean(of_seed[name][column] for of_seed in found):+.2f} %" for column in columns]
-        table.add(name if name == ROUTER else f"its first {name} tokens" if name != "0" else "no token", *cells)
+        known = {ROUTER: "as the router finds out", "0": "from the start"}.get(name, f"after {name} tokens")
+        table.add(known, *cells)
 
 
 def learned(stages: list[Losses], skill: str) -> float:
