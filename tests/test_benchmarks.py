@@ -281,7 +281,7 @@ def test_page_says_where_others_kept_the_machine_busy():
     busy.machine = {"cpu": "a processor", "cores": 2, "memory_bytes": 1 << 30}
     for others, said in ((None, False), (0.1, False), (0.5, True)):
         busy.others = others
-        assert ("others kept 0.5 of the cores busy" in report.conditions(busy.to_json())) == said
+        assert ("other processes kept 0.5 cores busy" in report.conditions(busy.to_json())) == said
 
 
 def test_flops_of_top_2_do_not_grow_with_the_experts(ours):
