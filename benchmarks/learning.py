@@ -117,7 +117,7 @@ def measure(args: argparse.Namespace, result: Result) -> None:
         for number, measured in enumerate(kept):
             data = write_data(folder / f"data{number}", found, tokenizer, sizes.recipe, number)
             task = Task(base, tokenizer, folder / "base", *data, sizes.recipe, number)
-            seeds.append(Seed(task, held, folder / f"runs{number}", measured))
+            seeds.append(Seed(task, held, folder / f"runs{number}", measured, args.long))
             seeds[-1].run(args.parts, args.refit)
         result.settings["work"] = args.work is not None
     report(seeds, sizes, result)
@@ -168,10 +168,11 @@ class Seed:
         held: the held-out rows of each skill, by their length.
         folder: for the runs, and for `FOUND`, from which an interrupted benchmark goes on.
         found: what has been measured before.
+        long: whether to measure what routing costs, too.
     """
 
-    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path, found: Found):
-        self.task, self.held, self.folder, self.found = task, held, folder, found
+    def __init__(self, task: Task, held: dict[int, dict[str, torch.Tensor]], folder: Path, found: Found, long: bool):
+        self.task, self.held, self.folder, self.found, self.long = task, held, folder, found, long
         self.skills = task.skills
 
     @property
@@ -232,7 +233,8 @@ class Seed:
 
     def _measure_grown(self, grown: Trained) -> None:
         self._measure_mixture(grown, GROWN, GROWN_OWN)
-        self._measure_lost(grown)
+        if self.long:
+            self._measure_lost(grown)
         with models.dense(grown.model):
             self._measure(DENSE, expert_logits(grown.model))
 
