@@ -99,7 +99,8 @@ class Judge:
     def _decide(self, source: str, documents: list[Document], counts: tuple[int, int] | None = None) -> Decision:
         some = windows_to_judge(source, [document.ids for document in documents])
         verdict: Verdict = self.detector.judge(read_states(self.detector.model, some))
-        known, new = counts if counts and any(counts) else (len(documents), 0) if verdict.known else (0, len(documents))
+        all_alike = (len(documents), 0) if verdict.known else (0, len(documents))
+        known, new = counts if counts and any(counts) else all_alike
         tokens = sum(map(len, some))
         return Decision(source, tokens, verdict.known, verdict.skill, verdict.distance, verdict.threshold, new, known)
 

@@ -100,10 +100,8 @@ def choose_growth(run_dir: Path, named: str | None, resume: str | None, data: Se
             return start
         return replace(start, step=_step(start.folder) or 0, grows=True)
     if named is not None:
-        start = _named(run_dir, Path(named), False, FLAGS._replace(named="--from "))
-        own = start.folder and start.folder.resolve().parent == run_dir.resolve()
-        step = _step(start.folder) if start.folder and own else None
-        return replace(start, step=step or 0, grows=True)
+        start = _named(run_dir, Path(named), True, FLAGS._replace(named="--from "))
+        return replace(start, weights_only=False, grows=True)
     newest = run_folder.latest(run_dir)
     if newest is None:
         raise UsageError(
