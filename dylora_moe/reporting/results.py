@@ -14,6 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -151,6 +152,16 @@ def read_results(run_dir: Path) -> Results:
         raise UsageError(
             f"{path}: expected the results of a run, cannot read it ({error.strerror}); {remedy}"
         ) from None
+
+
+def results_of(checkpoint: Path) -> Results | None:
+    """Return the results in the folder that a checkpoint is in, if they can be read and are of this checkpoint."""
+    folder = checkpoint.resolve()
+    with suppress(UsageError):
+        results = read_results(folder.parent)
+        if results.checkpoint and (folder.parent / results.checkpoint).resolve() == folder:
+            return results
+    return None
 
 
 def _rounded(value: Any) -> Any:

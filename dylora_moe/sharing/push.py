@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, cast
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, constants
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..base import hub
 from ..checkpoint import formats
@@ -20,9 +21,9 @@ from ..checkpoint.config import BESIDE, CheckpointConfig, encode
 from ..checkpoint.safetensors_file import read_json
 from ..checkpoint.verify import SoundCheckpoint, open_checkpoint
 from ..errors import UsageError
-from ..reporting.results import read_results
-from ..store import manifest
-from ..store.manifest import MANIFEST, may_be_beside, read_manifest
+from ..reporting.results import results_of
+from ..store import manifest, run_folder
+from ..store.manifest import MANIFEST, is_tokenizer_file, read_manifest
 from .card import model_card
 from .pull import CARD, local_checkpoint
 
@@ -66,8 +67,8 @@ def push(
     api = huggingface_hub.HfApi(token=hub.sent_token(token))
     with _refusals(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if revision is not None and not revision.startswith("refs/pr/"):
+            _make_branch(api, repo_id, revision, others=bool(options.get("create_pr")))
         there = set(api.list_repo_files(repo_id, revision=revision))
         if CARD not in there:
             files[CARD] = _card(repo_id, checkpoint, config)
@@ -76,6 +77,15 @@ def push(
         message = options.pop("commit_message", None) or f"Checkpoint of step {checkpoint.config.step}"
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, **options)
     return str(commit.commit_url)
+
+
+def _make_branch(api: huggingface_hub.HfApi, repo_id: str, name: str, *, others: bool) -> None:
+    """Make a branch if need be. `others`: whether the repository may be somebody else's, who has made it."""
+    try:
+        api.create_branch(repo_id, branch=name, exist_ok=True)
+    except HfHubHTTPError as error:
+        if not others or error.response.status_code != HTTPStatus.FORBIDDEN:
+            raise
 
 
 def package(checkpoint: SoundCheckpoint, config: CheckpointConfig, *, training_state: bool) -> dict[str, Path | bytes]:
@@ -114,23 +124,19 @@ def _on_the_hub(config: CheckpointConfig, base_model: str | None) -> CheckpointC
 
 
 def _tokenizer(folder: Path) -> dict[str, Path]:
-    """Return the files of the tokenizer in the run folder or beside the checkpoint's files."""
-    found = {}
-    for place in (folder.parent, folder):
-        with suppress(OSError):
-            for path in place.iterdir():
-                beside = path.is_file() and may_be_beside(path.name, path.stat())
-                if beside and not path.name.startswith(".") and path.name not in (CARD, "Thumbs.db"):
-                    found[path.name] = path
+    """Return the files of the tokenizer in the run folder and beside the checkpoint's files."""
+    found: dict[str, Path] = {}
+    for place in (run_folder.run_of(folder), folder):
+        for path in [] if place is None else [*place.glob("*"), *place.glob("additional_chat_templates/*")]:
+            name = path.relative_to(cast(Path, place)).as_posix()
+            if is_tokenizer_file(name) and path.is_file():
+                found[name] = path
     return found
 
 
 def _card(repo_id: str, checkpoint: SoundCheckpoint, config: CheckpointConfig) -> bytes:
     size = sum(size for size, _ in read_manifest(checkpoint.folder).values())
-    results = None
-    with suppress(UsageError):
-        results = read_results(checkpoint.folder.parent)
-    return model_card(repo_id, config, size, results).encode()
+    return model_card(repo_id, config, size, results_of(checkpoint.folder)).encode()
 
 
 def _stale(names: Iterable[str]) -> set[str]:

@@ -34,13 +34,15 @@ Digests = dict[str, tuple[int, str]]  # path -> (bytes, sha256)
 Digest = Callable[[Path, int], tuple[int, str]]  # as `file_digest`
 Identity = tuple[int, int]  # device and inode of a folder
 
+_TOKENIZER = re.compile(
+    r"tokenizer(_config)?\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
+    r"|sentencepiece\.bpe\.model|special_tokens_map\.json|added_tokens\.json"
+    r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja"
+)
 # What may be in a checkpoint though no manifest lists it: files of git, the Hub, the Trainer, desktops and a tokenizer.
 _BESIDE = re.compile(
     r"README\.md|LICENSE(\.md|\.txt)?|training_args\.bin|\.git(attributes|ignore)|\.(git|cache/huggingface)/.+"
-    r"|(.+/)?(\.DS_Store|Thumbs\.db)"
-    r"|tokenizer(_config)?\.json|tokenizer\.model|tekken\.json|vocab\.(json|txt)|merges\.txt|spiece\.model"
-    r"|sentencepiece\.bpe\.model|special_tokens_map\.json|added_tokens\.json"
-    r"|chat_template\.(jinja|json)|additional_chat_templates/[^/]+\.jinja",
+    rf"|(.+/)?(\.DS_Store|Thumbs\.db)|{_TOKENIZER.pattern}",
     re.DOTALL,
 )
 _FOLDERS_BESIDE = re.compile(r"\.git(/.+)?|\.cache(/huggingface(/.+)?)?|additional_chat_templates", re.DOTALL)
@@ -165,6 +167,11 @@ def may_be_beside(path: str, found: os.stat_result) -> bool:
     if stat.S_ISDIR(found.st_mode):
         return _FOLDERS_BESIDE.fullmatch(path) is not None
     return stat.S_ISREG(found.st_mode) and _BESIDE.fullmatch(path) is not None
+
+
+def is_tokenizer_file(path: str) -> bool:
+    """Return whether a relative POSIX path is that of a file of a tokenizer."""
+    return _TOKENIZER.fullmatch(path) is not None
 
 
 def parents(paths: Iterable[str]) -> set[str]:

@@ -37,8 +37,9 @@ from .manifest import MANIFEST, Digests, encode, file_digest, list_entries, pare
 def staged(target: os.PathLike | str) -> Iterator[Path | None]:
     """Yield a folder to write into, which becomes `target` when the block ends. If it raises, nothing is left behind.
 
-    None is yielded if `target` is published already; then it is not changed. An incomplete folder of its name is moved
-    aside, never deleted. The folder that is to hold `target` is made where it is missing.
+    None is yielded if `target` is published already; then it is not changed. An incomplete checkpoint of its name is
+    moved aside, never deleted. Any other folder with files is refused. The folder around `target` is made where it is
+    missing.
 
     Raises:
         UsageError: if the folder cannot be published. Exceptions of the block pass unchanged.
@@ -52,6 +53,7 @@ def staged(target: os.PathLike | str) -> Iterator[Path | None]:
                 fsync(target.parent, folder=True)
             yield None
             return
+        _is_in_the_way(target)  # before anything is written
         with private_name(target.parent, "staging") as folder:
             try:
                 with explained("create", folder):
@@ -75,6 +77,25 @@ def _is_published(target: Path) -> bool:
             raise UsageError(f"{target} is {kind(found)}, not a folder: move it away, or choose another output folder")
         # What cannot be read is not known to be incomplete: that passes as an error.
         return not survey(target)[0]
+
+
+def _is_in_the_way(target: Path) -> bool:
+    """Return whether there is a folder that must be moved aside before a checkpoint can have its name.
+
+    Raises:
+        UsageError: if it has files, but neither the name nor the manifest of a checkpoint.
+    """
+    with explained("list", target):
+        if lstat(target) is None or run_folder.run_of(target) is not None:
+            return lstat(target) is not None
+        names = sorted(os.listdir(target))
+    if names and MANIFEST not in names:
+        some = ", ".join([*map(shown, names[:3]), *(["..."] if names[3:] else [])])
+        raise UsageError(
+            f"nothing was saved: {target} holds other files ({some}), and a checkpoint needs a folder of its own; name "
+            f"a new one, such as {target / 'model'}"
+        )
+    return bool(names)
 
 
 def seal(folder: Path) -> None:
@@ -122,10 +143,10 @@ def _flush_and_hash(folder: Path, sizes: dict[str, int]) -> Digests:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Rename a sealed folder to its final name, and an incomplete one of that name to `*.incomplete`."""
-    with explained("move aside", target):
-        if lstat(target) is not None:  # a rename would replace an empty folder without a word
-            names = (f"{target.name}.incomplete" + (f"-{number}" if number > 1 else "") for number in count(1))
+    """Rename a sealed folder to its final name, and an incomplete checkpoint of that name to `*.incomplete`."""
+    if _is_in_the_way(target):
+        names = (f"{target.name}.incomplete" + (f"-{number}" if number > 1 else "") for number in count(1))
+        with explained("move aside", target):
             os.rename(target, next(path for path in map(target.with_name, names) if lstat(path) is None))
     try:
         with explained("publish", target):

@@ -101,22 +101,52 @@ def test_gated_repository(hub):
     assert find_problems(pull("me/mine", token=RIGHT)) == []
 
 
-def test_a_run_folder_is_pushed_with_tokenizer_and_results_but_no_texts(hub, tmp_path):
+def test_a_checkpoint_is_pushed_with_the_tokenizer_and_results_of_its_run_but_no_texts(hub, tmp_path, monkeypatch):
     run = tmp_path / "run"
     mixture().save_checkpoint(run / "checkpoint-3", step=3)
     mixture().save_checkpoint(run / "checkpoint-4", step=4)
     chat_tokenizer().save_pretrained(run)
-    results = sample()
+    results = replace(sample(), checkpoint="checkpoint-4")
     write_results(run, results)
-    push(run, "me/mine", token=RIGHT)
+    (run / "LICENSE").write_text("of the code beside it")
+    monkeypatch.chdir(run / "checkpoint-4")
+    push(".", "me/mine", token=RIGHT)
     names = repository(hub)
     assert {"tokenizer.json", "README.md", "config.json"} <= names
-    assert not {"results.json", "report.html"} & names
+    assert not {"results.json", "report.html", "LICENSE"} & names
     assert open_checkpoint(hub.folders["me/mine"]).config.step == 4
     card = ModelCard.load(hub.folders["me/mine"] / "README.md")
     assert card.data.base_model == "org/base"
     assert {result.dataset_name for result in card.data.eval_results} == {skill.name for skill in results.skills}
     assert "from_pretrained('me/mine')" in card.text and "To be filled in by the owner" in card.text
+
+
+def test_results_of_another_checkpoint_are_not_in_the_card(hub, tmp_path):
+    run = tmp_path / "run"
+    for step in (3, 4):
+        mixture().save_checkpoint(run / f"checkpoint-{step}", step=step)
+    write_results(run, replace(sample(), checkpoint="checkpoint-3"))
+    push(run, "me/mine", token=RIGHT)
+    assert open_checkpoint(hub.folders["me/mine"]).config.step == 4
+    card = ModelCard.load(hub.folders["me/mine"] / "README.md")
+    assert card.data.eval_results is None and "## Skills" not in card.text
+
+
+def test_a_folder_beside_others_is_pushed_alone(hub, tmp_path):
+    mixture().save_checkpoint(tmp_path / "mine")
+    for name in ("mine/training_args.bin", "LICENSE", "tokenizer.json", "vocab.json"):
+        (tmp_path / name).write_text("{}")
+    push(tmp_path / "mine", "me/mine", token=RIGHT)
+    assert not {"training_args.bin", "LICENSE", "tokenizer.json", "vocab.json"} & repository(hub)
+
+
+def test_a_pull_request_needs_no_right_to_make_a_branch(hub):
+    hub.revisions |= {"refs/pr/7", "theirs"}
+    mixture().push_to_hub("me/mine", token=RIGHT, revision="refs/pr/7")
+    mixture(experts=3).push_to_hub("me/mine", token=RIGHT, revision="theirs", create_pr=True)
+    assert any("expert_2" in name for name in repository(hub))
+    with pytest.raises(UsageError, match="HTTP 403, the token may not write there"):
+        mixture().push_to_hub("me/mine", token=RIGHT, revision="theirs")
 
 
 def test_a_second_push_removes_what_is_stale_and_keeps_the_card(hub, tmp_path):

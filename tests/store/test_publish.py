@@ -133,6 +133,27 @@ def test_an_empty_folder_of_that_name_is_not_silently_replaced(run):
     assert (run / "checkpoint-10.incomplete").is_dir()
 
 
+def test_a_folder_with_other_files_is_refused_and_stays(run):
+    save(run, 10)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    refused = pytest.raises(
+        UsageError, match=r"nothing was saved: .* holds other files \(.*checkpoint-10.*name a new one"
+    )
+    with refused, staged(run):
+        pytest.fail("nothing is to be written")
+    assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
+
+
+def test_a_broken_checkpoint_of_another_name_is_moved_aside_and_an_empty_folder_is_used(tmp_path):
+    for moved in (set(), {"mine.incomplete"}):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        with staged(tmp_path / "mine") as folder:
+            write_files(folder, 1)
+        assert manifest_problems(tmp_path / "mine") == []
+        assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {"mine", *moved}
+        (tmp_path / "mine/config.json").unlink()
+
+
 @pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("elsewhere"), os.mkfifo])
 def test_a_target_that_is_no_folder_is_an_error(run, make):
     make(run / "checkpoint-10")

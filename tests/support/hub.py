@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from huggingface_hub import constants
@@ -23,12 +24,13 @@ class Hub(http.server.ThreadingHTTPServer):
     """Plays the hub for the models of `folders`, and keeps what was asked.
 
     gated: only `token` opens the files. private: only `token` sees the repository. created: what was pushed is in
-    folders here.
+    folders here. revisions: those that every repository has; nobody may make a branch, and of branches only main is listed.
     """
 
     def __init__(self, folders: dict[str, Path], created: Path | None = None):
         super().__init__(("127.0.0.1", 0), Answer)
         self.folders, self.created = dict(folders), created
+        self.revisions = {"main", COMMIT}
         self.gated, self.private, self.token = False, False, "hf_right"
         self.status, self.files_status = None, None  # of all answers, and of those about files
         self.asked: list[tuple[str, str]] = []
@@ -89,13 +91,16 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if folder is None or (hub.private and self.sent != hub.token):
             return self.send(404 if self.sent else 401, {"X-Error-Code": "RepoNotFound"})
         if any(part in path for part in ("/revision/", "/resolve/", "/tree/")):
-            revision = path.split(name, 1)[1].split("/")[2]
-            if revision not in ("main", COMMIT):
+            revision = unquote(path.split(name, 1)[1].split("/")[2])
+            if revision not in hub.revisions:
                 return self.send(404, {"X-Error-Code": "RevisionNotFound"})
         files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
         if api and "/tree/" in path:
             entries = [{"type": "file", "path": k, "size": f.stat().st_size, "oid": "0" * 40} for k, f in files.items()]
             return self.send(200, body=json.dumps(entries).encode())
+        if path.endswith("/refs"):
+            main = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
+            return self.send(200, body=json.dumps({"branches": [main], "converts": [], "tags": []}).encode())
         if api:
             info = {"id": name, "modelId": name, "sha": COMMIT, "private": hub.private, "tags": [], "downloads": 0}
             info |= {"gated": "manual" if hub.gated else False, "siblings": [{"rfilename": k} for k in files]}
@@ -136,6 +141,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
                 {"path": each, "uploadMode": mode[each.endswith((".safetensors", ".pt"))], "shouldIgnore": False}
                 for each in names
             ]})  # fmt: skip
+        if "/branch/" in path:
+            return self.send(403)
         if path.endswith("/objects/batch"):
             objects = [
                 each | {"actions": {"upload": {"href": f"{hub.address}/upload/{each['oid']}"}}}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,8 @@ from ...checkpoint.config import CheckpointConfig
 from ...checkpoint.findings import Contents
 from ...checkpoint.verify import checkpoint_folder, inspect_facts
 from ...constants import MIB, expert_name
-from ...errors import CheckpointError, UsageError, counted, shown
-from ...reporting.results import RESULTS, Results, SkillLoss, read_results
+from ...errors import CheckpointError, counted, shown
+from ...reporting.results import RESULTS, Results, SkillLoss, read_results, results_of
 from ...reporting.sections import measured_stage, weights_text
 from ...reporting.sentences import summary
 from ...store import run_folder
@@ -62,12 +61,7 @@ def _found(path: Path) -> tuple[Path | None, Path | None, Results | None]:
         results = read_results(path) if (path / RESULTS).exists() else None
         return path, None if newest is None else newest.path, results
     checkpoint = checkpoint_folder(path)
-    beside = checkpoint.resolve().parent
-    with suppress(UsageError):  # it says nothing of the checkpoint
-        results = read_results(beside)
-        if results.checkpoint and (beside / results.checkpoint).resolve() == checkpoint.resolve():
-            return None, checkpoint, results
-    return None, checkpoint, None
+    return None, checkpoint, results_of(checkpoint)
 
 
 # ---- for people ----
