@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from .base import hub
 from .base.find import find_base
 from .base.load import load_base
 from .base.preserve import seeded
@@ -121,7 +122,7 @@ class DyLoRAMoE(Mixture):
             base: as in `from_checkpoint`.
             dtype: of the base model; None and "auto" for that of the checkpoint.
             device_map: a device, or "auto" for the best one. A mixture is on one device.
-            options: `cache_dir`, `force_download` and `local_files_only`, as in Transformers.
+            options: `cache_dir`, `force_download` and `local_files_only`, as in Transformers, for the base model, too.
 
         Raises:
             CheckpointError: with every problem of the checkpoint.
@@ -132,12 +133,13 @@ class DyLoRAMoE(Mixture):
         refused = sorted(key for key, value in options.items() if key not in _NEEDLESS and value not in (None, ""))
         if refused:
             raise UsageError(f"DyLoRAMoE.from_pretrained has no option {', '.join(refused)}: leave it out")
-        folder = find_checkpoint(name, revision=revision, token=token, **found)
         chosen = {"dtype": None if dtype == "auto" else dtype, "device": _device(device_map)}
         if not isinstance(base, PreTrainedModel):
             chosen["token"] = token
         loading = {key: value for key, value in chosen.items() if value is not None}
-        model = load_mixture(folder, base, kind=cls, **loading)
+        with hub.using(**found):
+            folder = find_checkpoint(name, revision=revision, token=token)
+            model = load_mixture(folder, base, kind=cls, **loading)
         model.name_or_path = model.config.name_or_path = os.fspath(name)
         if attn_implementation is not None:
             model.set_attn_implementation(attn_implementation)

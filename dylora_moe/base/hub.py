@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import huggingface_hub
@@ -21,6 +23,22 @@ from .quiet import quiet
 REMEDY = "    export HF_TOKEN=your_token"
 HUB_SECONDS = 2.5  # an unreachable hub is to be noticed within 3
 FILE_SECONDS = 30.0  # for one small file, from a hub that has answered
+
+
+_options: ContextVar[Mapping[str, Any]] = ContextVar("options", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def using(**options: Any) -> Iterator[None]:
+    """Inside, the functions of this module use these options of huggingface_hub: those that are not None.
+
+    `cache_dir`, `force_download` and `local_files_only`, which asks the hub for nothing.
+    """
+    before = _options.set({key: value for key, value in options.items() if value is not None})
+    try:
+        yield
+    finally:
+        _options.reset(before)
 
 
 class HubError(UsageError):
@@ -40,10 +58,12 @@ def ask(hub_id: str, revision: str | None, token: str | None, weight_files: Coll
     Raises:
         HubError: if the hub refuses, or cannot be reached.
     """
-    if constants.is_offline_mode():
+    options = _options.get()
+    if constants.is_offline_mode() or options.get("local_files_only"):
+        what = "HF_HUB_OFFLINE" if constants.is_offline_mode() else "local_files_only"
         raise HubError(
-            f"{hub_id} was not asked of the hub, because HF_HUB_OFFLINE is set, and its weights are not in the cache.",
-            "Unset HF_HUB_OFFLINE, or give a local folder; for a gated model also",
+            f"{hub_id} was not asked of the hub, because {what} is set, and its weights are not in the cache.",
+            f"Unset {what}, or give a local folder; for a gated model also",
             unreachable=True,
         )
     sent = sent_token(token)
@@ -58,7 +78,13 @@ def ask(hub_id: str, revision: str | None, token: str | None, weight_files: Coll
             _within(FILE_SECONDS, huggingface_hub.get_hf_file_metadata, url, token=sent, timeout=HUB_SECONDS)
         # With the branch as revision, its commit is noted in the cache and found again when the hub is unreachable.
         config = _within(
-            FILE_SECONDS, huggingface_hub.hf_hub_download, hub_id, "config.json", revision=revision, token=sent
+            FILE_SECONDS,
+            huggingface_hub.hf_hub_download,
+            hub_id,
+            "config.json",
+            revision=revision,
+            token=sent,
+            cache_dir=options.get("cache_dir"),
         )
     if weight_files and weights is None:
         raise HubError(
@@ -70,18 +96,23 @@ def ask(hub_id: str, revision: str | None, token: str | None, weight_files: Coll
 
 def cached(hub_id: str, revision: str | None) -> Path | None:
     """Return the folder of the local cache that has the model's config.json, or None."""
-    path = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    path = try_to_load_from_cache(hub_id, "config.json", _options.get().get("cache_dir"), revision)
     return Path(path).parent if isinstance(path, str) else None
 
 
 def download(hub_id: str, revision: str | None, patterns: list[str], token: str | None, **options: Any) -> Path:
     """Download the files that match `patterns` and return the folder that they are in. Raises HubError.
 
-    options: further ones of `huggingface_hub.snapshot_download`, such as `cache_dir`.
+    options: further ones of `huggingface_hub.snapshot_download`, such as `cache_dir`; they win over those of `using`.
     """
-    sent = sent_token(token)
+    sent, options = sent_token(token), {**_options.get(), **options}
     with quiet(), _hub_errors(hub_id, revision, sent):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, token=sent, **options))
+
+
+def cache_folder() -> str:
+    """Return the folder of the cache."""
+    return str(_options.get().get("cache_dir") or constants.HF_HUB_CACHE)
 
 
 def sent_token(token: str | None) -> str | Literal[False]:

@@ -225,7 +225,7 @@ def _weights_folder(base: Base) -> Path:
         return folder
     if constants.is_offline_mode() or (has_weights(folder) and not _missing_shards(folder)):
         return folder
-    machine.need_disk(parameter_bytes(base.config), constants.HF_HUB_CACHE, f"the download of {base.name}")
+    machine.need_disk(parameter_bytes(base.config), hub.cache_folder(), f"the download of {base.name}")
     safe = hub.download(base.name, base.revision, _patterns("model", "safetensors"), base.token)
     if has_weights(safe):
         return safe

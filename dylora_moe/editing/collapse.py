@@ -11,7 +11,6 @@ from ..api import DyLoRAMoE
 from ..checkpoint.verify import SoundCheckpoint
 from ..constants import NO_EXPERT
 from ..data.sources import DataSpec
-from ..data.texts import read_text
 from ..errors import UsageError
 from ..stages.batches import BlockCollator, known_tokens
 from ..stages.evaluate import Evaluation
@@ -19,7 +18,7 @@ from ..stages.measure import read_held_out
 from ..stages.merging import checked_weights, combined, rebuilt, rows_of
 from ..stages.setup import skill_names
 from .checked import sound
-from .edit import NAMED_BASE, BaseChoice, load, tokenizer_of
+from .edit import NAMED_BASE, BaseChoice, documents_of, load, tokenizer_of
 
 BATCH_SIZE = 1  # rows of --data have different lengths
 
@@ -98,12 +97,12 @@ def collapse(
 def _texts(checkpoint: SoundCheckpoint, model: DyLoRAMoE, data: Sequence[str], base: BaseChoice) -> Mapping[str, Any]:
     """Return the rows on which the loss is measured, by skill or data set."""
     if not data:
-        kept = read_held_out(checkpoint.folder.parent, known_tokens(model.base))
+        kept = read_held_out(checkpoint.folder.resolve().parent, known_tokens(model.base))
         return {name: rows for name, rows in kept.items() if len(rows)}
     tokenizer, found = tokenizer_of(checkpoint, base), {}
     specs = [DataSpec.parse(text) for text in data]
     for name, spec in zip(skill_names(spec.name for spec in specs), specs, strict=True):
-        rows = rows_of(read_text(spec, tokenizer, None).read.items, model)
+        rows = rows_of(documents_of(spec, tokenizer, model), model)
         if not rows:
             raise UsageError(f"{spec.source}: has nothing to be predicted; give documents of two tokens or more")
         found[name] = rows

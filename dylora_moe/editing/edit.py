@@ -18,9 +18,13 @@ from ..base.find import find_base
 from ..base.load import load_tokenizer
 from ..checkpoint.read import named_base
 from ..checkpoint.verify import SoundCheckpoint
+from ..data.documents import Document, check_vocabulary
+from ..data.sources import DataSpec
+from ..data.texts import read_text
 from ..mixture.model import Mixture
 from ..skills.library import SAMPLES, SkillLibrary
 from ..skills.sizes import SampleSizes
+from ..stages.batches import known_tokens
 from ..stages.setup import sizes_of
 
 Numbering = Mapping[int, int]  # the index of each expert that stays -> its new one
@@ -57,6 +61,14 @@ class Edited:
 def load(checkpoint: SoundCheckpoint, base: BaseChoice) -> DyLoRAMoE:
     """Load the mixture of a checkpoint. Raises UsageError if the base model is not available."""
     return DyLoRAMoE.from_checkpoint(checkpoint.folder, base.name, device=base.device)
+
+
+def documents_of(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, model: DyLoRAMoE) -> list[Document]:
+    """Return the documents of a data set. Raises UsageError if the base model does not know one of their tokens."""
+    documents = read_text(spec, tokenizer, None).read.items
+    if (vocabulary := known_tokens(model.base)) is not None:
+        check_vocabulary(documents, tokenizer, vocabulary, spec.source)
+    return documents
 
 
 def tokenizer_of(checkpoint: SoundCheckpoint, base: BaseChoice) -> PreTrainedTokenizerBase:

@@ -62,6 +62,8 @@ def find_lora(source: str, revision: str | None = None) -> Path:
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise UsageError(f"{source}: expected a folder with a LoRA, or a Hub id like user/name, found nothing")
         folder = hub.download(source, revision, list(FILES), None)
+    elif revision is not None:
+        raise UsageError(f"--revision {revision} is of a repository on the Hub, but {source} is on this machine")
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         near = [str(path.parent) for path in sorted(folder.glob(f"*/{formats.ADAPTER_CONFIG}"))]

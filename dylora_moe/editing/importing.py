@@ -12,18 +12,15 @@ from ..api import DyLoRAMoE
 from ..checkpoint.read import read_skills
 from ..checkpoint.verify import SoundCheckpoint
 from ..constants import MAX_EXPERTS, expert_name
-from ..data.documents import check_vocabulary
 from ..data.sources import DataSpec
-from ..data.texts import read_text
 from ..errors import UsageError, shown
 from ..mixture.model import Mixture
 from ..skills.fit import fit_router
 from ..skills.library import Skill
-from ..stages.batches import known_tokens
 from ..stages.growth import LEAST_TOKENS, check_skills
 from ..stages.setup import Trained, add_skill, skill_names
 from .checked import sound
-from .edit import NAMED_BASE, BaseChoice, Edited, load, publish, tokenizer_of
+from .edit import NAMED_BASE, BaseChoice, Edited, documents_of, load, publish, tokenizer_of
 from .foreign import Lora, find_lora, read_lora
 
 
@@ -80,10 +77,7 @@ def _documents(
     tokenizer = tokenizer_of(checkpoint, base)
     found = []
     for spec in specs:
-        items = read_text(spec, tokenizer, None).read.items
-        if (vocabulary := known_tokens(model.base)) is not None:
-            check_vocabulary(items, tokenizer, vocabulary, spec.source)
-        found += [item.ids.tolist() for item in items]
+        found += [document.ids.tolist() for document in documents_of(spec, tokenizer, model)]
     if (tokens := sum(map(len, found))) < LEAST_TOKENS:
         raise UsageError(
             f"{specs[0].source}: has {tokens} tokens, too little text to tell a skill by; give at least {LEAST_TOKENS}"

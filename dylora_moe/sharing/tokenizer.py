@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from ..base import hub
 from ..base.find import find_base
 from ..base.load import has_tokenizer, load_tokenizer
 from ..checkpoint import formats
@@ -39,7 +40,15 @@ class CheckpointTokenizer:
         """
         found = {key: options.pop(key) for key in _HUB if options.get(key) is not None}
         options = {key: value for key, value in options.items() if key not in (*_HUB, *_OWN)}
-        folder = find_checkpoint(name, **found)
+        revision, token = found.pop("revision", None), found.pop("token", None)
+        with hub.using(**found):
+            return cls._find(name, revision, token, *inputs, **options)
+
+    @classmethod
+    def _find(
+        cls, name: str | os.PathLike, revision: str | None, token: str | None, *inputs: Any, **options: Any
+    ) -> PreTrainedTokenizerBase:
+        folder = find_checkpoint(name, revision=revision, token=token)
         config = inspect_config(folder)
         if config is None:
             raise UsageError(f"{folder / formats.CONFIG} is not sound: `dylora-moe verify` lists what is wrong")
@@ -51,5 +60,5 @@ class CheckpointTokenizer:
         base = config.base_model.located(folder)
         if not base:
             raise UsageError(f"{folder / formats.CONFIG} names no base model, and there is no tokenizer in {folder}")
-        source, _ = find_base(base, weights="none", token=found.get("token"), revision=config.base_model.revision)
-        return load_tokenizer(source, found.get("token"), **options)
+        source, _ = find_base(base, weights="none", token=token, revision=config.base_model.revision)
+        return load_tokenizer(source, token, **options)

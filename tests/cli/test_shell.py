@@ -165,7 +165,8 @@ def terminal(monkeypatch):
     def type_in(*lines: object) -> None:
         left = iter([*lines, EOFError()])
 
-        def read(prompt: str) -> str:
+        def read(prompt: str = "") -> str:
+            print(prompt, end="")
             line = next(left)
             if isinstance(line, BaseException):
                 raise line
@@ -197,6 +198,13 @@ def test_a_chat_goes_on_from_what_was_said(saved, terminal, capsys):
     terminal("a", "a")
     one, two = as_json(capsys, "generate", saved, "--max-new-tokens", 2, "--temperature", 0, "--raw")["answers"]
     assert (one["prompt_tokens"], one["text"]) == (two["prompt_tokens"], two["text"]) == (1, one["text"])
+
+
+def test_a_chat_that_is_written_as_json_asks_on_standard_error(saved, terminal, capsys):
+    terminal("a")
+    assert main(["generate", str(saved), "--max-new-tokens", "1", "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert len(json.loads(out)["answers"]) == 1 and err.count("> ") == 2
 
 
 def test_a_chat_forgets_its_beginning_where_it_is_too_long(saved, terminal, capsys):

@@ -45,9 +45,10 @@ def stock(folder):
         return PeftModel.from_pretrained(old_model().fresh_base(), folder).eval()
 
 
-def test_the_lora_has_the_loss_that_was_told(run, tmp_path):
+def test_the_lora_has_the_loss_that_was_told(run, tmp_path, monkeypatch):
     before = contents(run)
-    made = collapse(run / "checkpoint-7", tmp_path / "one")
+    monkeypatch.chdir(run / "checkpoint-7")
+    made = collapse(".", tmp_path / "one")
     assert contents(run) == before
     assert sorted(path.name for path in made.folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     assert list(made.losses) == ["one", "three"]
@@ -87,3 +88,10 @@ def test_what_is_refused(run, tmp_path):
         with pytest.raises(UsageError, match=problem):
             collapse(run / "checkpoint-7", tmp_path / target, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "tiny.txt"]
+
+
+def test_tokens_that_the_base_model_does_not_know_are_refused(run, tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text("a text")
+    monkeypatch.setattr("dylora_moe.editing.edit.known_tokens", lambda base: 100)
+    with pytest.raises(UsageError, match=r"text\.txt: the tokenizer makes .* the base model does not know"):
+        collapse(run / "checkpoint-7", tmp_path / "one", data=[str(tmp_path / "text.txt")])

@@ -193,6 +193,7 @@ def test_a_lora_outside_of_the_decoder_layers_is_refused(tmp_path):
     [
         (checkpoint, {"name": "two"}, "has a skill 'two' already"),
         (checkpoint, {"name": "x" * 33}, "1 to 32 bytes"),
+        (checkpoint, {"revision": "v2"}, "--revision v2 is of a repository on the Hub, but .* is on this machine"),
         (checkpoint, {"data": ["nowhere.txt"]}, "no such file or folder"),
         (checkpoint, {"lora": "./nowhere"}, "expected a folder with a LoRA, or a Hub id like user/name, found nothing"),
         (joint, {}, "cannot be grown: no skill is known of 2 of its 2 experts"),

@@ -81,6 +81,23 @@ def test_the_cache_serves_where_the_hub_cannot(hub, monkeypatch):
         DyLoRAMoE.from_pretrained("me/others")
 
 
+def test_a_cache_of_ones_own_is_for_the_base_model_too(hub, tmp_path):
+    mixture().push_to_hub("me/mine", token=RIGHT)
+    options = {"cache_dir": tmp_path / "mine"}
+    with pytest.raises(UsageError, match=r"cannot be reached .*me/mine"):
+        DyLoRAMoE.from_pretrained("me/mine", local_files_only=True, **options)
+    pull("me/mine", **options)
+    with pytest.raises(UsageError, match=r"org/base was not asked of the hub, because local_files_only is set"):
+        DyLoRAMoE.from_pretrained("me/mine", local_files_only=True, **options)
+    AutoTokenizer.from_pretrained("me/mine", **options)
+    DyLoRAMoE.from_pretrained("me/mine", **options)
+    assert not list(Path(constants.HF_HUB_CACHE).glob("models--*"))
+    asked = len(hub.asked)
+    DyLoRAMoE.from_pretrained("me/mine", local_files_only=True, **options)
+    AutoTokenizer.from_pretrained("me/mine", local_files_only=True, **options)
+    assert len(hub.asked) == asked
+
+
 def test_only_files_of_the_format_are_pulled_and_they_are_verified(hub):
     mixture().push_to_hub("me/mine", token=RIGHT)
     (hub.folders["me/mine"] / "huge.bin").write_bytes(b"x")

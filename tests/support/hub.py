@@ -24,7 +24,7 @@ class Hub(http.server.ThreadingHTTPServer):
     """Plays the hub for the models of `folders`, and keeps what was asked.
 
     gated: only `token` opens the files. private: only `token` sees the repository. created: what was pushed is in
-    folders here. revisions: those that every repository has; nobody may make a branch, and of branches only main is listed.
+    folders here. revisions: those that every repository has; nobody may make a branch, and main is the only one listed.
     """
 
     def __init__(self, folders: dict[str, Path], created: Path | None = None):
@@ -152,7 +152,8 @@ class Answer(http.server.BaseHTTPRequestHandler):
         if "/commit/" in path:
             for line in body.splitlines():
                 self.commit(hub.folders[name], **json.loads(line))
-            return self.answer({"commitUrl": f"{hub.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
+            answer = {"commitUrl": f"{hub.address}/{name}/commit/{COMMIT}", "commitOid": COMMIT}
+            return self.answer(answer | {"pullRequestUrl": f"{hub.address}/{name}/discussions/1"})
         return self.send(404)
 
     def commit(self, folder: Path, key: str, value: dict) -> None:

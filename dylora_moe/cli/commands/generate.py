@@ -6,7 +6,7 @@ import argparse
 import sys
 from argparse import Namespace
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ...constants import MAX_SEED
 from ...data.chat import Message
@@ -105,7 +105,7 @@ def _chat(answers: Answers, screen: RoutedText) -> list[dict[str, Any]]:
     messages, found = list[Message](), list[dict[str, Any]]()
     with suppress(EOFError, KeyboardInterrupt):
         while True:
-            line = input("> ")
+            line = _typed(people(answers.args))
             if not line.strip():
                 continue
             try:
@@ -114,6 +114,15 @@ def _chat(answers: Answers, screen: RoutedText) -> list[dict[str, Any]]:
                 say(error, sys.stderr)
     screen.end()
     return found
+
+
+def _typed(screen: TextIO) -> str:
+    """Return the next line of the user. `input` would write what it asks to standard output, also where that is JSON."""
+    if screen is sys.stdout:
+        return input("> ")
+    screen.write("> ")
+    screen.flush()
+    return input()
 
 
 def _of_user(line: str) -> Message:
