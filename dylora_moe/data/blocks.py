@@ -33,7 +33,7 @@ from .documents import Document, check_vocabulary
 from .held_out import Split, read_evaluation, split_text
 from .packing import COLUMNS, PADDED_COLUMNS, Packed, as_dataset, pack
 from .sources import DataSpec
-from .texts import Divide, divided, read_text
+from .texts import Divide, Trains, divided, read_text
 
 EVAL_FRACTION = 0.05
 HELD_OUT_BLOCKS = 64  # the most per data set
@@ -90,7 +90,7 @@ class TokenBlocks:
     def padding_share(self) -> float:
         """The part of all tokens of the training blocks that is padding, each block counted once."""
         blocks = sum(source.blocks for source in self.sources)
-        return sum(source.padding_tokens for source in self.sources) / (blocks * self.block_size)
+        return sum(source.padding_tokens for source in self.sources) / max(1, blocks * self.block_size)
 
 
 def load_blocks(
@@ -107,6 +107,7 @@ def load_blocks(
     vocabulary: int | None = None,
     token: str | None = None,
     divide: Divide | None = None,
+    trains: Trains = lambda index: True,
 ) -> TokenBlocks:
     """Read, split, pack and mix data sets. The same arguments and files give the same blocks.
 
@@ -121,6 +122,7 @@ def load_blocks(
         vocabulary: the number of tokens that the model knows. Documents with others are refused.
         token: of the hub.
         divide: divides data sets by their documents. The parts of `name` are `name-1`, `name-2`, ...
+        trains: asked once all are divided; the mixture has no block of the others, whose held-out part is evaluated.
 
     Raises:
         UsageError: if an argument, a source or its content is unusable.
@@ -131,7 +133,8 @@ def load_blocks(
     most_tokens = math.inf if most is None else most * block_size
     texts = [read_text(spec, tokenizer, token) for spec in specs]
     if divide is not None:
-        texts = divided(texts, divide)
+        texts = divided(texts, divide, shared=mixing == "equal")
+    trained = [index for index in range(len(texts)) if trains(index)]
     splits = [split_text(text, seed, fraction, most_tokens) for text in texts]
     names, eval_names = (_unique_names([each.name for each in some]) for some in (texts, eval_specs))
     tests = [read_evaluation(spec, tokenizer, token, seed, most_tokens) for spec in eval_specs]
@@ -140,9 +143,13 @@ def load_blocks(
             check_vocabulary(split.read.items, tokenizer, vocabulary, split.spec.source)
     held_out = set().union(*(split.held_out for split in [*splits, *tests]))
     layout = _Layout(block_size, _padding(tokenizer, vocabulary), packed)
-    parts = [_pack_split(split, held_out, layout, most) for split in splits]
+    parts = [_pack_split(split, held_out, layout, most, index in trained) for index, split in enumerate(splits)]
     train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
-    mixed, drawn = _mix(train, [text.spec.weight for text in texts], seed, mixing)
+    if trained:
+        mixed = _mix([train[i] for i in trained], [texts[i].spec.weight for i in trained], seed, mixing)
+    else:
+        mixed = train[0].select([])
+    drawn = np.bincount(np.asarray(mixed["source"], dtype=int), minlength=len(parts)).tolist()
     evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
     if eval_specs:
         evaluation = dict(zip(eval_names, (layout.evaluation(split, most) for split in tests), strict=True))
@@ -298,12 +305,12 @@ class _Layout:
         return self.as_dataset(self.pack(split.evaluation).rows[:most])
 
 
-def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int | None) -> _Part:
+def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int | None, trained: bool) -> _Part:
     documents = [document for document in split.train if document.text_key not in held_out]
-    if layout.packed or not documents:
+    if trained and (layout.packed or not documents):
         _check_enough(split.where, documents, len(split.train), layout.block_size)
     train = layout.pack(documents)
-    if not len(train.rows):
+    if trained and not len(train.rows):
         raise UsageError(
             f"{split.where}: no block of {layout.block_size} tokens has anything to learn in it; give longer answers "
             "or a larger block size"
@@ -311,8 +318,7 @@ def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int |
     return _Part(split, documents, train, layout.pack(split.evaluation).rows[:most])
 
 
-def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> tuple[Dataset, list[int]]:
-    """Return the mixture, and the number of blocks that were drawn from each part."""
+def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> Dataset:
     sizes, least = np.array([len(part) for part in parts]), min(weights)
     if mixing == "equal":
         needed = max(size * sum(weights) / weight for size, weight in zip(sizes, weights, strict=True))
@@ -324,18 +330,13 @@ def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> 
             f"{sum(sizes):,} blocks have been seen, {needed:,.0f} would be drawn; give less different ones"
         )
     if len(parts) == 1:
-        mixed = parts[0]
-    elif mixing == "equal":
+        return parts[0]
+    if mixing == "equal":
         shares = [weight / sum(weights) for weight in weights]
-        mixed = interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
-    else:
-        times = [weight / least for weight in weights]
-        repeated = [
-            part.select(np.arange(round(n * len(part))) % len(part)) for part, n in zip(parts, times, strict=True)
-        ]
-        mixed = concatenate_datasets(repeated)
-        order = list(range(len(mixed)))
-        random.Random(seed).shuffle(order)
-        mixed = mixed.select(order)
-    drawn = np.bincount(np.asarray(mixed["source"]), minlength=len(parts)).tolist()
-    return mixed, drawn
+        return interleave_datasets(parts, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+    times = [weight / least for weight in weights]
+    repeated = [part.select(np.arange(round(n * len(part))) % len(part)) for part, n in zip(parts, times, strict=True)]
+    mixed = concatenate_datasets(repeated)
+    order = list(range(len(mixed)))
+    random.Random(seed).shuffle(order)
+    return mixed.select(order)

@@ -11,6 +11,7 @@ from .sources import DataSpec, read_rows
 
 # The sources of data sets and their documents -> the label of each document. Each label makes a part of its data set.
 Divide = Callable[[list[str], list[list[Document]]], list[list[int]]]
+Trains = Callable[[int], bool]  # the index of a data set or a part, in their order -> whether it is trained on
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,12 @@ def read_text(spec: DataSpec, tokenizer: Any, token: str | None) -> Text:
     return Text(spec.name, spec, read_documents(rows.dataset, tokenizer, spec.source), rows.skipped_files)
 
 
-def divided(texts: list[Text], divide: Divide) -> list[Text]:
-    """Divide data sets by the label of each document. The weight of a part is that of its share of the tokens."""
+def divided(texts: list[Text], divide: Divide, *, shared: bool) -> list[Text]:
+    """Divide data sets by the label of each document.
+
+    Args:
+        shared: whether each part has the weight of its share of the tokens, rather than that of the whole data set.
+    """
     found = []
     labels = divide([text.spec.source for text in texts], [text.read.items for text in texts])
     for text, own in zip(texts, labels, strict=True):
@@ -48,7 +53,8 @@ def divided(texts: list[Text], divide: Divide) -> list[Text]:
             if number > 1:  # what was not read is told once
                 read = replace(read, skipped_rows=0, unlabelled_turns=0, unused_columns=[], unread=[])
                 skipped_files = 0
-            spec = replace(text.spec, weight=text.spec.weight * sum(map(len, items)) / total)
+            share = sum(map(len, items)) / total if shared else 1.0
+            spec = replace(text.spec, weight=text.spec.weight * share)
             name = f"{text.name}-{number}" if len(parts) > 1 else text.name
             part = f" (part {number} of the {len(parts)} that it was divided into)" if len(parts) > 1 else ""
             found.append(Text(name, spec, read, skipped_files, part))

@@ -175,6 +175,10 @@ class Mixture(OnBase):
         self._trained, self._trains_router = frozenset(experts), router
         for expert in self._trained:
             check_expert(expert, self.num_experts)
+        self.unfreeze()
+
+    def unfreeze(self) -> None:
+        """Make what `train_only` has chosen trainable again, after PEFT or others have frozen it."""
         cast(Any, self.peft_model.base_model).set_adapter([expert_name(i) for i in range(self.num_experts)])
         for parameter in self.parameters():
             parameter.requires_grad_(False)

@@ -154,14 +154,19 @@ def last_changes(results: Results) -> dict[str, float]:
 
 
 def curves(results: Results) -> Chart | None:
-    """Return the training losses of all stages over the steps of the run, or None."""
-    marks, series, kinds = skill_marks(results), {}, {}
+    """Return the training losses of all stages, one after the other, or None.
+
+    The steps of a stage may begin at 0 again, as in another run folder.
+    """
+    marks, series, kinds, ends = skill_marks(results), {}, {}, [0]
     for number, stage in enumerate(results.stages, 1):
+        moved = max(0, ends[-1] - stage.first_step)
         for name, points in stage.curves.items():
             label = name if name not in series else f"{name}, stage {number}"
-            series[label] = points
+            series[label] = [(step + moved, loss) for step, loss in points]
             kinds[label] = marks.get(name, Mark(name[:1] or "?"))
-    chart = line_chart(series, kinds, rules=[stage.last_step for stage in results.stages[:-1]])
+        ends.append(stage.last_step + moved)
+    chart = line_chart(series, kinds, rules=ends[1:-1])
     return chart if chart.lines else None
 
 

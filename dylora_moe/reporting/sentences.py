@@ -29,7 +29,7 @@ def names(items: Sequence[str]) -> str:
 def summary(results: Results) -> list[str]:
     """Return a paragraph in sentences."""
     skills = [skill.name for skill in results.skills]
-    steps = max((stage.last_step for stage in results.stages), default=0)
+    steps = sum(stage.last_step - stage.first_step for stage in results.stages)
     how = {
         "specialised": "Each expert was trained on its own skill, and the router was fitted to all of them.",
         "joint": "The experts and the router were trained together, so that no expert belongs to one skill.",
@@ -49,7 +49,10 @@ def summary(results: Results) -> list[str]:
 def _loss_sentences(results: Results) -> Iterator[str]:
     measured = measured_stage(results)
     if measured is None:
-        yield "Nothing was held out, so the loss on text that was not trained on is not known; see --eval-fraction."
+        yield (
+            "Nothing was held out of a skill's text, so the loss on text that was not trained on is not known. Text of "
+            "--eval-data tells it where it goes by the name of the skill."
+        )
         return
     losses = list(measured[1].evaluation.items())
     base, own, routed = (_mean([_value(loss, kind) for _, loss in losses]) for kind in ("base", "own", "routed"))

@@ -34,6 +34,10 @@ class Judge:
 
     What is new is known from then on: the data sets that follow are compared with it too.
 
+    Args:
+        update: whether a data set that was known before trains the expert that has its skill; otherwise it trains
+            nothing.
+
     Attributes:
         decisions: of the data sets and the parts of those that were divided, in order. `skill` is a name for what is
             new, by which later ones call it `nearest`.
@@ -41,6 +45,7 @@ class Judge:
     """
 
     detector: NoveltyDetector
+    update: bool = False
     decisions: list[Decision] = field(default_factory=list)
     parts: dict[str, str] = field(default_factory=dict)
     _new: list[tuple[str, list[Document]]] = field(default_factory=list)  # what the detector has not been told yet
@@ -52,6 +57,12 @@ class Judge:
             self._tell_detector()
             found.append(self._divide(source, documents))
         return found
+
+    def trains(self, index: int) -> bool:
+        """Return whether a data set, or a part of one, trains an expert: the one of this index in `decisions`."""
+        decision = self.decisions[index]
+        new = {each.skill for each in self.decisions if not each.known}
+        return self.update or not decision.known or decision.nearest in new
 
     def _tell_detector(self) -> None:
         for name, documents in self._new:
@@ -107,14 +118,18 @@ class Judge:
 
 @dataclass(frozen=True)
 class Divided:
-    """Divides data sets as an earlier run has divided them: `parts` of its stage."""
+    """Divides data sets, and trains on them, as an earlier run has: the one of this stage."""
 
-    parts: dict[str, str]
+    stage: Stage
+
+    def trains(self, index: int) -> bool:
+        """Return whether a data set, or a part of one, trains an expert."""
+        return index >= len(self.stage.data) or self.stage.data[index] is not None
 
     def __call__(self, sources: list[str], data: list[list[Document]]) -> list[list[int]]:
         found = []
         for source, documents in zip(sources, data, strict=True):
-            labels = [int(label) for label in self.parts.get(source, "0" * len(documents))]
+            labels = [int(label) for label in self.stage.parts.get(source, "0" * len(documents))]
             if len(labels) != len(documents):
                 raise UsageError(
                     f"{source}: expected the {len(labels)} documents of the run that is resumed, found "
@@ -157,16 +172,10 @@ def check_skills(library: SkillLibrary, num_experts: int, where: str, what: str 
         )
 
 
-def grow(
-    model: Mixture, library: SkillLibrary, blocks: TokenBlocks, judge: Judge, *, first_step: int, update: bool
-) -> Stage:
+def grow(model: Mixture, library: SkillLibrary, blocks: TokenBlocks, judge: Judge, *, first_step: int) -> Stage:
     """Add an expert for each data set that is new: a copy of the expert of the nearest skill.
 
     A data set that is like a new one trains that one's expert.
-
-    Args:
-        update: whether a data set that was known before trains the expert that has its skill; otherwise it trains
-            nothing.
     """
     names = [source.name for source in blocks.sources]
     new = [name for decision, name in zip(judge.decisions, names, strict=True) if not decision.known]
@@ -174,13 +183,13 @@ def grow(
     found = {skill.name: Trained(skill.name, skill.expert) for skill in library}  # by the names that the judge uses
     data: list[Trained | None] = []
     decisions: list[Decision] = []
-    for decision, name in zip(judge.decisions, names, strict=True):
+    for index, (decision, name) in enumerate(zip(judge.decisions, names, strict=True)):
         nearest = found[str(decision.nearest)]
         if not decision.known:
             trained = found[decision.skill] = Trained(skills[name], _add_expert(model, nearest.expert or 0))
             data.append(trained)
         else:
-            data.append(nearest if update or nearest.skill not in library else None)
+            data.append(nearest if judge.trains(index) else None)
         decisions.append(replace(decision, skill=name, nearest=nearest.skill))
     return Stage(first_step, None, data, decisions, judge.parts)
 

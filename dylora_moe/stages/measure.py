@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,14 @@ def _first_document(rows: Any) -> list[int]:
 
 
 def texts_of(rows: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield the texts of some training blocks."""
+    """Yield the texts of some blocks, which special tokens divide."""
+    special = set(tokenizer.all_special_ids)
     for row in rows.select(range(min(WORD_BLOCKS, len(rows)))):
         keep = row.get("attention_mask", [1] * len(row["input_ids"]))
-        yield str(tokenizer.decode([i for i, attended in zip(row["input_ids"], keep, strict=True) if attended]))
+        ids = [i for i, attended in zip(row["input_ids"], keep, strict=True) if attended]
+        for is_special, some in groupby(ids, special.__contains__):
+            if not is_special:
+                yield str(tokenizer.decode(list(some)))
 
 
 # ---- held-out text of earlier stages ----

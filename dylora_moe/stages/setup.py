@@ -88,14 +88,19 @@ class Stage:
     def for_data(self, fresh: Stage) -> Stage:
         """Return this stage for the data sets of a resumed run, of which `fresh` would be the stage.
 
-        A data set that goes by the name of a skill trains what that one did. If they have other names, but are as many,
-        they are taken for the same ones in the same order.
+        A data set that goes by the name of a skill trains what that one did. The others, if they are as many as the
+        skills that are left, are taken for those in the same order.
         """
-        known = {each.skill: each for each in self.trained}
-        names = [each.skill for each in fresh.trained]
-        if known.keys() == set(names):
-            return replace(self, data=[known[name] for name in names])
-        return self if len(self.data) == len(fresh.data) else replace(self, data=fresh.data)
+        if len(self.data) != len(fresh.data):
+            return replace(self, data=fresh.data)
+        names = {each.skill for each in fresh.trained}
+        known = {each.skill: each for each in self.trained if each.skill in names}
+        left = list(self.data)
+        for each in known.values():
+            left.remove(each)
+        return replace(
+            self, data=[known[each.skill] if each and each.skill in known else left.pop(0) for each in fresh.data]
+        )
 
     def for_skills(self, library: SkillLibrary, num_experts: int) -> Stage:
         """Return this stage with each skill of the library on the expert that has it, the others on those left."""

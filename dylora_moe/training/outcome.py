@@ -100,8 +100,10 @@ def read_earlier(run: Prepared, start: Start, grown_from: str | None) -> Earlier
 def held_out_rows(run: Prepared) -> Iterator[tuple[list[str], Trained, Any]]:
     """Yield the skills that are trained and have held-out text: the names of its data sets, the skill, the rows."""
     found: dict[str, tuple[list[str], Trained, list[Any]]] = {}
+    evaluation = run.blocks.evaluation
+    only = next(iter(evaluation.values())) if len(evaluation) == len(run.blocks.sources) == 1 else None
     for source, trained in zip(run.blocks.sources, run.stage.data, strict=True):
-        rows = run.blocks.evaluation.get(source.name)
+        rows = evaluation.get(source.name, only)
         if trained is not None and rows is not None and len(rows):
             names, _, parts = found.setdefault(trained.skill, ([], trained, []))
             names.append(source.name)
@@ -194,7 +196,7 @@ class Outcome:
             experts=model.num_experts,
             versions=describe_mixture(model).versions,
             stages=[*self._stages_before(), self._stage(measured)],
-            skills=self._entries(measured),
+            skills=self._entries(measured, held_out),
             examples=examples,
         )
         write_results(self.run_dir, results)
@@ -229,7 +231,7 @@ class Outcome:
             novelty=stage.decisions,
         )
 
-    def _entries(self, measured: Mapping[str, Measured]) -> list[SkillEntry]:
+    def _entries(self, measured: Mapping[str, Measured], held_out: Mapping[str, Any]) -> list[SkillEntry]:
         """Return an entry for each skill. What is known of an earlier one stays as it is, where it is not measured."""
         run, blocks = self.run, self.run.blocks
         before = {} if self.earlier.results is None else {entry.name: entry for entry in self.earlier.results.skills}
@@ -237,9 +239,11 @@ class Outcome:
         for i, trained in enumerate(run.stage.data):
             if trained is not None:
                 indices.setdefault(trained.skill, []).append(i)
-        rows = {name: (source_rows(blocks, i) for i in some) for name, some in indices.items()}
+        # Of skills that were not trained, the held-out text is what the others are compared with.
+        rows = {name: [each] for name, each in held_out.items()}
+        rows |= {name: [source_rows(blocks, i) for i in some] for name, some in indices.items()}
         texts = {n: chain.from_iterable(texts_of(each, run.tokenizer) for each in some) for n, some in rows.items()}
-        words = telling_words(texts, WORDS)
+        words = {name: some for name, some in telling_words(texts, WORDS).items() if some and name in indices}
         entries = []
         for skill in run.skills:
             old, found = before.get(skill.name), measured.get(skill.name)

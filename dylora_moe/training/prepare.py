@@ -19,7 +19,7 @@ from ..checkpoint.verify import SoundCheckpoint, open_checkpoint
 from ..constants import IMMATURE
 from ..data.blocks import TokenBlocks, load_blocks
 from ..data.sources import DataSpec
-from ..data.texts import Divide
+from ..data.texts import Divide, Trains
 from ..distributed import ranks
 from ..errors import UsageError
 from ..mixture.config import MoELoraConfig, RouterConfig
@@ -35,9 +35,10 @@ from ..stages.plan import branch_after, steps_of
 from ..stages.setup import Stage, add_skills, first_stage
 from ..store.files import FileProblem
 from ..system import machine
+from ..system.settings import spelled
 from . import training_state
 from .resume import Start, check, compared_settings
-from .settings import TrainSettings
+from .settings import JOINT_ONLY, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -152,13 +153,14 @@ def _growth(settings: TrainSettings, start: Start, device: torch.device) -> Prep
                 )
             check_skills(skills, checkpoint.config.num_experts, str(start.folder))
         model, tokenizer = _load_grown(settings, checkpoint, device)
-        judge = Judge(NoveltyDetector(model, skills)) if there is None else None
-        blocks = load_data(settings, model, tokenizer, judge or Divided(there.parts if there else {}))
+        judge = Judge(NoveltyDetector(model, skills), settings.update) if there is None else None
+        divide = judge or Divided(cast(Stage, there))
+        blocks = load_data(settings, model, tokenizer, divide, divide.trains)
         if judge is not None:
             if judge.detector.left_out:
                 names = comma_separated(judge.detector.left_out)
                 model.notes.append(f"too little text of {names} is known to compare new data with")
-            there = grow(model, skills, blocks, judge, first_step=start.step, update=settings.update)
+            there = grow(model, skills, blocks, judge, first_step=start.step)
             add_skills(model, skills, blocks, there)
     compared = compared_settings(settings, model, blocks)
     ended = False
@@ -221,9 +223,13 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
     router = RouterConfig(settings.temperature, settings.top_k, settings.balance_coefficient)
+    unused = [name for name in JOINT_ONLY if getattr(settings, name) != getattr(type(settings), name)]
     with seeded(settings.seed):
         model = Mixture(base, settings.num_experts, lora=lora, router=router, label_smoothing=settings.label_smoothing)
     model.base_revision = source.revision
+    if unused and settings.route == "specialised":
+        flags = comma_separated([spelled(name) for name in unused])
+        model.notes.append(f"without effect: {flags}; with --route specialised, the router is not trained but fitted")
     if source.note:
         model.notes.append(source.note)
     if settings.gradient_checkpointing:
@@ -232,7 +238,11 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
 
 
 def load_data(
-    settings: TrainSettings, model: Mixture, tokenizer: PreTrainedTokenizerBase, divide: Divide | None = None
+    settings: TrainSettings,
+    model: Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    divide: Divide | None = None,
+    trains: Trains = lambda index: True,
 ) -> TokenBlocks:
     """Return the token blocks of --data. If they are not packed, the model gets a note that says why.
 
@@ -258,6 +268,7 @@ def load_data(
         max_eval_blocks=settings.eval_blocks,
         token=settings.hf_token,
         divide=divide,
+        trains=trains,
     )
     if why_not is not None:
         model.notes.append(

@@ -28,6 +28,7 @@ FIXED_IN_GROWTH = (
     "experts", "lora_r", "lora_alpha", "lora_dropout", "targets", "top_k", "temperature", "balance_coefficient",
     "route", "demo", "quantize",
 )  # fmt: skip
+JOINT_ONLY = ("temperature", "balance_coefficient")  # what only a router that is trained with its experts uses
 RIVALS = {"max_steps": "epochs", "epochs": "max_steps"}  # whoever sets the one discards a weaker setting of the other
 
 
@@ -73,8 +74,12 @@ class TrainSettings:
         nargs="+",
     )
     top_k: int | None = flag(None, "experts per token once mature (default: min(2, experts))", type=number(int, 1))
-    temperature: float = flag(1.0, "temperature of the router's softmax (default: 1.0)", type=number(float, above=0))
-    balance_coefficient: float = flag(0.01, "weight of the load-balancing loss (default: 0.01)", type=number(float, 0))
+    temperature: float = flag(
+        1.0, "with --route joint, temperature of the router's softmax (default: 1.0)", type=number(float, above=0)
+    )
+    balance_coefficient: float = flag(
+        0.01, "with --route joint, weight of the load-balancing loss (default: 0.01)", type=number(float, 0)
+    )
 
     route: str = flag(
         "specialised",
@@ -92,7 +97,11 @@ class TrainSettings:
         choices=MIXINGS,
     )
     eval_data: tuple[str, ...] = flag(
-        (), "evaluate on this instead of a held-out part of --data; repeatable", action="append", metavar="NAME_OR_PATH"
+        (),
+        "evaluate on this instead of a held-out part of --data; repeatable. If it goes by the name of a data set of "
+        "--data, or both are the only ones, it tells the loss of that skill",
+        action="append",
+        metavar="NAME_OR_PATH",
     )
     eval_fraction: float = flag(
         0.05, "part of each data set's documents to hold out (default: 0.05)", type=number(float, most=0.9, above=0)

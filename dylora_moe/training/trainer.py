@@ -146,8 +146,7 @@ class MoETrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Make an AdamW over what is trained, with the names of the parameters in its state."""
         if self.optimizer is None:
-            if self.plan is None:  # otherwise `train` has chosen
-                self.mixture.train_all_experts()
+            self.mixture.unfreeze()
             args = self.args
             self.optimizer = torch.optim.AdamW(
                 list(self.mixture.trained_parameters().items()),

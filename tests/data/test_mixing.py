@@ -58,6 +58,29 @@ def test_in_proportion_the_blocks_of_both_are_mixed_and_the_same_each_time(small
     assert 0 < sum(tuple(row) in small for row in first) < len(small)
 
 
+def test_in_proportion_parts_of_a_data_set_are_not_repeated(small_and_large):
+    def divide(sources, data):
+        return [[int(number < len(documents) // 10) for number in range(len(documents))] for documents in data]
+
+    blocks = blocks_of(small_and_large[1], mixing="proportional", divide=divide)
+    assert len(blocks.sources) == 2 and set(rows_of(blocks).values()) == {1}
+    equal = blocks_of(small_and_large[1], divide=divide)
+    assert [source.weight for source in equal.sources] == pytest.approx([0.93, 0.07], abs=0.01)
+
+
+@pytest.mark.parametrize("mixing", ["equal", "proportional"])
+def test_what_is_not_trained_on_repeats_nothing_and_may_be_short(small_and_large, tmp_path, mixing):
+    small, large = small_and_large
+    short = write_rows(tmp_path / "short.jsonl", [{"text": "ab"}, {"text": "cd"}])
+    blocks = blocks_of(large, short, small, mixing=mixing, trains=lambda index: index == 2)
+    alone = blocks_of(small, mixing=mixing)
+    assert rows_of(blocks) == rows_of(alone) and set(blocks.train["source"]) == {2}
+    assert [source.sampled_blocks for source in blocks.sources] == [0, 0, len(alone.train)]
+    assert blocks.evaluation.keys() == {"large", "short", "small"}
+    nothing = blocks_of(large, trains=lambda index: False)
+    assert len(nothing.train) == 0 and len(nothing.evaluation["large"])
+
+
 @pytest.mark.parametrize("weights", [(2, 1), (5, 2), (1, 0.5)])
 def test_in_proportion_a_weight_repeats(small_and_large, weights):
     small, large = small_and_large

@@ -11,7 +11,7 @@ import pytest
 from dylora_moe.reporting import page
 from dylora_moe.reporting.charts import Scale, spread, thinned
 from dylora_moe.reporting.results import Decision, Example, Results
-from dylora_moe.reporting.sections import forgetting, last_changes
+from dylora_moe.reporting.sections import curves, forgetting, last_changes
 from dylora_moe.reporting.sentences import decision_words, summary
 
 from ..support.results import joint, sample, unmeasured
@@ -180,6 +180,19 @@ def test_a_skill_that_is_trained_again_is_compared_with_its_last_training():
     assert [(row[0].loss, row[0].change) for row in rows] == [(2.0, None), (1.5, None), (None, 1.8 / 1.5 - 1)]
     assert last_changes(replace(results, stages=stages)) == {"python": 1.8 / 1.5 - 1}
     assert last_changes(replace(results, stages=stages[:2])) == {}
+
+
+def test_stages_whose_steps_begin_at_0_again_follow_one_another():
+    results = sample(3, 2)
+    again = [results.stages[0]]
+    for stage in results.stages[1:]:
+        moved = {name: [(step - stage.first_step, loss) for step, loss in some] for name, some in stage.curves.items()}
+        last = stage.last_step - stage.first_step
+        again.append(replace(stage, first_step=0, last_step=last, curves=moved))
+    assert curves(replace(results, stages=again)) == curves(results)
+    assert said(replace(results, stages=again)) == said(results) and "Training took 720 steps in 3 stages" in said(
+        results
+    )
 
 
 def test_decisions_in_words():

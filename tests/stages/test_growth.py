@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
+from transformers import TrainingArguments
 
 import train
-from dylora_moe import DyLoRAMoE
+from dylora_moe import DyLoRAMoE, MoETrainer, PeftCheckpointCallback
 from dylora_moe.errors import UsageError
 from dylora_moe.reporting.results import KIND, read_results
 from dylora_moe.skills.library import SkillLibrary
@@ -106,12 +107,30 @@ def test_what_is_known_is_not_trained_on_unless_asked_for(run, tmp_path, capsys)
     assert skills[1]["digits"].tokens > skills[0]["digits"].tokens and skills[1].names == ["words", "digits"]
 
 
+def test_what_is_known_does_not_make_the_epochs_longer(run, tmp_path, capsys):
+    new, known = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2), write(tmp_path / "more.jsonl", "digits", 3, 60)
+    few = [word for word in flags(run, new, known) if word not in ("--max-steps", "4")]
+    few[few.index("--batch-size") : few.index("--batch-size") + 1] = ["--batch-size", "4"]
+    words = ["--grow", *few, "--epochs", "1"]
+    assert train.main(words) == 0
+    out = capsys.readouterr().out
+    assert "data: more: 60 documents" in out and " 0 drawn per epoch; held out:" in out and "times each" not in out
+    blocks = int(out.partition("data: SIGNS: ")[2].partition(" blocks")[0].rpartition(" ")[2])
+    assert read_results(run).step == 4 + -(-blocks // 4)
+    (run / f"checkpoint-{read_results(run).step}" / "manifest.json").unlink()
+    (run / "results.json").unlink()
+    assert train.main([*words, "--resume"]) == 0
+    assert read_results(run).step == 4 + -(-blocks // 4)
+
+
 def test_two_new_data_sets_of_one_kind_share_an_expert(run, tmp_path, capsys):
     data = [write(tmp_path / f"{name}.jsonl", kind, seed, 30) for name, kind, seed in NEW_ONES]
     assert grow(run, *data) == 0
     out = capsys.readouterr().out
     assert "skill: one: new (" in out and "trains expert_2\n" in out
     assert "skill: other: new (" in out and "trains expert_3\n" in out
+    words = {skill.name: skill.words for skill in read_results(run).skills}
+    assert {"router", "experts"} & set(words["other"])
     assert "from one, known up to" in out and "trains expert_2 as skill one\n" in out
     library = SkillLibrary.load(newest(run) / "skill_library.safetensors")
     assert library.names == ["words", "digits", "one", "other"]
@@ -253,7 +272,7 @@ def test_jointly_trained_experts_cannot_grow(tmp_path, capsys):
     assert "there is no complete checkpoint" in capsys.readouterr().err
 
 
-def test_from_python(run):
+def test_from_python(run, tmp_path):
     model = DyLoRAMoE.from_checkpoint(newest(run))
     library = SkillLibrary.load(newest(run) / "skill_library.safetensors")
     draw = random.Random(5)
@@ -273,3 +292,9 @@ def test_from_python(run):
     assert shares[2] == max(shares)
     with pytest.raises(UsageError, match="too little text"):
         model.grow(library, "short", [[1]])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    rows = [{"input_ids": ids[0].tolist(), "labels": ids[0].tolist()}] * 4
+    settings = TrainingArguments(str(tmp_path / "grown"), max_steps=1, use_cpu=True, remove_unused_columns=False)
+    MoETrainer(model, settings, train_dataset=rows, callbacks=[PeftCheckpointCallback(library)]).train()
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)]
+    assert changed and all(".expert_2." in name for name in changed)

@@ -44,5 +44,8 @@ def test_the_data_of_a_resumed_run_train_what_they_trained():
     saved = stage("a", "b", branch_step=3)
     assert saved.for_data(stage("b", "a")).data == [Trained("b", 1), Trained("a", 0)]  # in another order
     assert saved.for_data(stage("c", "d")) == saved  # files with other names
+    assert saved.for_data(stage("b", "c")).data == [Trained("b", 1), Trained("a", 0)]  # a has another name
+    twice = Stage(0, None, [Trained("a", 0), Trained("a", 0), None])
+    assert twice.for_data(stage("c", "a", "d")).data == [Trained("a", 0), Trained("a", 0), None]
     other = saved.for_data(stage("a", "b", "c"))
     assert (other.branch_step, other.data) == (3, stage("a", "b", "c").data)

@@ -129,6 +129,25 @@ def test_how_often_blocks_are_repeated_and_what_is_evaluated(tmp_path, capsys):
     assert results(tmp_path / "proportional")["stages"][0]["evaluation"] == {}  # it tells nothing of the skills
 
 
+def test_a_skill_is_measured_on_evaluation_data_of_its_name_or_on_the_only_ones(tmp_path):
+    (tmp_path / "two.jsonl").write_text(json.dumps({"text": TEXT}) + "\n")
+    assert train.main(arguments(tmp_path / "named", "--eval-data", str(tmp_path / "two.jsonl"), steps=1)) == 0
+    assert results(tmp_path / "named")["stages"][0]["evaluation"].keys() == {"two"}
+    (tmp_path / "two.jsonl").rename(tmp_path / "test.jsonl")
+    words = arguments(tmp_path / "only", "--eval-data", str(tmp_path / "test.jsonl"), steps=1)
+    place = words.index("--data")
+    assert train.main([*words[:place], *words[place + 2 :], "--experts", "1"]) == 0
+    assert results(tmp_path / "only")["stages"][0]["evaluation"].keys() == {"two"}
+
+
+def test_flags_without_effect_are_said(tmp_path, capsys):
+    more = ["--temperature", "2", "--balance-coefficient", "0"]
+    assert train.main(arguments(tmp_path / "run", *more, steps=1)) == 0
+    assert "without effect: --temperature, --balance-coefficient; with --route specialised" in capsys.readouterr().out
+    assert train.main(arguments(tmp_path / "joint", *more, "--route", "joint", steps=1)) == 0
+    assert "without effect" not in capsys.readouterr().out
+
+
 def test_another_mixing_is_another_run(tmp_path, capsys):
     assert train.main(arguments(tmp_path / "run", steps=1)) == 0
     more = ["--resume", "--mixing", "proportional", "--max-steps", "2"]

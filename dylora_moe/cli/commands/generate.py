@@ -117,7 +117,7 @@ def _chat(answers: Answers, screen: RoutedText) -> list[dict[str, Any]]:
 
 
 def _typed(screen: TextIO) -> str:
-    """Return the next line of the user. `input` would write what it asks to standard output, also where that is JSON."""
+    """Return the next line of the user. `input` writes its prompt to standard output, also where that is for JSON."""
     if screen is sys.stdout:
         return input("> ")
     screen.write("> ")

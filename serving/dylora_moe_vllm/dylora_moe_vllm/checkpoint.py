@@ -154,6 +154,7 @@ class Files:
             self._manifest = json.loads((self.folder / MANIFEST).read_bytes())["files"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"{self.folder} has no {MANIFEST} that can be read: no complete checkpoint") from None
+        self._read(CONFIG)
 
     def router(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the router, in float32."""
@@ -172,6 +173,10 @@ class Files:
         return layers
 
     def _tensors(self, name: str) -> dict[str, torch.Tensor]:
+        return {key: value.float() for key, value in load(self._read(name)).items()}
+
+    def _read(self, name: str) -> bytes:
+        """Return the content of a file, which must be as the manifest has it."""
         path = self.folder / name
         try:
             content = path.read_bytes()
@@ -184,4 +189,4 @@ class Files:
                 f"{path}: expected {expected[0]} bytes with the SHA-256 {expected[1]}, found {found[0]} bytes with "
                 f"{found[1]}; copy the checkpoint again from where it came, or use another one"
             )
-        return {key: value.float() for key, value in load(content).items()}
+        return content

@@ -22,6 +22,9 @@ from vllm.model_executor.layers.linear import LinearBase
 Adapter = Mapping[str, Mapping[str, torch.Tensor]]  # "A" (r, d_in) and "B" (d_out, r), by the path of their layer
 
 
+BY_HEAD = "query_key_value"  # of GPT-NeoX, Bloom and Falcon
+
+
 class Place(NamedTuple):
     """Where vLLM has a linear layer of the base model: in the columns `begin` to `end` of the output of `layer`."""
 
@@ -113,6 +116,11 @@ def _checked(adapter: Adapter, path: str, place: Place) -> tuple[torch.Tensor, t
 def _find(model: nn.Module, path: str, packed: Mapping[str, list[str]]) -> Place:
     """Find where vLLM has the layer of this path in Transformers' model."""
     parent, _, leaf = path.rpartition(".")
+    if leaf == BY_HEAD:
+        raise ValueError(
+            f"an expert is on the layer {path}, whose rows vLLM has in another order than Transformers, which has the "
+            "queries, keys and values of each head side by side: such a mixture is not supported"
+        )
     for name, place, count in _candidates(leaf, packed):
         try:
             layer = model.get_submodule(f"{parent}.{name}")

@@ -1,6 +1,6 @@
 """What vLLM can be asked to do that a mixture cannot: refused by name, before anything is loaded.
 
-It is also where the tokenizer is found, since a checkpoint has none of its own.
+It is also where the tokenizer and the defaults of sampling are found, since a checkpoint has none of its own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
@@ -24,15 +25,21 @@ class SupportedConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Without `--tokenizer`, take that of the checkpoint, of its run folder or of the base model."""
-        if model_config.tokenizer != model_config.model or not os.path.isdir(model_config.model):
-            return
-        checkpoint = Path(model_config.model).resolve()
-        for folder in (checkpoint, checkpoint.parent):
-            if any((folder / name).is_file() for name in TOKENIZER_FILES):
-                model_config.tokenizer = str(folder)
-                return
+        """Take from the base model what a checkpoint does not have.
+
+        That is what its `generation_config.json` says of sampling, and without `--tokenizer` the tokenizer: that of the
+        checkpoint, of its run folder or of the base model.
+        """
         mixture = mixture_of(model_config.hf_config)
+        if model_config.generation_config == "auto":
+            model_config.generation_config = mixture.base
+        if model_config.tokenizer != model_config.model:
+            return
+        for folder in _folders(model_config):
+            if any((folder / name).is_file() for name in TOKENIZER_FILES):
+                if os.path.isdir(model_config.model):
+                    model_config.tokenizer = str(folder)
+                return
         model_config.tokenizer, model_config.tokenizer_revision = mixture.base, mixture.revision
 
     @staticmethod
@@ -41,6 +48,16 @@ class SupportedConfig(VerifyAndUpdateConfig):
         problems = [*_settings(vllm_config), *_base(vllm_config.model_config)]
         if problems:
             raise ValueError("a DyLoRA-MoE mixture cannot be served like this:\n  " + "\n  ".join(problems))
+
+
+def _folders(model_config: Any) -> Iterator[Path]:
+    """Yield where the tokenizer of a checkpoint may be, beside that of the base model."""
+    if os.path.isdir(model_config.model):
+        checkpoint = Path(model_config.model).resolve()
+        yield from (checkpoint, checkpoint.parent)
+    else:
+        patterns = list(TOKENIZER_FILES)
+        yield Path(snapshot_download(model_config.model, revision=model_config.revision, allow_patterns=patterns))
 
 
 def _settings(config: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -101,6 +102,38 @@ def test_the_tokenizer_is_found(copy: Path) -> None:
     assert configured(str(checkpoint)).model_config.tokenizer == str(given)
 
 
+def on_the_hub(run: Path, name: str) -> Path:
+    """Put a checkpoint into the cache of the Hub, and return its folder there."""
+    repository = Path(os.environ["HF_HOME"]) / f"hub/models--user--{name}"
+    folder = shutil.copytree(run / "checkpoint", repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0" * 40)
+    return Path(folder)
+
+
+def test_the_tokenizer_of_a_checkpoint_on_the_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BASE_VARIABLE, str(copy / "base"))
+    on_the_hub(copy, "without")
+    assert configured("user/without").model_config.tokenizer == str(copy / "base")
+    shutil.copy(copy / "tokenizer.json", on_the_hub(copy, "with") / "tokenizer.json")
+    config = configured("user/with").model_config
+    assert config.tokenizer == config.model
+
+
+def test_sampling_is_that_of_the_base_model(copy: Path) -> None:
+    checkpoint = str(copy / "checkpoint")
+    change(copy / "base/generation_config.json", repetition_penalty=1.25, do_sample=True, top_p=0.75)
+    found = configured(checkpoint).model_config.get_diff_sampling_param()
+    assert found["repetition_penalty"] == 1.25 and found["top_p"] == 0.75
+    assert configured(checkpoint, generation_config="vllm").model_config.get_diff_sampling_param() == {}
+
+
+def test_a_config_that_has_changed(copy: Path) -> None:
+    change(copy / "checkpoint/config.json", step=7)
+    with pytest.raises(ValueError, match=r"config\.json: expected .* SHA-256"):
+        Files(str(copy / "checkpoint"))
+
+
 @pytest.mark.parametrize("name", ["router.safetensors", WEIGHTS])
 def test_files_that_have_changed(copy: Path, name: str) -> None:
     path = copy / "checkpoint" / name
@@ -126,6 +159,12 @@ def test_experts_on_a_layer_that_is_not_there() -> None:
     adapter = {"layers.0.q_proj": {"A": torch.zeros(2, 4), "B": torch.zeros(4, 2)}}
     with pytest.raises(ValueError, match=r"layers\.0\.q_proj"):
         add_experts(torch.nn.Module(), [adapter], [1.0], torch.ones(1, 1), {"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+
+
+def test_experts_on_rows_that_vllm_orders_otherwise() -> None:
+    adapter = {"layers.0.attention.query_key_value": {"A": torch.zeros(2, 4), "B": torch.zeros(12, 2)}}
+    with pytest.raises(ValueError, match=r"query_key_value, whose rows vLLM has in another order"):
+        add_experts(torch.nn.Module(), [adapter], [1.0], torch.ones(1, 1), {})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
