@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from dylora_moe_vllm.checkpoint import BASE_VARIABLE, Files
 from dylora_moe_vllm.experts import add_experts
 from dylora_moe_vllm.route import BASE, MAX_POSITIONS, Route, position_key, position_query
+from dylora_moe_vllm.supported import SupportedConfig
 
 from .conftest import Run
 
@@ -111,13 +113,20 @@ def on_the_hub(run: Path, name: str) -> Path:
     return Path(folder)
 
 
-def test_the_tokenizer_of_a_checkpoint_on_the_hub(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(BASE_VARIABLE, str(copy / "base"))
+def test_the_tokenizer_of_a_checkpoint_on_the_hub(copy: Path) -> None:
+    """Where the Hub can be asked, vLLM keeps its id; otherwise the model is a folder of the cache."""
+    found = configured(str(copy / "checkpoint")).model_config.hf_config
+
+    def tokenizer(name: str) -> str:
+        settings = {"hf_config": found, "revision": None, "tokenizer_revision": None, "generation_config": "auto"}
+        config = SimpleNamespace(model=name, tokenizer=name, **settings)
+        SupportedConfig.verify_and_update_model_config(config)
+        return config.tokenizer
+
     on_the_hub(copy, "without")
-    assert configured("user/without").model_config.tokenizer == str(copy / "base")
+    assert tokenizer("user/without") == str(copy / "base")
     shutil.copy(copy / "tokenizer.json", on_the_hub(copy, "with") / "tokenizer.json")
-    config = configured("user/with").model_config
-    assert config.tokenizer == config.model
+    assert tokenizer("user/with") == "user/with"
 
 
 def test_sampling_is_that_of_the_base_model(copy: Path) -> None:
