@@ -1,6 +1,6 @@
 """What a mixture learns: held-out loss of specialised and grown mixtures, and of what could be used instead.
 
-python -m benchmarks.learning                               half an hour on two cores
+python -m benchmarks.learning                               a quarter of an hour on two cores
 python -m benchmarks.learning --long --work FOLDER --json benchmarks/results/learning-long.json    four hours
 
 With --work, what has been measured is kept in that folder: the same command goes on after an interruption, and --parts
@@ -9,7 +9,7 @@ after a change of the router: experts do not depend on it.
 
 Every method sees the same rows of real text once, with the same batches, learning rate and number of steps. A mixture
 of N experts of rank r is compared with one LoRA of rank N r, so that both have the same number of parameters. A LoRA of
-rank r shows how much of a difference is that of the size.
+rank r (--parts small) shows how much of a difference is that of the size.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ OURS, OURS_OWN = "specialised mixture, routed", "specialised mixture, each skill
 METHODS = (BASE, JOINT, SMALL, TURN, OURS_OWN, OURS, GROWN_OWN, GROWN, DENSE, UNIFORM, ARROW, LINEAR, TIES)
 MIXTURES = ("specialised", "grown")
 PARTS = ("base", "joint", "specialised", "grown", "turn", "small")  # in the order in which they are measured
+USUAL = PARTS[:-1]
 FIRST = 2  # skills of a grown mixture that are trained together before the others come
 Losses = dict[str, float]  # mean held-out loss by skill
 Logits = Callable[[torch.Tensor, int], torch.Tensor]  # (ids (B, T), the skill that they are of) -> (B, T, V)
@@ -89,7 +90,7 @@ def flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--long", action="store_true", help="1,000 steps for each method: hours")
     parser.add_argument("--steps", type=int, help="steps for each skill (16; --long 200)")
     parser.add_argument("--work", type=Path, help="where to keep what has been trained and measured")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="what is measured (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=USUAL, help="what is measured (all but small)")
     parser.add_argument("--refit", action="store_true", help="measure the mixtures of --work with the present router")
     parser.add_argument("--seeds", type=int, default=1, help="how often everything is trained (%(default)s)")
 

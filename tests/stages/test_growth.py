@@ -108,15 +108,16 @@ def test_what_is_known_is_not_trained_on_unless_asked_for(run, tmp_path, capsys)
 
 
 def test_what_is_known_does_not_make_the_epochs_longer(run, tmp_path, capsys):
-    new, known = write(tmp_path / "SIGNS.jsonl", "SIGNS", 2), write(tmp_path / "more.jsonl", "digits", 3, 60)
+    new, known = write(tmp_path / "UPPER.jsonl", "UPPER", 2), write(tmp_path / "more.jsonl", "digits", 3, 60)
     few = [word for word in flags(run, new, known) if word not in ("--max-steps", "4")]
     few[few.index("--batch-size") : few.index("--batch-size") + 1] = ["--batch-size", "4"]
     words = ["--grow", *few, "--epochs", "1"]
     assert train.main(words) == 0
     out = capsys.readouterr().out
     assert "data: more: 60 documents" in out and " 0 drawn per epoch; held out:" in out and "times each" not in out
-    blocks = int(out.partition("data: SIGNS: ")[2].partition(" blocks")[0].rpartition(" ")[2])
+    blocks = int(out.partition("data: UPPER: ")[2].partition(" blocks")[0].rpartition(" ")[2])
     assert read_results(run).step == 4 + -(-blocks // 4)
+    assert {"router", "experts"} & set(read_results(run).skills[-1].words)  # against the held-out text of the others
     (run / f"checkpoint-{read_results(run).step}" / "manifest.json").unlink()
     (run / "results.json").unlink()
     assert train.main([*words, "--resume"]) == 0
