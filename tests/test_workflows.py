@@ -36,7 +36,10 @@ def test_github_takes_it(path, schema, tmp_path):
         ({}, "test_checkpoint_minimal.py --model google/codegemma-2b --experts 2"),
         ({"experts": "4", "args": "--lora-r 8 --max-size-mb 100"},
          "test_checkpoint_minimal.py --model google/codegemma-2b --experts 4 --lora-r 8 --max-size-mb 100"),
+        ({"experts": "4", "args": "--lora-r 8\n--max-size-mb 100\n"},
+         "test_checkpoint_minimal.py --model google/codegemma-2b --experts 4 --lora-r 8 --max-size-mb 100"),
         ({"script": "quick"}, "test_checkpoint_quick.py"),
+        ({"script": "quick", "checkpoint": "run"}, "test_checkpoint_quick.py --checkpoint run"),  # which it refuses
         ({"script": "save_load", "checkpoint": "run/a b"}, "test_checkpoint_save_load.py --checkpoint run/a b"),
         ({"model": "x; touch spoiled $(touch spoiled)"}, "--model x; touch spoiled $(touch spoiled) --experts 2"),
     ],

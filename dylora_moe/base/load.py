@@ -198,7 +198,7 @@ def _pretrained(base: Base, dtype: torch.dtype, device: torch.device) -> tuple[P
     if base.quantization:
         need_package("bitsandbytes", f"Quantizing {base.name}")
         extra["quantization_config"] = BitsAndBytesConfig(**base.quantization)
-    if device.type != "cpu":
+    if device.type != "cpu" or base.quantization:  # by themselves, quantized weights go to a GPU
         extra["device_map"] = {"": device}
     with quiet(), refused(f"The weights of {base.name} cannot be loaded", "Restore the files from their source."):
         loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -88,6 +88,17 @@ def quantization(base: PreTrainedModel) -> dict[str, Any] | None:
     if not (found.get("load_in_4bit") or found.get("load_in_8bit")):
         raise _cannot_be_loaded_again(f"quantization_config, {method}")
     return {key: value for key, value in found.items() if key.startswith(BITSANDBYTES)}
+
+
+def keep_layout(base: PreTrainedModel) -> None:
+    """Keep weights in 4 bits as they were loaded.
+
+    On CPUs with AVX512-BF16, bitsandbytes lays them out anew in the first forward pass in evaluation mode. Then there
+    is no backward pass, some shapes are refused, and reading the weights does not restore the scales.
+    """
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def _cannot_be_loaded_again(found: str) -> UsageError:

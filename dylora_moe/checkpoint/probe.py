@@ -6,7 +6,7 @@ A checkpoint whose manifest was rewritten to fit other tensors is sound in itsel
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +28,10 @@ from .verify import SoundCheckpoint
 PROBE_ENTRIES = 32
 ROWS = 8  # experts that share a forward pass, one for each row of the batch
 # Matmuls round differently on another machine or device, or with another number of threads. These allow for about four
-# bits of the dtype's precision.
+# bits of the dtype's precision, for logits of up to LARGE_LOGIT; for larger ones, in proportion, as their digits are.
 PROBE_TOLERANCE = {"float32": 1e-3, "float64": 1e-6, "bfloat16": 0.25, "float16": 0.05}
+LARGE_LOGIT = 16.0
+TF32 = "products in TF32"
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,28 @@ def probe_facts(model: Mixture) -> dict[str, str]:
         "dtype": dtype_name(model),
         "device_type": model.device.type,
         "base_weights": weights_fingerprint(model.base),
-        "machine": arithmetic(model.device) + (", compact random weights" if _is_compact(model) else ""),
+        "machine": ", ".join([arithmetic(model.device), *_computed(model)]),
     }
+
+
+def _computed(model: Mixture) -> Iterator[str]:
+    """Yield what about a model, rather than the machine, decides how it rounds."""
+    attention = getattr(model.base.config, "_attn_implementation", None)
+    if attention is not None:
+        yield f"{attention} attention"
+    if _is_compact(model):
+        yield "compact random weights"
+
+
+def probe_tolerance(there: Mapping[str, str], here: Mapping[str, str], probe: Mapping[str, torch.Tensor]) -> float:
+    """Return by how much logits may differ between what two descriptions (`probe_facts`) of the same dtype say."""
+    keys = ("machine", "device_type")
+    if all(there.get(key) == here[key] for key in keys):
+        return 0.0
+    in_tf32 = here["dtype"] == "float32" and any(TF32 in facts.get("machine", "") for facts in (there, here))
+    tolerance = PROBE_TOLERANCE["float16" if in_tf32 else here["dtype"]]  # TF32 has as many digits as float16
+    largest = max(float(probe[name].abs().max()) for name in ("routed", "experts"))
+    return tolerance * max(1.0, largest / LARGE_LOGIT)
 
 
 def saved_on(facts: Mapping[str, str], model: Mixture) -> bool:
@@ -163,7 +185,7 @@ def _check_shape(model: Mixture, probe: dict[str, torch.Tensor]) -> None:
 
 def max_abs_difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Return max |a - b|, which is infinite if it is NaN."""
-    difference = (a.double() - b.double()).abs().max().item()
+    difference = (a.cpu().double() - b.cpu().double()).abs().max().item()  # MPS has no float64
     return float("inf") if difference != difference else difference
 
 
@@ -201,6 +223,8 @@ def arithmetic(device: torch.device) -> str:
     parts += [f"torch {torch.__version__}", f"transformers {transformers.__version__}", f"dylora_moe {__version__}"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
+        if torch.backends.cuda.matmul.allow_tf32:
+            parts.append(TF32)
     elif device.type != "cpu":
         parts.append(str(device.type))
     return ", ".join(parts)

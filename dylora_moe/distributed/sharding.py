@@ -18,12 +18,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..base.structure import decoder_layers
+from ..base.structure import decoder_layers, quantization
 from ..errors import UsageError, listed
 from ..mixture.model import Mixture
 from . import ranks
@@ -114,8 +115,14 @@ def shard(model: Mixture, device: torch.device, how: Sharding) -> str:
         A line for the user.
 
     Raises:
-        UsageError: If the launcher names other layers than those of the decoder; then nothing is changed.
+        UsageError: If the launcher names other layers than those of the decoder, or the base is quantized; then nothing
+            is changed.
     """
+    if quantization(model.base) is not None:
+        raise UsageError(
+            "FSDP2 does not shard a quantized base model: leave --use_fsdp out, so that each process has all of it, or "
+            "--quantize"
+        )
     layers = decoder_layers(model.base)
     _check_layers(layers, how.layers)
     size = ranks.world()[1]
@@ -125,7 +132,8 @@ def shard(model: Mixture, device: torch.device, how: Sharding) -> str:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    whole = {*model.trained_parameters().values(), *model.router.parameters()}
+    experts = (model.expert_tensors(index).values() for index in range(model.num_experts))
+    whole = {*chain.from_iterable(experts), *model.router.parameters()}
     for parameter in whole:
         parameter.data = parameter.data.to(device)
     _own_parameters(layers)

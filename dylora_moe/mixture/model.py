@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base
-from ..base.structure import check_base, decoder_layers
+from ..base.structure import check_base, decoder_layers, keep_layout
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
 from ..ops.cross_entropy import summed_cross_entropy
@@ -56,6 +56,7 @@ class Mixture(OnBase):
         label_smoothing: float = 0.0,
     ):
         check_base(base)
+        keep_layout(base)
         super().__init__(base)
         configs = expert_configs(experts, lora)
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:

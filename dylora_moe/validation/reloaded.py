@@ -21,7 +21,6 @@ from ..base.preserve import untouched
 from ..checkpoint import formats
 from ..checkpoint.findings import SAVE_AGAIN
 from ..checkpoint.probe import (
-    PROBE_TOLERANCE,
     ROWS,
     beside,
     changed_tensors,
@@ -29,6 +28,7 @@ from ..checkpoint.probe import (
     max_abs_difference,
     probe_difference,
     probe_facts,
+    probe_tolerance,
     read_probe,
 )
 from ..checkpoint.read import build_mixture, load_into
@@ -192,11 +192,12 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
         else:
             result.notes.append(f"{text}; not checked under random weights")
         return Differences()
-    same = there.get("machine") == here["machine"] and there.get("device_type") == here["device_type"]
-    tolerance = 0.0 if same else PROBE_TOLERANCE.get(here["dtype"], 0.25)
+    tolerance = probe_tolerance(there, here, tensors)
     found = probe_difference(loaded.model, tensors)
     differences = Differences(found.routed, found.experts)
-    where = "on the machine that saved it" if same else "on another machine or device, or computed in another way"
+    where = (
+        "on the machine that saved it" if not tolerance else "on another machine or device, or computed in another way"
+    )
     result.measures["max_abs_diff_probe"] = differences.largest
     result.notes.append(f"probe: differs by {differences.largest:.3g} (tolerance {tolerance:g}, {where})")
     for name, value in differences.named():

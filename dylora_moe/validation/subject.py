@@ -86,7 +86,9 @@ def check_room_to_save(script: Script, args: ScriptSettings, source: Base, weigh
     machine.need_disk(experts * per_expert + SMALL_FILES, folder, f"a checkpoint of {experts} experts", instead)
     what = f"{experts} experts on {source.name} with {weights} weights"
     mixtures = 3 if script.reloads else 1  # the saved one, the loaded one and stock PEFT's
-    needed = base_bytes(source, weights, args.dtype, experts) + mixtures * experts * per_expert + 2 * per_expert
+    needed = (
+        base_bytes(source, weights, args.dtype, experts, args.device) + mixtures * experts * per_expert + 2 * per_expert
+    )
     machine.need_memory(needed, what, cheaper=cheaper(args) if script.reloads else instead)
 
 
@@ -94,14 +96,17 @@ def check_room_to_load(args: ScriptSettings, source: Base, weights: str, config:
     """Like `check_room_to_save`, for an existing checkpoint."""
     sizes = [4 * expert.parameters for expert in config.experts]
     dtype = args.dtype or config.base_model.dtype
-    needed = base_bytes(source, weights, dtype, len(sizes)) + 2 * sum(sizes) + 2 * max(sizes)
+    needed = base_bytes(source, weights, dtype, len(sizes), args.device) + 2 * sum(sizes) + 2 * max(sizes)
     what = f"{len(sizes)} experts on {source.name} with {weights} weights"
     machine.need_memory(needed, what, cheaper=cheaper(args))
 
 
-def base_bytes(source: Base, weights: str, dtype: str | None, experts: int) -> int:
-    """Estimate the memory for the base's weights and for the logits of the few tokens of a probe."""
-    if weights == "none":
+def base_bytes(source: Base, weights: str, dtype: str | None, experts: int, device: str = "cpu") -> int:
+    """Estimate the memory for the base's weights and for the logits of the few tokens of a probe.
+
+    Those of a GPU are not counted: weights are read into its memory tensor by tensor.
+    """
+    if weights == "none" or resolve_device(device).type == "cuda":
         return 0
     size_of: Callable = parameter_bytes if weights == "pretrained" else compact_random_bytes
     vocabulary = source.config.get_text_config().vocab_size

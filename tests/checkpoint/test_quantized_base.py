@@ -69,6 +69,30 @@ def test_a_quantized_base_is_loaded_again_as_it_was(folder, tmp_path, how, capsy
 
 
 @needs_bitsandbytes
+def test_a_quantized_base_is_loaded_on_the_device_that_is_asked_for(folder, monkeypatch):
+    """By itself, bitsandbytes takes a GPU where there is one."""
+    asked, load = [], AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *a, **k: asked.append(k) or load(*a, **k))
+    DyLoRAMoE.from_base(str(folder), 2, quantize="nf4", device="cpu")
+    assert [options["device_map"] for options in asked] == [{"": torch.device("cpu")}]
+
+
+@needs_bitsandbytes
+def test_weights_in_4_bits_keep_their_layout(folder):
+    """On CPUs with AVX512-BF16, bitsandbytes would change it in the first pass, with scales that do not come back."""
+    model = randomise(DyLoRAMoE(quantized(folder, NF4), 2)).eval()
+    before = {name: tensor.clone() for name, tensor in model.base.state_dict().items()}
+    with torch.no_grad():
+        model(random_ids(2, 9))
+    packed = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
+    assert packed and not any(module.support_avx512bf16_for_cpu for module in packed)
+    after = model.base.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    model.train()
+    model(random_ids(2, 9), labels=random_ids(2, 9)).loss.backward()
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("how", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_train_quantizes_and_resumes_to_the_byte(how, tmp_path, capsys, monkeypatch):
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"

@@ -6,6 +6,9 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
 from dylora_moe import DyLoRAMoE
@@ -101,6 +104,26 @@ def test_other_layers_than_the_decoders_are_refused():
         == "FSDP2: one process has the whole base"
     )
     assert not model.sharded
+
+
+def test_experts_that_are_not_trained_are_whole_too():
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        model = DyLoRAMoE(tiny_base(), 3)
+        model.train_only([1])
+        assert sharding.shard(model, CPU, sharding.Sharding()).startswith("FSDP2: each of 2 processes keeps ")
+        experts = [tensor for index in range(3) for tensor in model.expert_tensors(index).values()]
+        assert not any(isinstance(tensor, DTensor) for tensor in [*experts, *model.router.parameters()])
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_quantized_base_is_refused():
+    model = DyLoRAMoE(tiny_base(), 2)
+    model.base.config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    with pytest.raises(UsageError, match="FSDP2 does not shard a quantized base model"):
+        sharding.shard(model, CPU, sharding.Sharding())
 
 
 def test_one_process_trains_with_the_whole_base(launched, tmp_path, capsys):

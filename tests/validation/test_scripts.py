@@ -270,6 +270,14 @@ def test_memory_for_logits_grows_with_the_experts_of_one_pass(tiny):
     assert subject.base_bytes(source, "none", "float32", 8) == 0
 
 
+def test_the_memory_of_a_gpu_is_not_that_of_the_machine(tiny, monkeypatch):
+    source, _ = find_base(str(tiny), weights="none")
+    assert subject.base_bytes(source, "random", "float32", 2, "auto") > 0
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert subject.base_bytes(source, "random", "float32", 2, "auto") == 0
+
+
 def test_too_little_disk(capsys, tiny, monkeypatch):
     monkeypatch.setattr("dylora_moe.system.machine.free_disk", lambda path: 1 << 10)
     for script in (minimal, full, quick):
