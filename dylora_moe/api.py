@@ -6,19 +6,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .base import hub
 from .base.find import find_base
+from .base.fingerprint import NOT_COMPUTED
 from .base.load import load_base
 from .base.preserve import seeded
 from .base.source import quantized
 from .checkpoint.read import load_mixture
 from .checkpoint.write import export_expert, save_checkpoint
+from .constants import MODEL_TYPE
 from .data.documents import Document
 from .errors import UsageError
 from .mixture.config import MoELoraConfig, RouterConfig
@@ -36,9 +39,10 @@ from .system.command_line import say
 # Arguments of `from_pretrained`, by what they are for.
 _HUB = ("cache_dir", "force_download", "local_files_only")
 _NEEDLESS = (
-    "config", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
+    "_from_auto", "trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "weights_only", "adapter_kwargs",
     "tqdm_class",
 )  # fmt: skip
+_OWN_WAYS = ("dtype", "transformers_version")  # of a config, what does not reach the model through it
 
 
 class DyLoRAMoE(Mixture):
@@ -96,7 +100,10 @@ class DyLoRAMoE(Mixture):
             CheckpointError: with every problem, before anything is built.
             UsageError: if the base model is not available.
         """
-        return load_mixture(folder, base, kind=cls, **options)
+        model = load_mixture(folder, base, kind=cls, **options)
+        # By it, TRL loads the mixture again as a reference model.
+        model.name_or_path = model.config.name_or_path = os.fspath(folder)
+        return model
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -109,6 +116,7 @@ class DyLoRAMoE(Mixture):
         dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        config: Any = None,
         **options: Any,
     ) -> DyLoRAMoE:
         """Read a checkpoint from a folder, a run folder or the Hub, as every model of Transformers is read.
@@ -122,6 +130,8 @@ class DyLoRAMoE(Mixture):
             base: as in `from_checkpoint`.
             dtype: of the base model; None and "auto" for that of the checkpoint.
             device_map: a device, or "auto" for the best one. A mixture is on one device.
+            config: what `AutoConfig` has made of the checkpoint, with other settings that change no logits, such as
+                `use_cache` and `output_hidden_states`.
             options: `cache_dir`, `force_download` and `local_files_only`, as in Transformers, for the base model, too.
 
         Raises:
@@ -139,10 +149,16 @@ class DyLoRAMoE(Mixture):
         loading = {key: value for key, value in chosen.items() if value is not None}
         with hub.using(**found):
             folder = find_checkpoint(name, revision=revision, token=token)
+            changed = _changed(config, folder)
             model = load_mixture(folder, base, kind=cls, **loading)
         model.name_or_path = model.config.name_or_path = os.fspath(name)
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
+        attention = attn_implementation or getattr(config, "_attn_implementation", None)
+        if attention is not None:
+            model.set_attn_implementation(attention)
+        for key, value in changed.items():
+            setattr(model.config, key, value)
+            if hasattr(model.base.config, key):
+                setattr(model.base.config, key, value)
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -289,6 +305,27 @@ class DyLoRAMoE(Mixture):
         return cost(self, rebuilt(self, [combined(self, used, rank or exact)[0]]), rows_of(items, self))
 
 
+def _changed(config: Any, folder: Path) -> dict[str, Any]:
+    """Return the settings of a config that are not those of a checkpoint. Raises UsageError for those that compute."""
+    if not isinstance(config, DyLoRAMoEConfig):
+        return {}
+    here, there = _flat(config), _flat(cast(DyLoRAMoEConfig, DyLoRAMoEConfig.from_pretrained(folder)))
+    changed = {key: value for key, value in here.items() if value != there.get(key) and key not in _OWN_WAYS}
+    refused = sorted(changed.keys() - NOT_COMPUTED)
+    if refused:
+        raise UsageError(
+            f"{', '.join(refused)} cannot be changed when a mixture is loaded: its experts were trained on the base "
+            "model as it is; leave it out of the arguments and of config="
+        )
+    return changed
+
+
+def _flat(config: DyLoRAMoEConfig) -> dict[str, Any]:
+    settings = config.to_dict()
+    flat = {**(settings.pop("base_config", None) or {}), **settings}
+    return {key: value for key, value in flat.items() if not key.startswith("_")}
+
+
 def _device(device_map: Any) -> Any:
     """Return the one device that a device map names; None if it is not given."""
     if isinstance(device_map, dict):
@@ -301,5 +338,7 @@ def _device(device_map: Any) -> Any:
     return device_map
 
 
+# The Trainer shifts labels where it smooths them for the classes that it finds here.
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MODEL_TYPE] = DyLoRAMoE.__name__
 AutoModelForCausalLM.register(DyLoRAMoEConfig, DyLoRAMoE, exist_ok=True)
 AutoTokenizer.register(DyLoRAMoEConfig, CheckpointTokenizer, exist_ok=True)

@@ -173,9 +173,10 @@ class Mixture(OnBase):
         Raises:
             UsageError: if there is no such expert.
         """
-        self._trained, self._trains_router = frozenset(experts), router
-        for expert in self._trained:
+        chosen = frozenset(experts)
+        for expert in chosen:
             check_expert(expert, self.num_experts)
+        self._trained, self._trains_router = chosen, router
         self.unfreeze()
 
     def unfreeze(self) -> None:
@@ -293,7 +294,8 @@ class Mixture(OnBase):
         for_loss = labels is not None or (self.training and torch.is_grad_enabled())
         linear = float32_products(weight_of(self.get_input_embeddings())) if for_loss else None
         wanted = self._usage is not None or (self.training and self.router.config.balance_coefficient > 0)
-        with_logits = bool(kwargs.pop("output_router_logits", False))  # a base may have a router of its own
+        asked = kwargs.pop("output_router_logits", None)  # a base may have a router of its own
+        with_logits = bool(self.config.output_router_logits if asked is None else asked)
         record = with_logits or (labels is not None and wanted and self.num_experts > 1)
         with self._routing.run(expert, record=record, linear=linear) as state:
             out = self.base(input_ids, **kwargs)

@@ -71,7 +71,7 @@ class Routing:
         self.watch = watch
         self.states = states
         self.current = CurrentPass()
-        self.forced: Expert = None
+        self._forced: list[list[Expert]] = []  # of the blocks of `force` that were entered and not left, each in a list
         self.calls = 0  # of the mixture, under way
         decoder = base.get_decoder()
         decoder.register_forward_pre_hook(self.enter, with_kwargs=True)
@@ -132,19 +132,25 @@ class Routing:
             finally:
                 self.calls -= 1
 
+    @property
+    def forced(self) -> Expert:
+        """The expert of the block of `force` that was entered last, of those that are not left."""
+        return self._forced[-1][0] if self._forced else None
+
     @contextmanager
     def force(self, expert: Expert) -> Iterator[None]:
         """Inside, every token goes to one expert, with weight 1; NO_EXPERT leaves the base model alone.
 
-        It holds for the passes of all threads that begin inside.
+        It holds for the passes of all threads that begin inside. Threads may leave their blocks in any order.
         """
+        entry = [expert]
         with self.current.turn():
-            before, self.forced = self.forced, expert
+            self._forced.append(entry)
         try:
             yield
         finally:
             with self.current.turn():
-                self.forced = before
+                self._forced = [each for each in self._forced if each is not entry]
 
     def enter(self, decoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Compute the routing weights for the arguments of the decoder: its pre-forward hook."""
@@ -193,6 +199,9 @@ class Routing:
             if layer is None:
                 cache.layers.append(layer := RouteCache())
             layer.add(state.sums)
+            if getattr(cache, "offloading", False):
+                # The last decoder layer has asked for the next layer, which is this one, and not the first one.
+                cache.prefetch(0, cache.only_non_sliding)
 
     # ---- weights ----
 
@@ -279,7 +288,8 @@ def _before(arguments: Mapping[str, Any], width: int) -> torch.Tensor | None:
     last = None if route is None else route.last()
     if last is None and not _length(cache):
         return None
-    if last is None or last.shape[1] != width:
+    routed = 0 if route is None else route.get_seq_length()
+    if last is None or last.shape[1] != width or _length(cache) not in (0, routed):
         raise UsageError(
             "the cache was filled without these experts' router (by the base model, with one expert for all tokens, or "
             "before an expert was added): go on the same way, or start with a new cache"
@@ -288,7 +298,9 @@ def _before(arguments: Mapping[str, Any], width: int) -> torch.Tensor | None:
 
 
 def _length(cache: Cache) -> int:
-    return max((getattr(layer, "get_seq_length", int)() for layer in cache.layers), default=0)
+    """Return of how many tokens a cache has keys and values; 0 if none of its layers has any."""
+    layers = [layer for layer in cache.layers if not isinstance(layer, RouteCache)]
+    return max((getattr(layer, "get_seq_length", int)() for layer in layers), default=0)
 
 
 def _route_in(cache: Cache) -> RouteCache | None:

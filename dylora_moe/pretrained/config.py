@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
@@ -27,6 +27,8 @@ class DyLoRAMoEConfig(PreTrainedConfig):
     """
 
     model_type = MODEL_TYPE
+    # Of an output, what a Trainer does not gather as predictions.
+    keys_to_ignore_at_inference: ClassVar = ["past_key_values", "lm_loss", "balance_loss", "router_logits"]
     base_config: Any = None
     num_experts: int = 1
     num_experts_per_tok: int = 1

@@ -70,6 +70,20 @@ class OnBase(PreTrainedModel):
         if self._is_built:  # before that, Transformers makes one from the config
             self.base.generation_config = value
 
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return cast(Any, self.base).compute_transition_scores(*args, **kwargs)
+
+    def _supports_logits_to_keep(self) -> bool:
+        return False  # where it assists the generation of another model
+
+    # ---- adapters of Transformers ----
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        raise UsageError("a mixture has experts instead of adapters: add one with add_expert()")
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        raise UsageError("a mixture has experts instead of adapters: `dylora-moe experts import` makes one of a LoRA")
+
     # ---- parts of the base ----
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,11 +31,20 @@ def _is_empty(value: Any) -> bool:
     return not value
 
 
+def _have_lengths(data: Any) -> bool:
+    return all(
+        each is None or isinstance(each, Sized) for each in (data.values() if isinstance(data, dict) else [data])
+    )
+
+
 def _is_no(value: str) -> bool:
     return value.lower() in ("", "no")
 
 
-HALF = 'the experts train in float32; leave it out, and load the base model with dtype="bfloat16" (--dtype bfloat16)'
+HALF = (
+    "the experts train in float32; leave it out, or set it to False where TRL turns it on by itself, and load the base "
+    'model with dtype="bfloat16" (--dtype bfloat16)'
+)
 SHARDS = "would shard or wrap the experts with the base model; leave it out"
 EVALUATES = "MoETrainer's evaluation is the loss of each data set; compute other metrics with trainer.mixture"
 
@@ -123,6 +132,7 @@ WITH_A_STOCK_TRAINER: Refused = {
 OF_MOE_TRAINER: Refused = {
     "compute_loss_func": (_is_empty, "the load-balancing loss would be missing; override compute_loss"),
     "compute_metrics": (_is_empty, EVALUATES),
+    "eval_dataset": (_have_lengths, "a stream cannot be evaluated; load the data, or a part of them"),
     "lr_scheduler": (
         lambda scheduler: scheduler is None or isinstance(scheduler, LambdaLR),
         "its position cannot be resumed; pass a torch.optim.lr_scheduler.LambdaLR",

@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
+from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainerState
@@ -302,6 +303,7 @@ class MoETrainer(Trainer):
         if not data:
             raise UsageError("there is nothing to evaluate: pass eval_dataset")
         data = data if isinstance(data, dict) else {"data": data}
+        data = {name: self._as_trained_on(rows) for name, rows in data.items()}
         self.callback_handler.eval_dataloader = range(
             sum(map(self.evaluation().batches, data.values()))
         )  # as long as all of them
@@ -322,6 +324,10 @@ class MoETrainer(Trainer):
         if metric_key_prefix == "eval":
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _as_trained_on(self, rows: Any) -> Any:
+        """Return rows without the columns that training leaves out as well."""
+        return self._remove_unused_columns(rows, "evaluation") if isinstance(rows, Dataset) else rows
 
     def _evaluate_one(self, rows: Any) -> tuple[float, Usage | None]:
         return self.evaluation(self._after_batch).loss(rows)

@@ -207,6 +207,14 @@ def message_of(model, optimizer):
     return str(caught.value)
 
 
+def test_a_choice_that_is_refused_changes_nothing():
+    model = tiny_mixture()
+    before = model.trained_parameters().keys()
+    with pytest.raises(UsageError, match="expert"):
+        model.train_only([0, 7])
+    assert model.trained_parameters().keys() == before
+
+
 def test_optimizers_that_would_leave_a_part_as_it_is_are_refused(tmp_path):
     model = tiny_mixture("llama", 11)
     model.check_optimizer(torch.optim.AdamW(trainable(model)))

@@ -221,9 +221,40 @@ def test_caches_that_cannot_hold_the_route_are_refused_by_name():
     with pytest.raises(UsageError, match="filled without these experts"):
         model(ids, past_key_values=model(ids, expert=1, use_cache=True).past_key_values)
     cache = model(ids, use_cache=True).past_key_values
+    model(ids, past_key_values=cache, expert=1, use_cache=True)  # of these tokens, the router knows nothing
+    with pytest.raises(UsageError, match="with one expert for all tokens"):
+        model(ids, past_key_values=cache)
+    cache = model(ids, use_cache=True).past_key_values
     model.add_expert()
     with pytest.raises(UsageError, match="before an expert was added"):
         model(ids, past_key_values=cache)
+
+
+@torch.no_grad()
+def test_an_offloaded_cache_asks_for_the_first_layer_again(monkeypatch):
+    """The last decoder layer asks for the layer after it, which is the route; no GPU is needed to see the order."""
+    model, asked = tiny_mixture(), []
+    cache = DynamicCache(config=model.base.config)
+    monkeypatch.setattr(DynamicCache, "prefetch", lambda self, layer, only: asked.append((layer, only)))
+    model(random_ids(1, 5), past_key_values=cache)
+    assert asked == []
+    cache.offloading, cache.only_non_sliding = True, True
+    monkeypatch.setattr(DynamicCache, "update", lambda self, k, v, layer, *a, **o: self.layers[layer].update(k, v))
+    model(random_ids(1, 1), past_key_values=cache)
+    assert asked == [(0, True)]
+
+
+@torch.no_grad()
+def test_threads_may_leave_their_blocks_in_any_order():
+    model, ids = tiny_mixture(), random_ids(1, 5)
+    before = model(ids).logits
+    first, second = model.expert(0), model.expert(1)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, model(ids, expert=1).logits)
+    second.__exit__(None, None, None)
+    assert torch.equal(model(ids).logits, before)
 
 
 # ---- gradient checkpointing ----

@@ -164,6 +164,52 @@ def test_pipeline_generates_what_the_model_generates():
     assert found == wanted.tolist()
 
 
+def test_it_assists_another_model_and_its_scores_can_be_read():
+    model, other = tiny_mixture(), tiny_base(seed=1)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    expected = other.generate(IDS[:1], **options)
+    assert torch.equal(other.generate(IDS[:1], assistant_model=model, **options), expected)
+    assert torch.equal(other.generate(IDS[:1], assistant_model=model.collapse(), **options), expected)
+    out = model.generate(IDS, output_scores=True, return_dict_in_generate=True, **options)
+    scores = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    assert scores.shape == (2, 8) and (scores <= 0).all()
+
+
+def test_adapters_of_transformers_are_refused():
+    for method in ("add_adapter", "load_adapter"):
+        with pytest.raises(UsageError, match="a mixture has experts instead of adapters"):
+            getattr(tiny_mixture(), method)("anything")
+
+
+def test_the_config_is_honoured_when_a_mixture_is_loaded(saved):
+    folder, _ = saved
+    path = folder / "run" / "checkpoint-5"
+    options = {"attn_implementation": "eager", "use_cache": False, "output_hidden_states": True}
+    for given in (options, {"config": AutoConfig.from_pretrained(path, **options)}):
+        model = AutoModelForCausalLM.from_pretrained(path, **given)
+        assert model.base.config._attn_implementation == "eager"
+        found = model(IDS)
+        assert found.past_key_values is None and len(found.hidden_states) == 4
+    model = AutoModelForCausalLM.from_pretrained(path, config=AutoConfig.from_pretrained(path))
+    assert model.base.config._attn_implementation == "sdpa" and model(IDS).hidden_states is None
+    with pytest.raises(UsageError, match="attention_dropout cannot be changed when a mixture is loaded"):
+        AutoModelForCausalLM.from_pretrained(path, attention_dropout=0.5)
+
+
+def test_a_stock_trainer_gathers_logits_and_shifts_labels(tmp_path):
+    rows = [{"input_ids": row, "labels": row} for row in IDS.tolist()]
+    model, options = tiny_mixture(), {"use_cpu": True, "report_to": "none", "save_strategy": "no"}
+    options |= {"per_device_train_batch_size": 2, "max_steps": 1, "logging_steps": 1, "learning_rate": 0.0}
+    made = Trainer(model, TrainingArguments(str(tmp_path), **options), train_dataset=rows, eval_dataset=rows)
+    assert made.predict(rows).predictions.shape == (2, 12, 97)
+    smoothed = TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, **options)
+    made = Trainer(model.eval(), smoothed, train_dataset=rows)
+    made.train()
+    logits = model.eval()(IDS).logits[:, :-1].flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(logits, IDS[:, 1:].flatten(), label_smoothing=0.1).item()
+    assert made.state.log_history[0]["loss"] == pytest.approx(wanted, rel=0.02)
+
+
 def test_router_logits_are_returned_as_mixtral_does():
     model = tiny_mixture()
     logits = model(IDS, output_router_logits=True).router_logits[0]
@@ -171,6 +217,8 @@ def test_router_logits_are_returned_as_mixtral_does():
     torch.testing.assert_close(logits.exp().sum(-1), torch.ones(IDS.numel()))
     torch.testing.assert_close(model.base_model(IDS, output_router_logits=True).router_logits[0], logits)
     assert "router_logits" not in model(IDS)
+    model.config.output_router_logits = True
+    torch.testing.assert_close(model(IDS).router_logits[0], logits)
 
 
 def test_one_expert_has_no_load_balancing_loss():

@@ -182,6 +182,7 @@ def test_arguments_that_would_have_no_effect_are_refused(tmp_path):
     made.optimizer_cls_and_kwargs, made.model_init = (torch.optim.SGD, {}), seeded_mixture
     made.optimizer = torch.optim.AdamW(made.mixture.trained_parameters().values())
     made.lr_scheduler = StepLR(made.optimizer, 1)
+    made.eval_dataset = {"a": iter(())}
     with pytest.raises(UsageError) as error:
         made.train()
     names = [re.match(r"  - (\w+)", line)[1] for line in str(error.value).splitlines()[1:]]

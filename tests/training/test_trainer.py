@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import train
@@ -152,6 +153,24 @@ def test_save_model_is_a_checkpoint(tmp_path):
     assert DyLoRAMoE.from_checkpoint(tmp_path / "mine", base=tiny_base()).num_experts == 2
     with pytest.raises(UsageError, match=r"nothing was saved: .*mine is a checkpoint already"):
         made.save_model(str(tmp_path / "mine"))
+
+
+def test_columns_that_training_leaves_out_are_left_out_of_evaluations_too(tmp_path):
+    made = trainer(tmp_path / "run")
+    made.args.remove_unused_columns = True
+    expected = made.evaluate()
+    made.eval_dataset = {
+        name: Dataset.from_list([row | {"text": "x", "source_id": 3} for row in some])
+        for name, some in made.eval_dataset.items()
+    }
+    collate = made.data_collator
+
+    def strict(some: list[dict]) -> dict:
+        assert all(row.keys() == {"input_ids", "labels", "position_ids"} for row in some)
+        return collate(some)
+
+    made.data_collator = strict
+    assert made.evaluate() == pytest.approx(expected, abs=1e-6)
 
 
 # ---- where a run begins ----

@@ -89,9 +89,10 @@ def test_the_peft_model_alone_is_refused(base_folder, tmp_path):
         trainer.train()
 
 
-def test_the_reference_of_a_loaded_mixture_is_that_mixture(base_folder, tmp_path):
+@pytest.mark.parametrize("load", [DyLoRAMoE.from_pretrained, DyLoRAMoE.from_checkpoint])
+def test_the_reference_of_a_loaded_mixture_is_that_mixture(base_folder, tmp_path, load):
     """TRL loads it again, by the class that the config names."""
-    model = DyLoRAMoE.from_pretrained(randomise(mixture_on(base_folder)).save_pretrained(tmp_path / "mixture"))
+    model = load(randomise(mixture_on(base_folder)).save_pretrained(tmp_path / "mixture"))
     trainer = trl.DPOTrainer(model, args=settings(trl.DPOConfig, tmp_path), train_dataset=PAIRS)
     assert isinstance(trainer.ref_model, DyLoRAMoE) and trainer.ref_model is not model
     assert moved(trainer.ref_model, copies(model)) == set() != moved(mixture_on(base_folder), copies(model))
