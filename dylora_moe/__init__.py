@@ -8,7 +8,6 @@ makes `AutoConfig`, `AutoModelForCausalLM` and `AutoTokenizer` of Transformers k
 from __future__ import annotations
 
 import importlib
-import logging
 from typing import Any
 
 from .auto import register_with_transformers
@@ -45,5 +44,3 @@ def __dir__() -> list[str]:
 
 
 register_with_transformers()
-# PEFT imports bitsandbytes, which warns on some CPUs of a kernel that it lacks, and that `base.structure` switches off.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -64,6 +64,9 @@ NAMES = {
         Trainer, "a sharded base is there already", "Trainer.__init__", ("model", "device")
     ),
     "_wrap_model": Upstream(Trainer, "DDP around a sharded base", "Accelerator.prepare_model", ("model", "training")),
+    "_remove_unused_columns": Upstream(
+        Trainer, "an evaluation reads what training reads", "Trainer._get_dataloader", ("dataset", "description")
+    ),
     "_tr_loss": Upstream(Trainer, "the loss since the last log goes on", "Trainer._maybe_log_save_evaluate"),
     "_total_loss_scalar": Upstream(Trainer, "the mean loss of a run goes on", "Trainer._finalize_training"),
     "_globalstep_last_logged": Upstream(

@@ -76,6 +76,12 @@ def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
     return fresh.eval()
 
 
+def generation_text(base: PreTrainedModel) -> str:
+    """Return the generation config of a model as JSON, without defaults; an empty text if it has none."""
+    config = base.generation_config
+    return "" if config is None else config.to_json_string(use_diff=True, ignore_metadata=True)
+
+
 def _shallow(module: nn.Module) -> nn.Module:
     """Return a copy of a module with tables of its own for the same tensors."""
     twin = copy.copy(module)

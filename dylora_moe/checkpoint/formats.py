@@ -13,6 +13,7 @@ CONFIG = "config.json"
 ROUTER = "router.safetensors"
 SKILLS = "skill_library.safetensors"
 PROBE = "probe.safetensors"
+GENERATION = "generation_config.json"  # where it is not the base model's
 ADAPTERS = "peft_adapters"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

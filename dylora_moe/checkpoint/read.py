@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..base.find import find_base
 from ..base.fingerprint import architecture
@@ -83,6 +83,7 @@ def load_mixture(
         model = _build(checkpoint, base, kind, smoothing)
         model.base_revision = revision
         _copy(checkpoint, _read_tensors(checkpoint, model), model)
+        _take_generation_config(checkpoint, model)
         probe = read_probe(checkpoint)
     if probe is not None and not saved_on(probe[1], model):
         named = checkpoint.config.base_model.name
@@ -221,6 +222,18 @@ def _check_same_mixture(checkpoint: SoundCheckpoint, model: Mixture) -> None:
         remedy = "build the model as the checkpoint was, or start another run"
         problems = [f"{formats.CONFIG}: {problem}; {remedy}" for problem in problems]
         raise CheckpointError(checkpoint.folder, problems, _UNLIKE)
+
+
+def _take_generation_config(checkpoint: SoundCheckpoint, model: Mixture) -> None:
+    """Take over the generation config of a checkpoint, if it has one of its own."""
+    path = checkpoint.folder / formats.GENERATION
+    if not path.is_file():
+        return
+    try:
+        model.base.generation_config = GenerationConfig.from_dict(cast(dict[str, Any], read_json(path)))
+    except (FileProblem, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(checkpoint.folder, [f"{formats.GENERATION}: {error}; {_REMEDY}"]) from None
+    model.generation_of_base = None
 
 
 # ---- tensors ----

@@ -138,6 +138,8 @@ def _inspect(contents: Contents, besides: set[str], *, values: bool) -> Contents
         for check in (check_experts, check_router, check_probe):
             _guarded(contents, check, config)
     if not contents.is_old:
+        if formats.GENERATION in contents.files:
+            contents.read_object(formats.GENERATION)
         _guarded(contents, check_skills)
         _guarded(contents, lambda c: _check_training(c, values))
     contents.problems = sorted(set(contents.problems))
@@ -177,6 +179,7 @@ def _check_file_set(contents: Contents, config: CheckpointConfig, besides: set[s
         expected |= {f"{folder}/{formats.ADAPTER_CONFIG}", f"{folder}/{formats.ADAPTER_WEIGHTS}"}
     if config.probe:
         expected.add(formats.PROBE)
+    expected |= {formats.GENERATION}.intersection(contents.files)
     expected |= _expected_training_files(contents.files)
     for name in expected.difference(contents.files):
         if not contents.is_known(name):

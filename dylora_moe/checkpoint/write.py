@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..base.fingerprint import architecture
+from ..base.preserve import generation_text
 from ..base.structure import quantization
 from ..constants import expert_name
 from ..errors import UsageError, listed
@@ -94,6 +95,8 @@ def write_files(
         tensors, facts = probe
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
         scans[formats.PROBE] = write_tensors(folder / formats.PROBE, tensors, metadata)
+    if model.has_own_generation_config:
+        _write_bytes(folder / formats.GENERATION, generation_text(model.base).encode())
     config = describe_mixture(model, step=step, has_probe=probe is not None, run_dir=folder.parent)
     _write_bytes(folder / formats.CONFIG, config.to_json())
     return scans

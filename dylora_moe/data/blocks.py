@@ -144,21 +144,11 @@ def load_blocks(
     held_out = set().union(*(split.held_out for split in [*splits, *tests]))
     layout = _Layout(block_size, _padding(tokenizer, vocabulary), packed)
     parts = [_pack_split(split, held_out, layout, most, index in trained) for index, split in enumerate(splits)]
-    train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
-    if trained:
-        mixed = _mix([train[i] for i in trained], [texts[i].spec.weight for i in trained], seed, mixing)
-    else:
-        mixed = train[0].select([])
-    drawn = np.bincount(np.asarray(mixed["source"], dtype=int), minlength=len(parts)).tolist()
+    mixed = _mixed(parts, trained, layout, seed, mixing)
     evaluation = {name: layout.as_dataset(part.evaluation) for name, part in zip(names, parts, strict=True)}
     if eval_specs:
         evaluation = dict(zip(eval_names, (layout.evaluation(split, most) for split in tests), strict=True))
-    return TokenBlocks(
-        train=mixed,
-        evaluation=evaluation,
-        sources=tuple(part.stats(name, count) for name, part, count in zip(names, parts, drawn, strict=True)),
-        block_size=block_size,
-    )
+    return TokenBlocks(mixed, evaluation, _stats(parts, names, mixed), block_size)
 
 
 def load_evaluation(
@@ -316,6 +306,19 @@ def _pack_split(split: Split, held_out: set[bytes], layout: _Layout, most: int |
             "or a larger block size"
         )
     return _Part(split, documents, train, layout.pack(split.evaluation).rows[:most])
+
+
+def _stats(parts: list[_Part], names: list[str], mixed: Dataset) -> tuple[SourceStats, ...]:
+    drawn = np.bincount(np.asarray(mixed["source"], dtype=int), minlength=len(parts)).tolist()
+    return tuple(part.stats(name, count) for part, name, count in zip(parts, names, drawn, strict=True))
+
+
+def _mixed(parts: list[_Part], trained: list[int], layout: _Layout, seed: int, mixing: str) -> Dataset:
+    """Return the training blocks: those of the parts of these indices, mixed."""
+    train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
+    if not trained:
+        return train[0].select([])
+    return _mix([train[i] for i in trained], [parts[i].split.spec.weight for i in trained], seed, mixing)
 
 
 def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> Dataset:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..base.fingerprint import parameter_count
-from ..base.preserve import as_found_on_error, fresh_base
+from ..base.preserve import as_found_on_error, fresh_base, generation_text
 from ..base.structure import check_base, decoder_layers, keep_layout
 from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
@@ -62,6 +62,7 @@ class Mixture(OnBase):
         if isinstance(label_smoothing, (bool, str)) or not 0 <= label_smoothing < 1:
             raise UsageError(f"label smoothing must be at least 0 and less than 1, got {label_smoothing!r}")
         self.label_smoothing = label_smoothing
+        self.generation_of_base: str | None = generation_text(base)
         self.notes: list[str] = [*getattr(base, "notes", ())]  # lines that a user should see
         resolved = {id(config): self._with_targets(base, config) for config in configs}
         configs = [replace_config(resolved[id(config)]) for config in configs]
@@ -82,6 +83,11 @@ class Mixture(OnBase):
         self._is_built = True
         self.train_all_experts()
         self.train(base.training)
+
+    @property
+    def has_own_generation_config(self) -> bool:
+        """Whether the generation config has changed since the mixture was built, or a checkpoint has brought it."""
+        return generation_text(self.base) != self.generation_of_base
 
     # ---- its parts ----
 

@@ -141,7 +141,7 @@ def _card(repo_id: str, checkpoint: SoundCheckpoint, config: CheckpointConfig) -
 
 def _stale(names: Iterable[str]) -> set[str]:
     """Return those files of a repository that may be left of an earlier checkpoint."""
-    own = {formats.CONFIG, formats.ROUTER, formats.SKILLS, formats.PROBE, MANIFEST}
+    own = {formats.CONFIG, formats.ROUTER, formats.SKILLS, formats.PROBE, formats.GENERATION, MANIFEST}
     return {
         name
         for name in names

@@ -64,7 +64,7 @@ def rebuilt(model: M, experts: Sequence[Expert]) -> M:
     configs = [replace_config(expert.config) for expert in experts]
     smoothing = model.label_smoothing
     new = type(model)(model.fresh_base(), configs, router=model.router.config, label_smoothing=smoothing)
-    new.base_revision = model.base_revision
+    new.base_revision, new.generation_of_base = model.base_revision, model.generation_of_base
     for index, expert in enumerate(experts):
         for name, parameter in new.expert_tensors(index).items():
             parameter.copy_(expert.tensors[name])

@@ -23,6 +23,7 @@ from transformers import LlamaForCausalLM
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.find import find_base
 from dylora_moe.base.load import load_base
+from dylora_moe.base.preserve import generation_text
 from dylora_moe.checkpoint import formats
 from dylora_moe.checkpoint import tensors as checkpoint_tensors
 from dylora_moe.checkpoint.probe import (
@@ -351,6 +352,40 @@ def test_load_gives_the_same_bits(tmp_path):
         read, saved = (getattr(library["Python"], name).tensors() for library in (skills, two_skills()))
         assert len(read[0]) and all(map(torch.equal, read, saved))
     assert files_of(save_again(tmp_path / "b", loaded)) == files_of(tmp_path / "a")
+
+
+def test_a_generation_config_that_has_changed_is_kept(tmp_path):
+    model = tiny_mixture("llama", 2)
+    model.save_checkpoint(tmp_path / "same")
+    assert not (tmp_path / "same" / formats.GENERATION).exists()
+    model.generation_config.repetition_penalty, model.generation_config.eos_token_id = 1.25, [3, 5]
+    model.save_checkpoint(tmp_path / "own")
+    assert find_problems(tmp_path / "own") == []
+    assert json.loads((tmp_path / "own" / formats.GENERATION).read_text())["eos_token_id"] == [3, 5]
+    for made in (load_mixture(tmp_path / "own", tiny_base("llama")), model.collapse()):
+        assert generation_text(made.base) == generation_text(model.base)
+        assert (save_again(tmp_path / f"again-{made.num_experts}", made) / formats.GENERATION).read_bytes() == (
+            tmp_path / "own" / formats.GENERATION
+        ).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[1]", "expected a JSON object, found list"),
+        ("{", "generation_config.json"),
+        ('{"max_new_tokens": -1}', "max_new_tokens"),
+        ('{"watermarking_config": 3}', "generation_config.json"),
+    ],
+)
+def test_a_generation_config_that_cannot_be_used_is_refused(tmp_path, content, problem):
+    model = tiny_mixture("llama", 2)
+    model.generation_config.repetition_penalty = 1.25
+    model.save_checkpoint(tmp_path / "own")
+    (tmp_path / "own" / formats.GENERATION).write_text(content)
+    rewrite_manifest(tmp_path / "own")
+    with pytest.raises(CheckpointError, match=re.escape(problem)):
+        load_mixture(tmp_path / "own", tiny_base("llama"))
 
 
 def save_again(target: Path, model: DyLoRAMoE) -> Path:

@@ -167,10 +167,13 @@ def test_a_pull_request_needs_no_right_to_make_a_branch(hub):
 
 
 def test_a_second_push_removes_what_is_stale_and_keeps_the_card(hub, tmp_path):
-    mixture(experts=3).push_to_hub("me/mine", token=RIGHT)
+    first = mixture(experts=3)
+    first.generation_config.repetition_penalty = 1.25
+    first.push_to_hub("me/mine", token=RIGHT)
+    assert DyLoRAMoE.from_pretrained("me/mine").generation_config.repetition_penalty == 1.25
     (hub.folders["me/mine"] / "README.md").write_text("---\nlicense: mit\n---\nmine")
     mixture(experts=2).push_to_hub("me/mine", token=RIGHT)
-    assert not any("expert_2" in name for name in repository(hub))
+    assert not any("expert_2" in name or name == "generation_config.json" for name in repository(hub))
     assert (hub.folders["me/mine"] / "README.md").read_text().endswith("mine")
     assert find_problems(hub.folders["me/mine"]) == []
 

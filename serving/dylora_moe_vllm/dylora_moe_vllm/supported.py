@@ -17,6 +17,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdate
 from .config import mixture_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+GENERATION = "generation_config.json"
 LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "pt")
 
 
@@ -27,15 +28,15 @@ class SupportedConfig(VerifyAndUpdateConfig):
     def verify_and_update_model_config(model_config: Any) -> None:
         """Take from the base model what a checkpoint does not have.
 
-        That is what its `generation_config.json` says of sampling, and without `--tokenizer` the tokenizer: that of the
+        That is `generation_config.json`, which says how to sample, and without `--tokenizer` the tokenizer: that of the
         checkpoint, of its run folder or of the base model.
         """
-        mixture = mixture_of(model_config.hf_config)
-        if model_config.generation_config == "auto":
+        mixture, folders = mixture_of(model_config.hf_config), _folders(model_config)
+        if model_config.generation_config == "auto" and not (folders[0] / GENERATION).is_file():
             model_config.generation_config = mixture.base
         if model_config.tokenizer != model_config.model:
             return
-        for folder in _folders(model_config):
+        for folder in folders:
             if any((folder / name).is_file() for name in TOKENIZER_FILES):
                 if os.path.isdir(model_config.model):
                     model_config.tokenizer = str(folder)
@@ -50,14 +51,13 @@ class SupportedConfig(VerifyAndUpdateConfig):
             raise ValueError("a DyLoRA-MoE mixture cannot be served like this:\n  " + "\n  ".join(problems))
 
 
-def _folders(model_config: Any) -> Iterator[Path]:
-    """Yield where the tokenizer of a checkpoint may be, beside that of the base model."""
+def _folders(model_config: Any) -> list[Path]:
+    """Return the folder of a checkpoint, and where its tokenizer may be as well, beside that of the base model."""
     if os.path.isdir(model_config.model):
         checkpoint = Path(model_config.model).resolve()
-        yield from (checkpoint, checkpoint.parent)
-    else:
-        patterns = list(TOKENIZER_FILES)
-        yield Path(snapshot_download(model_config.model, revision=model_config.revision, allow_patterns=patterns))
+        return [checkpoint, checkpoint.parent]
+    patterns = [*TOKENIZER_FILES, GENERATION]
+    return [Path(snapshot_download(model_config.model, revision=model_config.revision, allow_patterns=patterns))]
 
 
 def _settings(config: Any) -> Iterator[str]:

@@ -135,6 +135,8 @@ def test_sampling_is_that_of_the_base_model(copy: Path) -> None:
     found = configured(checkpoint).model_config.get_diff_sampling_param()
     assert found["repetition_penalty"] == 1.25 and found["top_p"] == 0.75
     assert configured(checkpoint, generation_config="vllm").model_config.get_diff_sampling_param() == {}
+    (copy / "checkpoint/generation_config.json").write_text('{"top_p": 0.5}')
+    assert configured(checkpoint).model_config.get_diff_sampling_param() == {"top_p": 0.5}
 
 
 def test_a_config_that_has_changed(copy: Path) -> None:
