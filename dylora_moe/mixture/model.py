@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..base.fingerprint import parameter_count
 from ..base.preserve import as_found_on_error, fresh_base, generation_text
 from ..base.structure import check_base, decoder_layers, keep_layout
-from ..constants import IGNORED_LABEL, MAX_EXPERTS, NO_EXPERT, expert_name
+from ..constants import IGNORED_LABEL, IMMATURE, MATURE, MAX_EXPERTS, NO_EXPERT, expert_name
 from ..errors import UsageError
 from ..ops.cross_entropy import summed_cross_entropy
 from ..ops.frozen_linear import float32_products
@@ -238,6 +238,14 @@ class Mixture(OnBase):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         self._forget()
         return super().load_state_dict(*args, **kwargs)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Return which experts are mature, (N,) in uint8, for `state_dict`: it decides how tokens are routed."""
+        return torch.tensor([state == MATURE for state in self.expert_states], dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Take over what `get_extra_state` has returned."""
+        self.set_expert_states([MATURE if mature else IMMATURE for mature in state.tolist()])
 
     def _apply(self, *args: Any, **kwargs: Any) -> Mixture:
         self._forget()  # what was derived from the parameters would stay on their old device

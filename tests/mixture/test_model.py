@@ -207,6 +207,20 @@ def message_of(model, optimizer):
     return str(caught.value)
 
 
+def test_a_state_dict_tells_which_experts_are_mature(tmp_path):
+    model, other = tiny_mixture(experts=4), tiny_mixture(experts=4, seed=2)
+    model.mark_mature([0, 2, 3])
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    assert other.load_state_dict(torch.load(tmp_path / "state.pt")) == ([], [])
+    assert other.expert_states == model.expert_states == ["mature", "immature", "mature", "mature"]
+    model.mark_mature()
+    other.load_state_dict(model.state_dict())
+    ids = random_ids(2, 9)
+    assert torch.equal(other.eval()(ids).logits, model.eval()(ids).logits)
+    with pytest.raises(UsageError, match="expected 3 states"):
+        tiny_mixture(experts=3).set_extra_state(model.get_extra_state())
+
+
 def test_a_choice_that_is_refused_changes_nothing():
     model = tiny_mixture()
     before = model.trained_parameters().keys()
