@@ -127,7 +127,8 @@ def _message(value: Any, where: str) -> Message:
         fields["tool_calls"] = _tool_calls(fields["tool_calls"], where)
         if not fields["tool_calls"]:
             del fields["tool_calls"]
-    return Message({"role": role, "content": as_text(content, where, "content"), **fields}, learned)
+    message = Message({"role": role, "content": as_text(content, where, "content"), **fields}, learned)
+    return message if message.answer_fields else Message(message.fields)  # an empty answer is not learned
 
 
 def _without_none(value: Any) -> Any:
@@ -184,21 +185,29 @@ def _tool_calls(value: Any, where: str) -> list[dict[str, Any]]:
 def pair_messages(row: dict[str, Any], where: str) -> list[Message]:
     """Return a chat of a prompt and its answer, the first two columns. Each may itself be a list of messages."""
     prompt, answer, *more = row
-    system = [name for name in more if name in SYSTEM_COLUMNS]
     extra = [name for name in more if name in INPUT_COLUMNS]
     messages = []
-    if system and (text := as_text(row[system[0]], where, system[0])).strip():
-        messages.append(Message({"role": "system", "content": text}))
     if isinstance(row[prompt], list):
-        messages += read_messages(row[prompt], where)
+        messages += [Message(message.fields) for message in read_messages(row[prompt], where)]  # not learned
     else:
         text = as_text(row[prompt], where, prompt)
         if extra and (more_text := as_text(row[extra[0]], where, extra[0])).strip():
             text += f"\n\n{more_text}"
         messages.append(Message({"role": "user", "content": text}))
     if isinstance(row[answer], list):
-        return messages + read_messages(row[answer], where)
-    return [*messages, Message({"role": "assistant", "content": as_text(row[answer], where, answer)}, learned=True)]
+        messages += read_messages(row[answer], where)
+    else:
+        text = as_text(row[answer], where, answer)
+        messages.append(Message({"role": "assistant", "content": text}, learned=True))
+    return with_system(row, messages, where)
+
+
+def with_system(row: dict[str, Any], messages: list[Message], where: str) -> list[Message]:
+    """Return a chat that begins with the system message of its row, unless it has one itself."""
+    name = next((name for name in SYSTEM_COLUMNS if name in row), None)
+    text = "" if name is None else as_text(row[name], where, name)
+    has_one = messages and messages[0].role in ("system", "developer")
+    return messages if has_one or not text.strip() else [Message({"role": "system", "content": text}), *messages]
 
 
 def render_joined(row: dict[str, Any], where: str) -> Rendered | None:

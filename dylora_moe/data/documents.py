@@ -21,7 +21,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..errors import UsageError, listed
-from .chat import Part, Rendered, as_text, pair_messages, read_messages, read_tools, render_joined
+from .chat import Part, Rendered, as_text, pair_messages, read_messages, read_tools, render_joined, with_system
 from .schemas import (
     ANSWER_COLUMNS,
     CHAT_COLUMNS,
@@ -143,7 +143,7 @@ def _render(row: dict[str, Any], schema: str, renderer: ChatRenderer, where: str
         text = as_text(next(iter(row.values())), where, next(iter(row)))
         return Rendered([Part(text, None)]) if text.strip() else None
     if schema == "chat":
-        messages = read_messages(next(iter(row.values())), where)
+        messages = with_system(row, read_messages(next(iter(row.values())), where), where)
     else:
         joined = schema == "prompt + completion" and not renderer.has_template and row.keys().isdisjoint(SYSTEM_COLUMNS)
         if joined and not isinstance(row["completion"], list):

@@ -12,6 +12,7 @@ import glob
 import json
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +21,10 @@ from typing import Any
 
 import datasets
 import pandas
+import pyarrow.compute as pc
 from datasets import Dataset, Features, List, Value
+from datasets.exceptions import DatasetGenerationError
+from datasets.packaged_modules.json.json import JsonConfig
 from datasets.table import CastError
 
 from ..errors import UsageError
@@ -31,6 +35,7 @@ from .text_files import COMPRESSED, content_of, ending
 LOADERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "tsv"}
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 NO_ROWS = "corresponds to no data"  # in the message of `datasets` for a file without rows: [], or only a header
+AT_ONCE = 1 << 31  # bytes of a JSON file
 CAUSE_CHARACTERS = 300
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NULL_LINE = re.compile(rb"\n\s*null\s*(?:\n|$)")
@@ -92,12 +97,43 @@ def _linked(path: Path, link: Path) -> str:
 def _load(kind: str, paths: dict[str, Path], cache: str, files: list[str]) -> Dataset:
     """Load files, which are patterns with their paths in `paths`."""
     options: dict[str, Any] = {"data_files": files, "split": "train", "cache_dir": cache, "keep_in_memory": True}
+    if kind == "json":
+        # What `datasets` finds in the first part of a file it expects in the others, and makes it of what is there.
+        options["chunksize"] = AT_ONCE
+        if "parse_agent_traces" in JsonConfig.__dataclass_fields__:
+            options["parse_agent_traces"] = False
     if kind not in SEPARATORS:
         return datasets.load_dataset(kind, **options)
     separator = SEPARATORS[kind]
     headers = [pandas.read_csv(paths[file], nrows=0, sep=separator).columns for file in files]
     texts = Features(dict.fromkeys([name for header in headers for name in header], Value("string")))
-    return datasets.load_dataset("csv", features=texts, keep_default_na=False, sep=separator, **options)
+    options |= {"features": texts, "keep_default_na": False, "index_col": False, "sep": separator}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Length of header or names", pandas.errors.ParserWarning)
+        try:
+            rows = datasets.load_dataset("csv", **options)
+        except DatasetGenerationError as error:
+            if isinstance(causes(error)[-1], pandas.errors.ParserWarning):
+                raise ValueError(
+                    "a row has more fields than the header; quote fields in which there is a separator"
+                ) from None
+            raise
+    if kind == "tsv":
+        _refuse_swallowed_rows(rows)
+    return rows
+
+
+def _refuse_swallowed_rows(rows: Dataset) -> None:
+    """Raise ValueError if a quotation mark has made one field of several rows, as of `"b` up to the next such field."""
+    for name in rows.column_names:
+        column = rows.data.column(name)
+        both = pc.and_(pc.match_substring(column, "\t"), pc.match_substring(column, "\n"))
+        if pc.any(both).as_py():
+            row = pc.index(both, True).as_py() + 1
+            raise ValueError(
+                f"row {row} holds tabs and line ends in {name}: a quotation mark at the beginning of a field makes one "
+                'field of all up to the next one; double the quotation marks of such a text, and put it into "..."'
+            )
 
 
 def _problem(

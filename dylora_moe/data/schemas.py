@@ -57,7 +57,7 @@ def detect_schema(columns: list[str], where: str) -> tuple[str, list[str]]:
 
     tools = first((TOOLS_COLUMN,))
     if chat := first(CHAT_COLUMNS):
-        return "chat", [chat, *([tools] if tools else [])]
+        return "chat", [chat, *(name for name in (first(SYSTEM_COLUMNS), tools) if name)]
     prompt, answer = first(PROMPT_COLUMNS), first(ANSWER_COLUMNS)
     if prompt and answer:
         more = [first(SYSTEM_COLUMNS), first(INPUT_COLUMNS, prompt) if prompt != "prompt" else None, tools]

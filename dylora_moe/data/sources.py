@@ -156,8 +156,13 @@ def _read_folder(folder: Path) -> Rows:
     used = _training_files(folder, data)
     for file in used:
         check_readable(file)
-    texts = [file for file in files if ending(file) == ".txt"]
-    return Rows(load_files(used, kinds[0], str(folder)), skipped_files=len(data) - len(used) + len(texts))
+    left = [file for file in set(files).difference(used) if not _is_about_data(file)]
+    return Rows(load_files(used, kinds[0], str(folder)), skipped_files=len(left))
+
+
+def _is_about_data(file: Path) -> bool:
+    """Return whether a file in a folder of data is about the data, by its name."""
+    return file.name in NOT_DATA or file.stem.upper() in ("README", "LICENSE")
 
 
 def _read_saved(folder: Path) -> Dataset:

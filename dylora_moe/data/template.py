@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from ..errors import UsageError
 from .chat import Message, Part, Rendered, render_plainly
@@ -76,12 +76,16 @@ class ChatRenderer:
                 add_generation_prompt=generation,
             )
 
-        messages, text = _accepted(messages, tools, render, where)
-        self._note_unread(messages, tools, render, text, where)
-        full = text.rstrip()
-        answers = [i for i, message in enumerate(messages) if message.learned]
-        spans = [_answer_span(render, messages, tools, i, full) for i in answers]
-        found = [span for span in spans if span is not None]
+        chosen: tuple[list[Message], str] | None = None
+        for form, text in _accepted(messages, tools, render, where):
+            full, eos = text.rstrip(), str(self._tokenizer.eos_token)
+            answers = [i for i, message in enumerate(form) if message.learned]
+            spans = [_answer_span(render, form, tools, i, full, eos) for i in answers]
+            found = [span for span in spans if span is not None]
+            chosen = (form, text) if found or chosen is None else chosen
+            if found:
+                break
+        self._note_unread(*cast(tuple[list[Message], str], chosen), tools, render, where)
         if not found:
             raise UsageError(
                 f"{where}: the answer cannot be found in what the tokenizer's chat template renders, so that it is not "
@@ -90,7 +94,7 @@ class ChatRenderer:
             )
         return Rendered([Part(full, found)], from_template=True, unlabelled_turns=len(spans) - len(found))
 
-    def _note_unread(self, messages: list[Message], tools: Tools, render: Render, text: str, where: str) -> None:
+    def _note_unread(self, messages: list[Message], text: str, tools: Tools, render: Render, where: str) -> None:
         """Find what the template does not read of a chat. What it reads of one chat counts as read."""
         fields = {name for message in messages for name in message.extras}
         without = {name: ([message.without(name) for message in messages], tools) for name in sorted(fields)}
@@ -139,18 +143,23 @@ def _undated(template: str) -> str:
     return f"{{%- macro strftime_now(format) -%}}{{{{ format{stopped} }}}}{{%- endmacro +%}}{template}"
 
 
-def _accepted(messages: list[Message], tools: Tools, render: Render, where: str) -> tuple[list[Message], str]:
-    """Return the messages in the first form that the template takes, and their rendering."""
+def _accepted(messages: list[Message], tools: Tools, render: Render, where: str) -> Iterator[tuple[list[Message], str]]:
+    """Yield the messages in each form that the template takes, and their rendering. Raises UsageError for none."""
     errors: list[Exception] = []
+    accepted = False
     for form in _forms(messages):
         try:
-            return form, render(form, tools)
+            text = render(form, tools)
         except Exception as error:  # a template may raise anything
             errors.append(error)
-    raise UsageError(
-        f"{where}: the tokenizer's chat template refuses this chat (roles: "
-        f"{', '.join(m.role for m in messages[:8])}): {errors[0]}; mend or remove the row"
-    ) from errors[0]
+            continue
+        accepted = True
+        yield form, text
+    if not accepted:
+        raise UsageError(
+            f"{where}: the tokenizer's chat template refuses this chat (roles: "
+            f"{', '.join(m.role for m in messages[:8])}): {errors[0]}; mend or remove the row"
+        ) from errors[0]
 
 
 def _forms(messages: list[Message]) -> Iterator[list[Message]]:
@@ -178,7 +187,9 @@ def _with_arguments_as_text(message: Message) -> Message:
     return message.but(tool_calls=calls)
 
 
-def _answer_span(render: Render, messages: list[Message], tools: Tools, i: int, full: str) -> tuple[int, int] | None:
+def _answer_span(
+    render: Render, messages: list[Message], tools: Tools, i: int, full: str, eos: str
+) -> tuple[int, int] | None:
     """Return where answer `i` is, from the end of the prompt to the end of its end token; None if it is not found."""
     content = messages[i].content.strip()
     try:
@@ -187,12 +198,16 @@ def _answer_span(render: Render, messages: list[Message], tools: Tools, i: int, 
         prompt = render(messages[:i], tools, generation=True) if i else ""
     except Exception:  # the template takes the whole chat, but not a part of it
         return None
+    if not full.startswith(through):  # some templates end a chat with the EOS as well
+        through = through.removesuffix(eos).rstrip()
     if not full.startswith(through):
         return None
     conclusion = content.rpartition("</think>")[2].strip()  # some templates write what is before it in their own way
-    if len(prompt) > len(before) and through.startswith(prompt) and conclusion in through[len(prompt) :]:
+    if prompt != before and through.startswith(prompt) and conclusion in through[len(prompt) :]:
         return len(prompt), len(through)
     # There is no generation prompt, or none that precedes the answer: the content itself must occur exactly once.
-    if not content or not through.startswith(before) or through.count(content, len(before)) != 1:
+    if not through.startswith(before):
         return None
-    return through.index(content, len(before)), len(through)
+    if not content:  # a call of a tool
+        return len(before), len(through)
+    return (through.index(content, len(before)), len(through)) if through.count(content, len(before)) == 1 else None

@@ -186,3 +186,75 @@ def test_a_template_that_takes_no_part_of_the_chat(tmp_path):
     rows = [chat(user(), answer("Ah"), user(), answer("Oh"))] * 2
     with pytest.raises(UsageError, match="row 1: the answer cannot be found"):
         documents(tmp_path, rows, whole + TOOLS)
+
+
+# ---- what is learned, and what is not ----
+
+# As Mistral: the generation prompt is ignored, a call is written without a content, and a system message is left out
+# once an answer follows.
+MISTRAL_LIKE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+    "{% if messages[0]['role'] == 'system' and loop.last %}{{ messages[0]['content'] }}\n\n{% endif %}"
+    "{{ m['content'] }} [/INST]{% elif m['role'] == 'assistant' %}"
+    "{% if m['tool_calls'] %}[CALLS]{{ m['tool_calls'] | tojson }}{% else %} {{ m['content'] }}{% endif %}<|im_end|>"
+    "{% elif m['role'] == 'tool' %}[RESULT]{{ m['content'] }}{% endif %}{% endfor %}"
+)
+# As Phi: where there is no generation prompt, the EOS is written in its place.
+PHI_LIKE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<end>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHATML, None], ids=["template", "none"])
+def test_answers_in_a_prompt_are_not_learned(tmp_path, template):
+    row = {"prompt": [user("one"), answer("first"), user("two")], "completion": [answer("second")]}
+    (text,) = learned(tmp_path, [row], template)
+    assert "second" in text and "first" not in text
+    with pytest.raises(UsageError, match="without an answer to learn"):
+        learned(tmp_path, [row | {"completion": [answer("")]}], template)
+
+
+@pytest.mark.parametrize("template", [CHATML, None], ids=["template", "none"])
+@pytest.mark.parametrize("place", [1, 3, 5])
+def test_an_empty_answer_in_a_chat_is_not_learned(tmp_path, template, place):
+    messages = [user("one"), answer("first"), user("two"), answer("second"), user("three"), answer("third")]
+    messages[place] = answer("")
+    (text,) = learned(tmp_path, [chat(*messages)], template)
+    assert [word for word in ("first", "second", "third") if word in text] == [
+        message["content"] for message in messages[1::2] if message["content"]
+    ]
+    assert text.count("<|im_end|>" if template else "<eos>") == 2
+
+
+def test_calls_are_learned_where_the_template_ignores_the_generation_prompt(tmp_path):
+    call = answer("", tool_calls=[{"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}])
+    found = chat(user(), call, {"role": "tool", "content": "42"}, answer("It is 42"))
+    (text,) = learned(tmp_path, [found], MISTRAL_LIKE)
+    assert "look" in text and "It is 42" in text and "Hi" not in text and "RESULT" not in text
+    (text,) = learned(tmp_path, [chat(user(), call)], MISTRAL_LIKE)
+    assert "look" in text
+
+
+def test_a_system_message_that_the_template_drops_goes_to_the_user(tmp_path):
+    found = [chat({"role": "system", "content": "Be brief"}, user(), answer())]
+    ((text, answered),) = documents(tmp_path, found, MISTRAL_LIKE)[0]
+    assert "[INST] Be brief\n\nHi [/INST] Hello" in text and answered.strip() == "Hello<|im_end|>"
+
+
+def test_a_template_that_ends_a_chat_with_the_end_of_the_sequence(tmp_path):
+    (text,) = learned(tmp_path, [chat(user("one"), answer("first"), user("two"), answer("second"))], PHI_LIKE)
+    assert text == "first<end>second<end><|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_the_system_column_of_a_chat(tmp_path, name):
+    rows = [chat(user(), answer(), **{name: "Be brief"}), chat({"role": "system", "content": "Own"}, user(), answer())]
+    found = [text for text, _ in documents(tmp_path, rows, CHATML)[0]]
+    assert "system\nBe brief<|im_end|>" in found[0]
+    assert "Own" in found[1] and "Be brief" not in found[1]
+
+
+def learned(tmp_path, rows, template) -> list[str]:
+    """The learned text of each document."""
+    return [text for _, text in documents(tmp_path, rows, template)[0]]

@@ -77,6 +77,36 @@ def test_parse(text, source, weight, name):
     assert (spec.source, spec.weight, spec.name) == (source, weight, name)
 
 
+@pytest.mark.parametrize("last", [42, ["a", "b"], None])
+def test_a_value_of_another_kind_far_behind_changes_no_other_row(tmp_path, last):
+    """`datasets` would expect what the first 10 MB of a file have, and write the rest as JSON where it differs."""
+    text = "First line.\nSecond line. " + "x" * 20_000
+    rows = [{"prompt": "Question", "completion": text, "system": None} for _ in range(600)]
+    path = write_rows(tmp_path / "large.jsonl", [*rows, {"prompt": "Last", "completion": last, "system": "Be brief"}])
+    found = read_rows(str(path), None).dataset
+    assert len(found) == 601 and set(found[:600]["completion"]) == {text} and found[600]["system"] == "Be brief"
+
+
+def test_chats_with_columns_of_their_source_are_read(tmp_path):
+    row = {"id": "1", "source": "web", "model": "m", "system_prompt": "Be brief", "messages": CHAT}
+    assert read_rows(str(write_rows(tmp_path / "chats.jsonl", [row, row])), None).dataset[1]["id"] == "1"
+
+
+@pytest.mark.parametrize("content", ["Hello, you,Hi there\nWho?,Me\n", "Who?,Me,\nWhat?,It,\n", "Who?,Me\na,b,c\n"])
+def test_a_row_of_a_csv_file_with_more_fields_than_the_header(tmp_path, content):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion\n" + content)
+    with pytest.raises(UsageError, match=r"a\.csv: cannot be read as csv: .*fields"):
+        blocks_of(path)
+
+
+def test_a_stray_quotation_mark_in_a_tsv_file(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text('prompt\tcompletion\na\t"b\nc\td\ne\t"f\ng\th\n')
+    with pytest.raises(UsageError, match="row 1 holds tabs and line ends in completion: a quotation mark"):
+        blocks_of(path)
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "two", ""])
 def test_bad_weight(weight):
     with pytest.raises(UsageError, match=r"weight.* must be a"):
