@@ -132,7 +132,8 @@ class DyLoRAMoE(Mixture):
             device_map: a device, or "auto" for the best one. A mixture is on one device.
             config: what `AutoConfig` has made of the checkpoint, with other settings that change no logits, such as
                 `use_cache` and `output_hidden_states`.
-            options: `cache_dir`, `force_download` and `local_files_only`, as in Transformers, for the base model, too.
+            options: `cache_dir` and `local_files_only`, as in Transformers, for the base model, too; `force_download`,
+                for the checkpoint alone.
 
         Raises:
             CheckpointError: with every problem of the checkpoint.
@@ -155,10 +156,9 @@ class DyLoRAMoE(Mixture):
         attention = attn_implementation or getattr(config, "_attn_implementation", None)
         if attention is not None:
             model.set_attn_implementation(attention)
-        for key, value in changed.items():
-            setattr(model.config, key, value)
-            if hasattr(model.base.config, key):
-                setattr(model.base.config, key, value)
+        for each in (model.config, model.base.config, model.base.config.get_text_config()):
+            for key in [key for key in changed if hasattr(each, key)]:
+                setattr(each, key, changed[key])
         return model.eval()
 
     def save_pretrained(  # type: ignore[override]
@@ -321,9 +321,10 @@ def _changed(config: Any, folder: Path) -> dict[str, Any]:
 
 
 def _flat(config: DyLoRAMoEConfig) -> dict[str, Any]:
-    settings = config.to_dict()
-    flat = {**(settings.pop("base_config", None) or {}), **settings}
-    return {key: value for key, value in flat.items() if not key.startswith("_")}
+    """Return the settings of a mixture and of its text model."""
+    text = {} if config.base_config is None else config.base_config.get_text_config().to_dict()
+    own = {key: value for key, value in config.to_dict().items() if key != "base_config"}
+    return {key: value for key, value in {**text, **own}.items() if not key.startswith("_")}
 
 
 def _device(device_map: Any) -> Any:

@@ -79,7 +79,12 @@ def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
 def generation_text(base: PreTrainedModel) -> str:
     """Return the generation config of a model as JSON, without defaults; an empty text if it has none."""
     config = base.generation_config
-    return "" if config is None else config.to_json_string(use_diff=True, ignore_metadata=True)
+    if config is None:
+        return ""
+    try:
+        return config.to_json_string(use_diff=True, ignore_metadata=True)
+    except TypeError:  # it holds what JSON cannot
+        return repr(config.to_diff_dict())
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -223,7 +223,7 @@ def arithmetic(device: torch.device) -> str:
     parts += [f"torch {torch.__version__}", f"transformers {transformers.__version__}", f"dylora_moe {__version__}"]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
-        if torch.backends.cuda.matmul.allow_tf32:
+        if torch.backends.cuda.matmul.fp32_precision == "tf32":
             parts.append(TF32)
     elif device.type != "cpu":
         parts.append(str(device.type))

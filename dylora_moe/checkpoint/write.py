@@ -6,10 +6,12 @@ import importlib.metadata
 import json
 import operator
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from transformers import GenerationConfig
 
 from .. import __version__
 from ..base.fingerprint import architecture
@@ -96,10 +98,21 @@ def write_files(
         metadata = {"probe": json.dumps(facts, sort_keys=True)}
         scans[formats.PROBE] = write_tensors(folder / formats.PROBE, tensors, metadata)
     if model.has_own_generation_config:
-        _write_bytes(folder / formats.GENERATION, generation_text(model.base).encode())
+        _write_generation_config(folder / formats.GENERATION, generation_text(model.base))
     config = describe_mixture(model, step=step, has_probe=probe is not None, run_dir=folder.parent)
     _write_bytes(folder / formats.CONFIG, config.to_json())
     return scans
+
+
+def _write_generation_config(path: Path, text: str) -> None:
+    """Write a generation config, unless it could not be read again: that is no reason to save nothing."""
+    try:
+        GenerationConfig.from_dict(json.loads(text))
+    except Exception as error:  # of JSON, or whatever Transformers raises for values that it does not take
+        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(f"the checkpoint has no generation_config: it could not be read again ({cause})", stacklevel=2)
+    else:
+        _write_bytes(path, text.encode())
 
 
 def _write_adapter(config: bytes, tensors: Mapping[str, torch.Tensor], folder: Path) -> Scan:

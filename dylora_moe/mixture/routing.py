@@ -285,11 +285,11 @@ def _before(arguments: Mapping[str, Any], width: int) -> torch.Tensor | None:
             "cache_implementation and past_key_values out, or pass use_cache=False"
         )
     route = _route_in(cache)
-    last = None if route is None else route.last()
-    if last is None and not _length(cache):
+    last, lengths = None if route is None else route.last(), _lengths(cache)
+    if last is None and not lengths:
         return None
-    routed = 0 if route is None else route.get_seq_length()
-    if last is None or last.shape[1] != width or _length(cache) not in (0, routed):
+    routed = route is not None and (not lengths or route.get_seq_length() in lengths)
+    if last is None or last.shape[1] != width or not routed:
         raise UsageError(
             "the cache was filled without these experts' router (by the base model, with one expert for all tokens, or "
             "before an expert was added): go on the same way, or start with a new cache"
@@ -297,10 +297,10 @@ def _before(arguments: Mapping[str, Any], width: int) -> torch.Tensor | None:
     return last
 
 
-def _length(cache: Cache) -> int:
-    """Return of how many tokens a cache has keys and values; 0 if none of its layers has any."""
+def _lengths(cache: Cache) -> set[int]:
+    """Return of how many tokens the layers of a cache have keys: of those of the text, and in some of an image."""
     layers = [layer for layer in cache.layers if not isinstance(layer, RouteCache)]
-    return max((getattr(layer, "get_seq_length", int)() for layer in layers), default=0)
+    return {getattr(layer, "get_seq_length", int)() for layer in layers} - {0}
 
 
 def _route_in(cache: Cache) -> RouteCache | None:

@@ -86,5 +86,7 @@ def _described(base_model: dict[str, Any] | None) -> PreTrainedConfig | None:
     settings, kind = entry.get("settings"), entry.get("model_type")
     if not settings or not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
+    known: Any = CONFIG_MAPPING[kind]
     sizes = {key: value for key, value in entry.items() if key not in ("model_type", "settings", "fingerprint")}
-    return CONFIG_MAPPING[kind](**settings, **{key: value for key, value in sizes.items() if value is not None})
+    values = {**settings, **{key: value for key, value in sizes.items() if value is not None}}
+    return known(text_config=values) if "text_config" in getattr(known, "sub_configs", {}) else known(**values)

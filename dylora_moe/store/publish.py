@@ -28,9 +28,9 @@ from pathlib import Path
 from ..errors import UsageError, listed, shown
 from . import run_folder
 from .claim import claimed
-from .files import explained, fsync, kind, lstat, parallel, remove, write_new
+from .files import FileProblem, explained, fsync, kind, lstat, parallel, read_json, remove, write_new
 from .lock import guard, private_name
-from .manifest import MANIFEST, Digests, encode, file_digest, list_entries, parents, survey
+from .manifest import MANIFEST, MAX_MANIFEST_BYTES, Digests, encode, file_digest, list_entries, parents, survey
 
 
 @contextmanager
@@ -89,13 +89,22 @@ def _is_in_the_way(target: Path) -> bool:
         if lstat(target) is None or run_folder.run_of(target) is not None:
             return lstat(target) is not None
         names = sorted(os.listdir(target))
-    if names and MANIFEST not in names:
+    if names and not _has_manifest(target, names):
         some = ", ".join([*map(shown, names[:3]), *(["..."] if names[3:] else [])])
         raise UsageError(
             f"nothing was saved: {target} holds other files ({some}), and a checkpoint needs a folder of its own; name "
             f"a new one, such as {target / 'model'}"
         )
     return bool(names)
+
+
+def _has_manifest(target: Path, names: list[str]) -> bool:
+    """Return whether a folder has the manifest of a checkpoint, whole or broken, and not one of something else."""
+    try:
+        found = read_json(target / MANIFEST, MAX_MANIFEST_BYTES) if MANIFEST in names else {}
+    except (OSError, FileProblem):
+        return True
+    return isinstance(found, dict) and "files" in found
 
 
 def seal(folder: Path) -> None:

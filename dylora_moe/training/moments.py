@@ -18,6 +18,8 @@ from ..mixture.experts import EXPERT_PARAMETER
 REMEDY = "--resume-weights-only goes on with a fresh optimizer"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
+NOT_TRAINED = ", which the run did not train: choose what it did with train_only before it is resumed"
+
 
 def refused(folder: Path, name: str, problems: list[str]) -> CheckpointError:
     return CheckpointError(folder, [f"{name}: {problem}; {REMEDY}" for problem in problems])
@@ -45,7 +47,8 @@ def read_moments(
     there = {name: index for index, name in enumerate(name for group in groups for name in group)}
     missing = [n for n in sorted(here) if n not in there or there[n] not in moments]
     untrained = set().union(*(names for names in new if names <= set(missing) & there.keys()))
-    problems = [f"has no moments for {n}" for n in missing if n not in untrained]
+    missing = [n for n in missing if n not in untrained]
+    problems = [f"has no moments for {n}{NOT_TRAINED * (n not in there)}" for n in missing]
     problems += [f"has moments for {n}, which is not trained here" for n in sorted(set(there) - set(here))]
     groups_here = 1 if optimizer is None else len(optimizer.param_groups)
     if len(groups) != groups_here:

@@ -112,7 +112,10 @@ def _training(settings: TrainSettings, start: Start, device: torch.device) -> Pr
             skills = read_skills(checkpoint)
             stage = first_stage(blocks, start.step, None, joint=not specialised)
             saved = None if weights_only else _stage_of(checkpoint)
-            stage = stage if saved is None else saved.for_data(stage)
+            if saved is not None:
+                there = training_state.run_settings(training_state.read_trainer_state(start.folder))
+                same = there.get("data_fingerprint") == compared["data_fingerprint"]  # perhaps in renamed files
+                stage = saved if same else saved.for_data(stage)
             if weights_only and specialised:
                 stage = stage.for_skills(skills, model.num_experts)
         resumes = start.folder is not None and not start.weights_only

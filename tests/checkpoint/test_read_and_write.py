@@ -72,7 +72,8 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 
 
 def tensors(model: DyLoRAMoE) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    found = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in found.items() if name != "_extra_state"}  # which are mature
 
 
 def equal(a: dict, b: dict) -> bool:
@@ -367,6 +368,16 @@ def test_a_generation_config_that_has_changed_is_kept(tmp_path):
         assert (save_again(tmp_path / f"again-{made.num_experts}", made) / formats.GENERATION).read_bytes() == (
             tmp_path / "own" / formats.GENERATION
         ).read_bytes()
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_new_tokens", 0), ("stop_strings", {"a"})])
+def test_a_generation_config_that_could_not_be_read_again_is_left_out(tmp_path, name, value):
+    model = tiny_mixture("llama", 2)
+    setattr(model.generation_config, name, value)
+    with pytest.warns(UserWarning, match="has no generation_config: it could not be read again"):
+        model.save_checkpoint(tmp_path / "own")
+    assert load_mixture(tmp_path / "own", tiny_base("llama")).num_experts == 2
+    DyLoRAMoE(model.fresh_base(), 2)
 
 
 @pytest.mark.parametrize(

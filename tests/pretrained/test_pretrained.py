@@ -11,6 +11,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GenerationConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -194,6 +196,20 @@ def test_the_config_is_honoured_when_a_mixture_is_loaded(saved):
     assert model.base.config._attn_implementation == "sdpa" and model(IDS).hidden_states is None
     with pytest.raises(UsageError, match="attention_dropout cannot be changed when a mixture is loaded"):
         AutoModelForCausalLM.from_pretrained(path, attention_dropout=0.5)
+
+
+def test_the_config_of_a_multimodal_base_may_be_handed_on(tmp_path):
+    text = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=96)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "base")
+    DyLoRAMoE.from_base(tmp_path / "base", 2).save_pretrained(tmp_path / "mixture")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", use_cache=False)
+    assert model.base.config.get_text_config().use_cache is False
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture", config=model.config)
+    assert again.base.config.get_text_config().use_cache is False
 
 
 def test_a_stock_trainer_gathers_logits_and_shifts_labels(tmp_path):

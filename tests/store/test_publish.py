@@ -142,6 +142,13 @@ def test_a_folder_with_other_files_is_refused_and_stays(run):
     assert before.items() <= {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}.items()
 
 
+def test_a_manifest_of_something_else_makes_no_checkpoint(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / MANIFEST).write_text('{"manifest_version": 3}')
+    with pytest.raises(UsageError, match=r"web holds other files \(manifest\.json\)"), staged(tmp_path / "web"):
+        pytest.fail("nothing is to be written")
+
+
 def test_a_broken_checkpoint_of_another_name_is_moved_aside_and_an_empty_folder_is_used(tmp_path):
     for moved in (set(), {"mine.incomplete"}):
         (tmp_path / "mine").mkdir(exist_ok=True)

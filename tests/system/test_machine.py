@@ -114,6 +114,21 @@ def test_too_little_disk_names_both_numbers_and_the_place(tmp_path, monkeypatch)
         assert part in str(error.value)
 
 
+def test_products_in_tf32_are_told_whichever_way_they_are_turned_on(monkeypatch):
+    import torch
+
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "a GPU")
+    assert arithmetic(torch.device("cuda")).endswith("a GPU")
+    for where in (torch.backends, torch.backends.cuda.matmul):
+        before = where.fp32_precision
+        try:
+            where.fp32_precision = "tf32"
+            assert arithmetic(torch.device("cuda")).endswith("a GPU, products in TF32")
+        finally:
+            where.fp32_precision = before
+    assert arithmetic(torch.device("cuda")).endswith("a GPU")
+
+
 @pytest.mark.parametrize("package", ["torch", "transformers", "dylora_moe.checkpoint.probe"])
 def test_another_version_may_round_differently(package, monkeypatch):
     import importlib

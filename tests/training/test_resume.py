@@ -855,6 +855,18 @@ def test_a_data_file_of_another_name_is_the_same_data(run_dir, tmp_path):
     assert steps(run_dir) == [4, 8, 12]
 
 
+def test_files_that_take_over_the_names_of_others_train_what_they_did(run_dir, tmp_path):
+    """`two.jsonl` has the content of `one.jsonl` now: what counts is the content."""
+    words = [str(word) for word in arguments(run_dir, "--resume")]
+    for old, new in (("one.jsonl", "two.jsonl"), ("two.jsonl", "three.jsonl")):
+        shutil.copy(material() / old, tmp_path / new)
+    names = {f"{material() / 'one.jsonl'}=2": f"{tmp_path / 'two.jsonl'}=2"}
+    names |= {str(material() / "two.jsonl"): str(tmp_path / "three.jsonl")}
+    assert train.main([names.get(word, word) for word in words]) == 0
+    for name, data in contents(newest(uninterrupted())).items():  # but for what names the files
+        assert name.endswith(".json") or contents(newest(run_dir))[name] == data, name
+
+
 def test_an_accepted_learning_rate_is_used(run_dir):
     assert train.main(arguments(run_dir, "--resume", "--learning-rate", "1e-4", "--accept-changes")) == 0
     rates, old = (

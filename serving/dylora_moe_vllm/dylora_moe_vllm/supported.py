@@ -14,6 +14,7 @@ from huggingface_hub import snapshot_download
 from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
+from .checkpoint import Mixture
 from .config import mixture_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -33,7 +34,7 @@ class SupportedConfig(VerifyAndUpdateConfig):
         """
         mixture, folders = mixture_of(model_config.hf_config), _folders(model_config)
         if model_config.generation_config == "auto" and not (folders[0] / GENERATION).is_file():
-            model_config.generation_config = mixture.base
+            model_config.generation_config = _generation_of(mixture)
         if model_config.tokenizer != model_config.model:
             return
         for folder in folders:
@@ -49,6 +50,13 @@ class SupportedConfig(VerifyAndUpdateConfig):
         problems = [*_settings(vllm_config), *_base(vllm_config.model_config)]
         if problems:
             raise ValueError("a DyLoRA-MoE mixture cannot be served like this:\n  " + "\n  ".join(problems))
+
+
+def _generation_of(mixture: Mixture) -> str:
+    """Return the folder with the generation config of the base model: vLLM would take that of another revision."""
+    if os.path.isdir(mixture.base):
+        return mixture.base
+    return snapshot_download(mixture.base, revision=mixture.revision, allow_patterns=[GENERATION])
 
 
 def _folders(model_config: Any) -> list[Path]:
