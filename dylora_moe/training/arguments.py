@@ -122,7 +122,8 @@ WITH_A_STOCK_TRAINER: Refused = {
     "load_best_model_at_end": (_is_empty, "only dylora_moe.MoETrainer reads the checkpoints of a mixture; use it"),
     "save_strategy": (
         lambda strategy: strategy == "no",
-        "this Trainer would write the merged model into every checkpoint: use dylora_moe.MoETrainer, or "
+        "this Trainer would add files to every checkpoint, which its manifest does not list: use "
+        "dylora_moe.MoETrainer, or "
         'save_strategy="no", with which PeftCheckpointCallback saves by itself every save_steps steps',
     ),
 }

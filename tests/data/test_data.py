@@ -180,6 +180,19 @@ def test_test_files_of_a_folder_are_not_trained_on(tmp_path):
     assert blocks.sources[0].skipped_files == 3
 
 
+def test_texts_beside_data_files_are_counted_and_told(tmp_path):
+    for name in ("main.py", "util.py", "README.md"):
+        (tmp_path / name).write_text("a line\n" * 9)
+    write_rows(tmp_path / "index.jsonl", texts(40))
+    assert blocks_of(tmp_path).sources[0].skipped_files == 2
+    (tmp_path / "index.jsonl").rename(tmp_path / "hidden")
+    (tmp_path / "package.json").write_text('{"name": "x", "version": "1"}')
+    with pytest.raises(
+        UsageError, match=r"none that can be trained on; found name, version.*\n(.*\n)*Of this folder, only"
+    ):
+        blocks_of(tmp_path)
+
+
 def test_folder_of_texts_is_a_document_per_file(tmp_path):
     for i, suffix in enumerate([".py", ".md", ".txt", ".h"]):
         (tmp_path / f"f{i}{suffix}").write_text(f"line {i}\nline\n" * 9)

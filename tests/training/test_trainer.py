@@ -56,8 +56,8 @@ def trainer(folder, kind=MoETrainer, callbacks=None, optimizers=(None, None), mi
 # ---- the callback in a stock Trainer ----
 
 
-def test_a_stock_trainer_would_write_the_merged_model(tmp_path):
-    with pytest.raises(UsageError, match="would write the merged model into every checkpoint"):
+def test_a_stock_trainer_would_add_files_to_the_checkpoints(tmp_path):
+    with pytest.raises(UsageError, match="would add files to every checkpoint, which its manifest does not list"):
         trainer(tmp_path / "run", Trainer).train()
     assert list(tmp_path.rglob("*.safetensors")) == []
 
