@@ -28,10 +28,10 @@ from .resume import ARGUMENTS, STOCK_TRAINER, check_unused
 class PeftCheckpointCallback(TrainerCallback, ExportableState):
     """Writes every checkpoint of a run, whole or not at all, and deletes old ones afterwards.
 
-    Use it with `dylora_moe.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would add files
-    to every checkpoint, which is refused then. With `save_strategy="no"` it does not: then this callback saves by itself
-    every `save_steps` steps and at the end, and keeps `save_total_limit` checkpoints. Such a run can be resumed with
-    --resume-weights-only.
+    Use it with `dylora_moe.MoETrainer`, which writes nothing itself and resumes exactly. A stock Trainer would add
+    files to every checkpoint, which is refused then. With `save_strategy="no"` it does not: then this callback saves by
+    itself every `save_steps` steps and at the end, and keeps `save_total_limit` checkpoints. Such a run can be resumed
+    with --resume-weights-only.
 
     A run begins in a folder without checkpoints, or goes on from the newest one that is there. What is deleted depends
     on the checkpoints that are there and on their evaluations alone.
