@@ -7,7 +7,6 @@ class of the model is registered when its config is loaded (api.py).
 
 from __future__ import annotations
 
-import importlib
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -32,8 +31,10 @@ def register_with_transformers() -> None:
 def _register(configurations: ModuleType) -> None:
     sys.modules[HOME] = sys.modules[__package__]
     configurations.CONFIG_MAPPING_NAMES[MODEL_TYPE] = CONFIG_CLASS
+    import logging  # here: Transformers has loaded it, and importing this package by itself is light
+
     # PEFT imports bitsandbytes next, which warns on some CPUs of a kernel that it lacks, and that is not used.
-    importlib.import_module("logging").getLogger("bitsandbytes.backends.cpu.ops").setLevel("ERROR")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class _Afterwards:

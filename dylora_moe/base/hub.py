@@ -30,9 +30,9 @@ _options: ContextVar[Mapping[str, Any]] = ContextVar("options", default=MappingP
 
 @contextlib.contextmanager
 def using(**options: Any) -> Iterator[None]:
-    """Inside, the functions of this module use these options of huggingface_hub: those that are not None.
+    """Inside, the functions of this module use those of these options of huggingface_hub that are not None.
 
-    `cache_dir`, `force_download` and `local_files_only`, which asks the hub for nothing.
+    They are `cache_dir`, `local_files_only`, which asks the hub for nothing, and `force_download` of `download`.
     """
     before = _options.set({key: value for key, value in options.items() if value is not None})
     try:
@@ -100,14 +100,11 @@ def cached(hub_id: str, revision: str | None) -> Path | None:
     return Path(path).parent if isinstance(path, str) else None
 
 
-def download(hub_id: str, revision: str | None, patterns: list[str], token: str | None, **options: Any) -> Path:
-    """Download the files that match `patterns` and return the folder that they are in. Raises HubError.
-
-    options: further ones of `huggingface_hub.snapshot_download`, such as `cache_dir`; they win over those of `using`.
-    """
-    sent, options = sent_token(token), {**_options.get(), **options}
+def download(hub_id: str, revision: str | None, patterns: list[str], token: str | None) -> Path:
+    """Download the files that match `patterns` and return the folder that they are in. Raises HubError."""
+    sent = sent_token(token)
     with quiet(), _hub_errors(hub_id, revision, sent):
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, token=sent, **options))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns, token=sent, **_options.get()))
 
 
 def cache_folder() -> str:

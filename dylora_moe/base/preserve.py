@@ -77,13 +77,16 @@ def fresh_base(base: PreTrainedModel) -> PreTrainedModel:
 
 
 def generation_text(base: PreTrainedModel) -> str:
-    """Return the generation config of a model as JSON, without defaults; an empty text if it has none."""
+    """Return the generation config of a model as JSON, without defaults; an empty text if it has none.
+
+    One that JSON cannot hold is returned as another text, by which a change can still be seen.
+    """
     config = base.generation_config
     if config is None:
         return ""
     try:
         return config.to_json_string(use_diff=True, ignore_metadata=True)
-    except TypeError:  # it holds what JSON cannot
+    except TypeError:
         return repr(config.to_diff_dict())
 
 

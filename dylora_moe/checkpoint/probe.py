@@ -111,11 +111,11 @@ def _computed(model: Mixture) -> Iterator[str]:
 
 def probe_tolerance(there: Mapping[str, str], here: Mapping[str, str], probe: Mapping[str, torch.Tensor]) -> float:
     """Return by how much logits may differ between what two descriptions (`probe_facts`) of the same dtype say."""
-    keys = ("machine", "device_type")
-    if all(there.get(key) == here[key] for key in keys):
+    if all(there.get(key) == here[key] for key in ("machine", "device_type")):
         return 0.0
     in_tf32 = here["dtype"] == "float32" and any(TF32 in facts.get("machine", "") for facts in (there, here))
-    tolerance = PROBE_TOLERANCE["float16" if in_tf32 else here["dtype"]]  # TF32 has as many digits as float16
+    # TF32 has as many digits as float16.
+    tolerance = PROBE_TOLERANCE.get("float16" if in_tf32 else here["dtype"], PROBE_TOLERANCE["bfloat16"])
     largest = max(float(probe[name].abs().max()) for name in ("routed", "experts"))
     return tolerance * max(1.0, largest / LARGE_LOGIT)
 

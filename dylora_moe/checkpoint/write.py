@@ -108,11 +108,14 @@ def _write_generation_config(path: Path, text: str) -> None:
     """Write a generation config, unless it could not be read again: that is no reason to save nothing."""
     try:
         GenerationConfig.from_dict(json.loads(text))
-    except Exception as error:  # of JSON, or whatever Transformers raises for values that it does not take
-        cause = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warnings.warn(f"the checkpoint has no generation_config: it could not be read again ({cause})", stacklevel=2)
+    except json.JSONDecodeError:
+        cause = "it holds values that JSON does not have"
+    except Exception as error:  # whatever Transformers raises for values that it does not take
+        cause = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
     else:
         _write_bytes(path, text.encode())
+        return
+    warnings.warn(f"the checkpoint has no generation_config: it could not be read again ({cause})", stacklevel=2)
 
 
 def _write_adapter(config: bytes, tensors: Mapping[str, torch.Tensor], folder: Path) -> Scan:

@@ -315,10 +315,10 @@ def _stats(parts: list[_Part], names: list[str], mixed: Dataset) -> tuple[Source
 
 def _mixed(parts: list[_Part], trained: list[int], layout: _Layout, seed: int, mixing: str) -> Dataset:
     """Return the training blocks: those of the parts of these indices, mixed."""
-    train = [layout.as_dataset(part.train.shuffled(seed), number) for number, part in enumerate(parts)]
     if not trained:
-        return train[0].select([])
-    return _mix([train[i] for i in trained], [parts[i].split.spec.weight for i in trained], seed, mixing)
+        return layout.as_dataset(parts[0].train.rows[:0], 0)
+    train = [layout.as_dataset(parts[i].train.shuffled(seed), i) for i in trained]
+    return _mix(train, [parts[i].split.spec.weight for i in trained], seed, mixing)
 
 
 def _mix(parts: list[Dataset], weights: list[float], seed: int, mixing: str) -> Dataset:

@@ -24,8 +24,9 @@ import datasets
 import huggingface_hub
 from datasets import Dataset, DatasetDict
 
-from ..errors import UsageError, listed
+from ..errors import UsageError, counted, listed
 from .loaders import LOADERS, causes, innermost_cause, load_files
+from .schemas import detect_schema, plain_name
 from .text_files import check_readable, ending, files_in, refuse_compression, stem, text_of
 
 DATA_SUFFIXES = (*LOADERS, ".txt")
@@ -157,7 +158,17 @@ def _read_folder(folder: Path) -> Rows:
     for file in used:
         check_readable(file)
     left = [file for file in set(files).difference(used) if not _is_about_data(file)]
-    return Rows(load_files(used, kinds[0], str(folder)), skipped_files=len(left))
+    rows = load_files(used, kinds[0], str(folder))
+    try:
+        detect_schema([*map(plain_name, rows.column_names)], str(folder))
+    except UsageError as error:
+        if not left:
+            raise
+        raise UsageError(
+            f"{error}\nOf this folder, only its data files were read, and {counted(len(left), 'other file')} left out; "
+            "to train on those, move the data files out of it"
+        ) from None
+    return Rows(rows, skipped_files=len(left))
 
 
 def _is_about_data(file: Path) -> bool:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 from ..errors import UsageError
 from .chat import Message, Part, Rendered, render_plainly
@@ -76,16 +76,14 @@ class ChatRenderer:
                 add_generation_prompt=generation,
             )
 
-        chosen: tuple[list[Message], str] | None = None
         for form, text in _accepted(messages, tools, render, where):
             full, eos = text.rstrip(), str(self._tokenizer.eos_token)
             answers = [i for i, message in enumerate(form) if message.learned]
             spans = [_answer_span(render, form, tools, i, full, eos) for i in answers]
             found = [span for span in spans if span is not None]
-            chosen = (form, text) if found or chosen is None else chosen
             if found:
                 break
-        self._note_unread(*cast(tuple[list[Message], str], chosen), tools, render, where)
+        self._note_unread(form, tools, render, text, where)
         if not found:
             raise UsageError(
                 f"{where}: the answer cannot be found in what the tokenizer's chat template renders, so that it is not "
@@ -94,7 +92,7 @@ class ChatRenderer:
             )
         return Rendered([Part(full, found)], from_template=True, unlabelled_turns=len(spans) - len(found))
 
-    def _note_unread(self, messages: list[Message], text: str, tools: Tools, render: Render, where: str) -> None:
+    def _note_unread(self, messages: list[Message], tools: Tools, render: Render, text: str, where: str) -> None:
         """Find what the template does not read of a chat. What it reads of one chat counts as read."""
         fields = {name for message in messages for name in message.extras}
         without = {name: ([message.without(name) for message in messages], tools) for name in sorted(fields)}

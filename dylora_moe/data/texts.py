@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import UsageError, counted
 from .documents import Document, Documents, read_documents
 from .sources import DataSpec, read_rows
 
@@ -34,16 +33,7 @@ class Text:
 def read_text(spec: DataSpec, tokenizer: Any, token: str | None) -> Text:
     """Read a data set. Raises UsageError if it cannot be read."""
     rows = read_rows(spec.source, token)
-    try:
-        documents = read_documents(rows.dataset, tokenizer, spec.source)
-    except UsageError as error:
-        if not rows.skipped_files:
-            raise
-        raise UsageError(
-            f"{error}\nOf this folder, only its data files were read, and {counted(rows.skipped_files, 'other file')} "
-            "left out; to train on those, move the data files out of it"
-        ) from None
-    return Text(spec.name, spec, documents, rows.skipped_files)
+    return Text(spec.name, spec, read_documents(rows.dataset, tokenizer, spec.source), rows.skipped_files)
 
 
 def divided(texts: list[Text], divide: Divide, *, shared: bool) -> list[Text]:

@@ -24,16 +24,13 @@ def local_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def find_checkpoint(
-    name: str | os.PathLike, *, revision: str | None = None, token: str | None = None, **options: Any
-) -> Path:
+def find_checkpoint(name: str | os.PathLike, *, revision: str | None = None, token: str | None = None) -> Path:
     """Return the folder of a checkpoint, which is not verified yet: a local one, a run's newest, or one from the Hub.
 
     Args:
         name: a folder, or the id of a repository on the Hub, such as "user/repo".
         revision: a branch, tag or commit on the Hub.
         token: of the Hub; by default HF_TOKEN, or the stored login.
-        options: further ones of `huggingface_hub.snapshot_download`, such as `cache_dir`.
 
     Raises:
         UsageError: if there is no such folder or repository, or it holds no checkpoint.
@@ -48,7 +45,7 @@ def find_checkpoint(
     if is_file or text.startswith((".", "/", "~")) or text.count("/") > 1 or not text:
         found = "a file" if is_file else "nothing"
         raise UsageError(f"{text or 'no name'}: expected a checkpoint folder or a repository's id, found {found}")
-    return _download(text, revision, token, **options)
+    return _download(text, revision, token)
 
 
 def pull(repo_id: str, *, revision: str | None = None, token: str | None = None, **options: Any) -> Path:
@@ -56,6 +53,9 @@ def pull(repo_id: str, *, revision: str | None = None, token: str | None = None,
 
     Only the files that its manifest lists are downloaded, and those of a tokenizer and a model card beside them. Where
     the Hub cannot be reached, or HF_HUB_OFFLINE is set, the cache is used.
+
+    Args:
+        options: those of `hub.using`.
 
     Returns:
         The folder in the cache.
@@ -65,17 +65,17 @@ def pull(repo_id: str, *, revision: str | None = None, token: str | None = None,
         UsageError: if the repository holds no checkpoint.
         CheckpointError: if the checkpoint is not sound.
     """
-    return open_checkpoint(_download(repo_id, revision, token, **options)).folder
+    with hub.using(**options):
+        return open_checkpoint(_download(repo_id, revision, token)).folder
 
 
-def _download(repo_id: str, revision: str | None, token: str | None, **options: Any) -> Path:
+def _download(repo_id: str, revision: str | None, token: str | None) -> Path:
     """Return the folder of a checkpoint that is not verified yet: whoever loads it verifies it, once."""
-    options = {key: value for key, value in options.items() if value is not None}
-    folder = hub.download(repo_id, revision, [MANIFEST, formats.CONFIG], token, **options)
+    folder = hub.download(repo_id, revision, [MANIFEST, formats.CONFIG], token)
     if not (folder / MANIFEST).exists():
         raise UsageError(
             f"{repo_id} on the Hub holds no checkpoint of DyLoRA-MoE: expected {MANIFEST}, found none; a base model is "
             "loaded by DyLoRAMoE.from_base"
         )
     # The commit, which the folder is named like: the branch may have moved meanwhile.
-    return hub.download(repo_id, folder.name, [*read_manifest(folder), *TOKENIZER_PATTERNS, CARD], token, **options)
+    return hub.download(repo_id, folder.name, [*read_manifest(folder), *TOKENIZER_PATTERNS, CARD], token)

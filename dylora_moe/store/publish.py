@@ -86,8 +86,10 @@ def _is_in_the_way(target: Path) -> bool:
         UsageError: if it has files, but neither the name nor the manifest of a checkpoint.
     """
     with explained("list", target):
-        if lstat(target) is None or run_folder.run_of(target) is not None:
-            return lstat(target) is not None
+        if lstat(target) is None:
+            return False
+        if run_folder.run_of(target) is not None:
+            return True
         names = sorted(os.listdir(target))
     if names and not _has_manifest(target, names):
         some = ", ".join([*map(shown, names[:3]), *(["..."] if names[3:] else [])])

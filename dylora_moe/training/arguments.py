@@ -32,9 +32,8 @@ def _is_empty(value: Any) -> bool:
 
 
 def _have_lengths(data: Any) -> bool:
-    return all(
-        each is None or isinstance(each, Sized) for each in (data.values() if isinstance(data, dict) else [data])
-    )
+    some = data.values() if isinstance(data, dict) else [data]
+    return all(each is None or isinstance(each, Sized) for each in some)
 
 
 def _is_no(value: str) -> bool:
@@ -122,9 +121,8 @@ WITH_A_STOCK_TRAINER: Refused = {
     "load_best_model_at_end": (_is_empty, "only dylora_moe.MoETrainer reads the checkpoints of a mixture; use it"),
     "save_strategy": (
         lambda strategy: strategy == "no",
-        "this Trainer would add files to every checkpoint, which its manifest does not list: use "
-        "dylora_moe.MoETrainer, or "
-        'save_strategy="no", with which PeftCheckpointCallback saves by itself every save_steps steps',
+        "this Trainer would add files to every checkpoint, which its manifest does not list: use dylora_moe.MoETrainer "
+        'or save_strategy="no", with which PeftCheckpointCallback saves by itself every save_steps steps',
     ),
 }
 

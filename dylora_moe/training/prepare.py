@@ -111,9 +111,8 @@ def _training(settings: TrainSettings, start: Start, device: torch.device) -> Pr
                 load_into(checkpoint, model)
             skills = read_skills(checkpoint)
             stage = first_stage(blocks, start.step, None, joint=not specialised)
-            saved = None if weights_only else _stage_of(checkpoint)
-            if saved is not None:
-                there = training_state.run_settings(training_state.read_trainer_state(start.folder))
+            there = {} if weights_only else _run_settings(checkpoint)
+            if (saved := _stage_in(there, checkpoint)) is not None:
                 same = there.get("data_fingerprint") == compared["data_fingerprint"]  # perhaps in renamed files
                 stage = saved if same else saved.for_data(stage)
             if weights_only and specialised:
@@ -146,7 +145,7 @@ def _growth(settings: TrainSettings, start: Start, device: torch.device) -> Prep
         raise ValueError("growth begins at a checkpoint")
     with ranks.together():
         checkpoint = open_checkpoint(start.folder)
-        there = None if start.grows else _stage_of(checkpoint)
+        there = None if start.grows else _stage_in(_run_settings(checkpoint), checkpoint)
         skills = read_skills(checkpoint)
         if there is None:
             if IMMATURE in checkpoint.config.states:
@@ -175,9 +174,13 @@ def _growth(settings: TrainSettings, start: Start, device: torch.device) -> Prep
     return Prepared(model, tokenizer, blocks, skills, stage, compared, judge is None, ended)
 
 
-def _stage_of(checkpoint: SoundCheckpoint) -> Stage | None:
-    """Return the stage that a checkpoint is of, if it was saved by train.py."""
-    found = training_state.run_settings(training_state.read_trainer_state(checkpoint.folder)).get("stage")
+def _run_settings(checkpoint: SoundCheckpoint) -> dict[str, Any]:
+    return training_state.run_settings(training_state.read_trainer_state(checkpoint.folder))
+
+
+def _stage_in(settings: dict[str, Any], checkpoint: SoundCheckpoint) -> Stage | None:
+    """Return the stage that a checkpoint is of, by the settings of its run, if train.py has saved it."""
+    found = settings.get("stage")
     try:
         return None if found is None else Stage.from_json(found, checkpoint.config.num_experts, checkpoint.config.step)
     except FileProblem as error:
@@ -226,10 +229,10 @@ def load_model(settings: TrainSettings, device: torch.device) -> tuple[Mixture, 
         target_modules="all-linear" if targets == ["all-linear"] else targets,
     )
     router = RouterConfig(settings.temperature, settings.top_k, settings.balance_coefficient)
-    unused = [name for name in JOINT_ONLY if getattr(settings, name) != getattr(type(settings), name)]
     with seeded(settings.seed):
         model = Mixture(base, settings.num_experts, lora=lora, router=router, label_smoothing=settings.label_smoothing)
     model.base_revision = source.revision
+    unused = [name for name in JOINT_ONLY if getattr(settings, name) != getattr(type(settings), name)]
     if unused and settings.route == "specialised":
         flags = comma_separated([spelled(name) for name in unused])
         model.notes.append(f"without effect: {flags}; with --route specialised, the router is not trained but fitted")

@@ -100,6 +100,7 @@ def choose_growth(run_dir: Path, named: str | None, resume: str | None, data: Se
             return start
         return replace(start, step=_step(start.folder) or 0, grows=True)
     if named is not None:
+        # Like a run that takes only the weights, it goes on at the step of the checkpoint if that is in this folder.
         start = _named(run_dir, Path(named), True, FLAGS._replace(named="--from "))
         return replace(start, weights_only=False, grows=True)
     newest = run_folder.latest(run_dir)

@@ -195,9 +195,8 @@ def _compare_probe(loaded: Loaded, weights: str, result: CheckResult) -> Differe
     tolerance = probe_tolerance(there, here, tensors)
     found = probe_difference(loaded.model, tensors)
     differences = Differences(found.routed, found.experts)
-    where = (
-        "on the machine that saved it" if not tolerance else "on another machine or device, or computed in another way"
-    )
+    elsewhere = "on another machine or device, or computed in another way"
+    where = elsewhere if tolerance else "on the machine that saved it"
     result.measures["max_abs_diff_probe"] = differences.largest
     result.notes.append(f"probe: differs by {differences.largest:.3g} (tolerance {tolerance:g}, {where})")
     for name, value in differences.named():

@@ -86,9 +86,7 @@ def check_room_to_save(script: Script, args: ScriptSettings, source: Base, weigh
     machine.need_disk(experts * per_expert + SMALL_FILES, folder, f"a checkpoint of {experts} experts", instead)
     what = f"{experts} experts on {source.name} with {weights} weights"
     mixtures = 3 if script.reloads else 1  # the saved one, the loaded one and stock PEFT's
-    needed = (
-        base_bytes(source, weights, args.dtype, experts, args.device) + mixtures * experts * per_expert + 2 * per_expert
-    )
+    needed = base_bytes(source, weights, args.dtype, experts, args.device) + (mixtures * experts + 2) * per_expert
     machine.need_memory(needed, what, cheaper=cheaper(args) if script.reloads else instead)
 
 

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 import train
 from dylora_moe import DyLoRAMoE
 from dylora_moe.base.preserve import seeded
-from dylora_moe.errors import UsageError
+from dylora_moe.errors import CheckpointError, UsageError
 from dylora_moe.stages.batches import BlockCollator
 from dylora_moe.system.interrupts import Interrupted
 from dylora_moe.training.callbacks import EarlyStopping, EvaluationStopped, StopSignals, log_line
@@ -171,6 +171,20 @@ def test_columns_that_training_leaves_out_are_left_out_of_evaluations_too(tmp_pa
 
     made.data_collator = strict
     assert made.evaluate() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_run_that_trained_some_experts_is_resumed_with_the_same_choice(tmp_path):
+    def made(*experts: int) -> MoETrainer:
+        mixture = seeded_mixture()
+        mixture.train_only(experts or range(2))
+        return trainer(tmp_path / "run", mixture=mixture, max_steps=4)
+
+    made(1).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(CheckpointError, match="which the run did not train: choose what it did with train_only"):
+        made().train(resume_from_checkpoint=True)
+    made(1).train(resume_from_checkpoint=True)
+    assert steps(tmp_path / "run") == [2, 4]
 
 
 # ---- where a run begins ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     script = Path(__file__).with_name("make_models.py")
     subprocess.run([PYTHON, str(script), str(folder)], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
     return {path.name: Run(path) for path in sorted(folder.iterdir())}
+
+
+def on_the_hub(run: Path, name: str) -> Path:
+    """Put the checkpoint of a run folder into the cache of the Hub as user/name, and return its folder there."""
+    repository, revision = Path(os.environ["HF_HOME"]) / f"hub/models--user--{name}", "0" * 40
+    folder = shutil.copytree(run / "checkpoint", repository / "snapshots" / revision)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(revision)
+    return Path(folder)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from dylora_moe_vllm.experts import add_experts
 from dylora_moe_vllm.route import BASE, MAX_POSITIONS, Route, position_key, position_query
 from dylora_moe_vllm.supported import SupportedConfig
 
-from .conftest import Run
+from .conftest import Run, on_the_hub
 
 SPECULATIVE = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 WEIGHTS = "peft_adapters/expert_1/expert_1/adapter_model.safetensors"
@@ -102,15 +101,6 @@ def test_the_tokenizer_is_found(copy: Path) -> None:
     assert configured(str(checkpoint)).model_config.tokenizer == str(checkpoint)
     (checkpoint / "tokenizer.json").unlink()
     assert configured(str(checkpoint)).model_config.tokenizer == str(given)
-
-
-def on_the_hub(run: Path, name: str) -> Path:
-    """Put a checkpoint into the cache of the Hub, and return its folder there."""
-    repository = Path(os.environ["HF_HOME"]) / f"hub/models--user--{name}"
-    folder = shutil.copytree(run / "checkpoint", repository / "snapshots" / ("0" * 40))
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text("0" * 40)
-    return Path(folder)
 
 
 def test_the_tokenizer_of_a_checkpoint_on_the_hub(copy: Path) -> None:

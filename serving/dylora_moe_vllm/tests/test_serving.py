@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
 import pytest
 from dylora_moe_vllm.checkpoint import BASE_VARIABLE
 
-from .conftest import Run, engine, greedy, largest_difference, prompt_logprobs
+from .conftest import Run, engine, greedy, largest_difference, on_the_hub, prompt_logprobs
 
 TOLERANCE = 2e-4  # of a log-probability in float32
 SEEN = 0.5  # what wrong weights of the experts change at the least
@@ -67,11 +65,8 @@ def test_weights_in_bfloat16(runs: dict[str, Run]) -> None:
 
 def test_from_the_hub(runs: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint in the cache of the Hub."""
-    run, revision = runs["qwen3"], "0" * 40
-    repository = Path(os.environ["HF_HOME"]) / "hub/models--user--mixture"
-    shutil.copytree(run.checkpoint, repository / "snapshots" / revision)
-    (repository / "refs").mkdir()
-    (repository / "refs/main").write_text(revision)
+    run = runs["qwen3"]
+    on_the_hub(run.folder, "mixture")
     with pytest.raises(ValueError, match=BASE_VARIABLE), engine("user/mixture"):
         pass
     monkeypatch.setenv(BASE_VARIABLE, str(run.folder / "base"))
